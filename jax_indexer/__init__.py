@@ -1,0 +1,17 @@
+"""A product-quantization sparse-attention indexer for JAX on NVIDIA GPUs; see CONTRACT.md."""
+
+from jax_indexer.attend import sparse_attention
+from jax_indexer.config import IndexerConfig
+from jax_indexer.index import PQIndex, append, build_index
+from jax_indexer.select import Selection, indexer_next, select
+
+__all__ = [
+    "IndexerConfig",
+    "PQIndex",
+    "Selection",
+    "append",
+    "build_index",
+    "indexer_next",
+    "select",
+    "sparse_attention",
+]

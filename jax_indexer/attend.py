@@ -1,0 +1,71 @@
+"""sparse_attention: the consumer of the lists."""
+
+import functools
+from typing import get_args
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from jax_indexer import _arguments, reference
+from jax_indexer.config import FLOAT_DTYPES
+from jax_indexer.layout import KVLayout
+from jax_indexer.select import Implementation, Selection
+
+
+def sparse_attention(
+    query: Array,
+    key: Array,
+    value: Array,
+    selection: Selection,
+    *,
+    scale: float | None = None,
+    kv_layout: KVLayout = "BSKH",
+    implementation: Implementation | None = None,
+) -> Array:
+    """Softmax attention of every query head over the tokens listed for it.
+
+    Args:
+      query: [B, T, N, H], float32, bfloat16 or float16.
+      key: [B, S, K, H] ("BSKH") or [B, K, S, H] ("BKSH"), the cache.
+      value: like `key`.
+      selection: what `select` returned; only its indices are read.
+      scale: of the logits; None for H**-0.5.
+      kv_layout: order of the token and head axes of `key` and `value`.
+      implementation: "xla", or None for the best one there is.
+
+    Returns:
+      [B, T, N, H] in the query's dtype, computed in float32; zeros where nothing is listed.
+
+    Raises:
+      ValueError: for arguments of wrong type, shape or dtype.
+      NotImplementedError: for an implementation that is not there.
+
+    Source: CONTRACT.md, section 4.
+    """
+    _arguments.check_choice("implementation", implementation, (None, *get_args(Implementation)))
+    if implementation == "triton":
+        raise NotImplementedError('implementation: sparse_attention has "xla" only; use None')
+    sizes: dict[str, int] = {}
+    _arguments.check_key("key", key, "S", kv_layout, sizes)
+    _arguments.check_key("value", value, "S", kv_layout, sizes)
+    _arguments.check_array("query", query, "B T N H", sizes, FLOAT_DTYPES)
+    _arguments.check_groups(sizes)
+    if not isinstance(selection, Selection):
+        raise ValueError(
+            f"selection: expected a Selection, got {type(selection).__name__}; "
+            "pass what select returned"
+        )
+    indices = selection.indices
+    _arguments.check_array("selection.indices", indices, "B T N P", sizes, _arguments.INT32)
+    if scale is None:
+        scale = sizes["H"] ** -0.5
+    elif isinstance(scale, bool) or jnp.shape(scale) or not jnp.isrealobj(scale):
+        raise ValueError(f"scale: expected a real number, got {scale!r}; pass a float or None")
+    return _attend(query, key, value, indices, scale, kv_layout=kv_layout)
+
+
+@functools.partial(jax.jit, static_argnames=("kv_layout",))
+def _attend(query, key, value, indices, scale, *, kv_layout: KVLayout) -> Array:
+    scale = jnp.asarray(scale, jnp.float32)
+    return reference.attend(query, key, value, indices, scale, kv_layout)

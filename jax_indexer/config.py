@@ -1,0 +1,139 @@
+"""IndexerConfig: what is static about an index and a selection."""
+
+import dataclasses
+import operator
+from typing import Any, Literal, cast, get_args
+
+import jax.numpy as jnp
+import numpy as np
+
+Metric = Literal["euclidean", "ip"]
+
+FLOAT_DTYPES = (np.dtype(jnp.float32), np.dtype(jnp.bfloat16), np.dtype(jnp.float16))
+
+
+class _FollowsSinkSize(int):
+    """`init_offset` left at None: reads as `sink_size`, and follows it through `replace`."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class IndexerConfig:
+    """Static parameters of the indexer: frozen, hashable, checked when built.
+
+    Attributes:
+      num_subspaces: M, the number of PQ subspaces a key is cut into; it divides H.
+      num_bits: bits of a code, 1 to 8; a subspace has C = 2**num_bits centroids.
+      heavy_size: the budget, in tokens chosen by score for each query head.
+      sink_size: tokens at the start that are always attended.
+      window_size: tokens at the end that are always attended.
+      init_offset: first position that may be chosen by score, and the first that codebooks are
+        trained on; None means `sink_size`, and reads as that.
+      metric: "euclidean", or "ip" for codebooks trained on keys augmented by one coordinate, which
+        turns the largest inner product into the nearest neighbour. Scores are inner products of
+        the H real dimensions for both.
+      kmeans_iters: Lloyd iterations of `build_index`.
+      table_dtype: float32, bfloat16 or float16: what look-up table entries are rounded to, once.
+      cells: keep the state that the "cells" selector needs.
+
+    Raises:
+      ValueError: for a value out of its range, naming the field.
+
+    Source: CONTRACT.md, section 4.
+    """
+
+    num_subspaces: int = 2
+    num_bits: int = 6
+    heavy_size: int = 128
+    sink_size: int = 128
+    window_size: int = 128
+    init_offset: int | None = None
+    metric: Metric = "euclidean"
+    kmeans_iters: int = 10
+    table_dtype: Any = jnp.float32
+    cells: bool = False
+
+    def __post_init__(self):
+        for name, low, high in (
+            ("num_subspaces", 1, None),
+            ("num_bits", 1, 8),
+            ("heavy_size", 0, None),
+            ("sink_size", 0, None),
+            ("window_size", 0, None),
+            ("kmeans_iters", 0, None),
+        ):
+            object.__setattr__(self, name, _integer(name, getattr(self, name), low, high))
+        if self.init_offset is None or isinstance(self.init_offset, _FollowsSinkSize):
+            init_offset = _FollowsSinkSize(self.sink_size)
+        else:
+            init_offset = _integer("init_offset", self.init_offset, 0, None)
+        object.__setattr__(self, "init_offset", init_offset)
+        if self.metric not in get_args(Metric):
+            raise ValueError(
+                f"metric: expected one of {get_args(Metric)}, got {self.metric!r}; "
+                'use "euclidean" unless the codebooks were trained on augmented keys'
+            )
+        try:
+            table_dtype = np.dtype(self.table_dtype)
+        except TypeError:
+            table_dtype = None
+        if table_dtype not in FLOAT_DTYPES:
+            raise ValueError(
+                "table_dtype: expected float32, bfloat16 or float16, "
+                f"got {self.table_dtype!r}; use jnp.float32 for exact table entries"
+            )
+        object.__setattr__(self, "table_dtype", table_dtype)
+        if not isinstance(self.cells, bool):
+            raise ValueError(f"cells: expected True or False, got {self.cells!r}; pass a bool")
+        if self.max_selected() > np.iinfo(np.int32).max:
+            raise ValueError(
+                f"heavy_size, sink_size, window_size: expected lists shorter than 2**31, "
+                f"got up to {self.max_selected()} tokens; make the sizes smaller"
+            )
+
+    @property
+    def num_centroids(self) -> int:
+        """C, the number of centroids of a subspace."""
+        return 2**self.num_bits
+
+    @property
+    def first_trained(self) -> int:
+        """The lowest position that codebooks are trained on: `init_offset`, never None."""
+        return cast(int, self.init_offset)
+
+    @property
+    def first_candidate(self) -> int:
+        """The lowest position that may be chosen by score: below it sinks or nothing."""
+        return max(self.sink_size, self.first_trained)
+
+    def short_context(self, num_query_tokens: int = 1) -> int:
+        """The largest number of visible tokens of which all are selected (rule 5)."""
+        return self.heavy_size + self.first_trained + num_query_tokens + self.num_centroids
+
+    def max_selected(self, num_query_tokens: int = 1) -> int:
+        """P, the length of a list of positions.
+
+        Args:
+          num_query_tokens: T, query tokens of one step.
+
+        Returns:
+          max(sink_size + heavy_size + window_size, heavy_size + init_offset + T + C); it may
+          exceed the capacity S.
+        """
+        attended = self.sink_size + self.heavy_size + self.window_size
+        return max(attended, self.short_context(num_query_tokens))
+
+
+def _integer(name: str, value: Any, low: int, high: int | None) -> int:
+    wanted = f"an integer of at least {low}" if high is None else f"an integer in {low}..{high}"
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = None
+    if isinstance(value, (bool, np.bool_)) or number is None:
+        raise ValueError(
+            f"{name}: expected {wanted}, got {value!r} ({type(value).__name__}); "
+            "pass a Python int, since it is static"
+        )
+    if number < low or (high is not None and number > high):
+        raise ValueError(f"{name}: expected {wanted}, got {number}; choose a value in that range")
+    return number

@@ -1,0 +1,34 @@
+"""How heads, tokens and subspaces are laid out."""
+
+from typing import Literal
+
+from jax import Array
+from jaxtyping import Float, Shaped
+
+KVLayout = Literal["BSKH", "BKSH"]
+
+
+def head_major(key: Shaped[Array, "B _ _ H"], kv_layout: KVLayout) -> Shaped[Array, "B K S H"]:
+    """Keys or values [B, K, S, H] from either layout."""
+    return key if kv_layout == "BKSH" else key.swapaxes(1, 2)
+
+
+def subvectors(key: Float[Array, "*batch H"], num_subspaces: int) -> Float[Array, "*batch M D"]:
+    """Cuts the head dimension into `num_subspaces` contiguous parts."""
+    return key.reshape(*key.shape[:-1], num_subspaces, -1)
+
+
+def by_kv_head(x: Shaped[Array, "B T N *rest"], num_kv_heads: int) -> Shaped[Array, "B K TG *rest"]:
+    """Groups query heads by the kv head they share: [B, T, N, ...] to [B, K, T * G, ...]."""
+    batch, tokens, heads, *rest = x.shape
+    grouped = x.reshape(batch, tokens, num_kv_heads, heads // num_kv_heads, *rest)
+    return grouped.swapaxes(1, 2).reshape(batch, num_kv_heads, -1, *rest)
+
+
+def by_query_head(
+    x: Shaped[Array, "B K TG *rest"], num_tokens: int
+) -> Shaped[Array, "B T N *rest"]:
+    """The inverse of `by_kv_head`."""
+    batch, kv_heads, group, *rest = x.shape
+    grouped = x.reshape(batch, kv_heads, num_tokens, group // num_tokens, *rest)
+    return grouped.swapaxes(1, 2).reshape(batch, num_tokens, -1, *rest)

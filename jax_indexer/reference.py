@@ -1,0 +1,320 @@
+"""Every stage in plain jnp: what "xla" runs, and what the kernels are compared with.
+
+Letters are those of CONTRACT.md, section 2.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jaxtyping import Bool, Float, Int32, UInt8
+
+from jax_indexer.config import IndexerConfig, Metric
+from jax_indexer.layout import KVLayout, by_kv_head, by_query_head, subvectors
+
+# Tokens encoded at once, in distances held in memory (tokens times K * M * C).
+DISTANCES_IN_MEMORY = 2**22
+
+# Of the ordered integers that stand for scores: what is no candidate, then NaN, then -inf.
+NOT_A_CANDIDATE = np.int32(np.iinfo(np.int32).min)
+NAN_RANK = np.int32(np.iinfo(np.int32).min + 1)
+
+
+def lookup_table(
+    query: Float[Array, "B T N H"],
+    codebooks: Float[Array, "B K M C D_"],
+    table_dtype: np.dtype,
+) -> Float[Array, "B T N M C"]:
+    """Inner products of the query's subvectors with every centroid (rule 3).
+
+    Args:
+      query: float32, bfloat16 or float16.
+      codebooks: centroids; a coordinate past D = H // M, the augmented one, is not used.
+      table_dtype: what the float32 sums are rounded to, once.
+
+    Returns:
+      The table, in `table_dtype`.
+    """
+    parts = subvectors(query.astype(jnp.float32), codebooks.shape[2])
+    parts = by_kv_head(parts, codebooks.shape[1])
+    centroids = codebooks[..., : parts.shape[-1]].astype(jnp.float32)
+    table = jnp.einsum("bkgmd,bkmcd->bkgmc", parts, centroids, precision=lax.Precision.HIGHEST)
+    return by_query_head(table, query.shape[1]).astype(table_dtype)
+
+
+def adc_scores(
+    table: Float[Array, "B T N M C"], codes: UInt8[Array, "B K M S"]
+) -> Float[Array, "B T N S"]:
+    """Asymmetric distance computation: a key's score is the sum of its M table entries (rule 3).
+
+    Args:
+      table: look-up tables, as `lookup_table` returns them.
+      codes: only the low bits, log2(C) of them, count.
+
+    Returns:
+      float32 scores of all S tokens, added in the order of the subspaces.
+    """
+    num_subspaces, num_centroids = table.shape[-2:]
+    codes = codes & np.uint8(num_centroids - 1)
+
+    def score(table: Float[Array, "TG M C"], codes: UInt8[Array, "M S"]) -> Float[Array, "TG S"]:
+        total = jnp.float32(0)
+        for m in range(num_subspaces):
+            entries = jnp.take(table[:, m], codes[m].astype(jnp.int32), axis=1, mode="clip")
+            total = total + entries.astype(jnp.float32)
+        return total
+
+    grouped = jax.vmap(jax.vmap(score))(by_kv_head(table, codes.shape[1]), codes)
+    return by_query_head(grouped, table.shape[1])
+
+
+def ordered(scores: Float[Array, "*shape"]) -> Int32[Array, "*shape"]:
+    """Integers in the order of the scores: NaN below -inf, -0.0 equal to 0.0 (rule 4)."""
+    bits = lax.bitcast_convert_type(scores.astype(jnp.float32), jnp.int32)
+    magnitude = bits & np.int32(0x7FFFFFFF)
+    signed = jnp.where(bits < 0, -magnitude, magnitude)
+    return jnp.where(magnitude > np.int32(0x7F800000), NAN_RANK, signed)
+
+
+def visible_tokens(
+    lengths: Int32[Array, "B"], capacity: int, num_query_tokens: int
+) -> Int32[Array, "B T"]:
+    """V of every query token: lengths clipped to the capacity, less the step's later tokens."""
+    later = np.arange(num_query_tokens - 1, -1, -1, dtype=np.int32)
+    return jnp.maximum(jnp.clip(lengths, 0, capacity)[:, None] - later, 0)
+
+
+def candidates(
+    visible: Int32[Array, "*rows"], capacity: int, config: IndexerConfig
+) -> Bool[Array, "*rows S"]:
+    """Which tokens may be chosen by score (rule 2)."""
+    position = jnp.arange(capacity, dtype=jnp.int32)
+    last = visible[..., None] - config.window_size
+    return (position >= config.first_candidate) & (position < last)
+
+
+def select_from_scores(
+    scores: Float[Array, "B T N S"], lengths: Int32[Array, "B"], config: IndexerConfig
+) -> tuple[Int32[Array, "B T N P"], Int32[Array, "B T N"]]:
+    """The lists of positions and their lengths (rules 1, 2, 4, 5 and 6).
+
+    Args:
+      scores: of all S tokens; those of tokens that are no candidates are not used.
+      lengths: tokens in the cache; clipped to 0..S.
+      config: sizes.
+
+    Returns:
+      Ascending positions padded with -1, and how many there are.
+    """
+    num_query_tokens, capacity = scores.shape[1], scores.shape[3]
+    list_size = config.max_selected(num_query_tokens)
+    nowhere = np.int32(max(capacity, list_size))  # sorts behind every position
+
+    visible = visible_tokens(lengths, capacity, num_query_tokens)[..., None]
+    candidate = candidates(visible, capacity, config)
+    # Integers have neither NaN nor two zeros, so top_k's own rule for ties (lower index first) is
+    # the contract's.
+    rank = jnp.where(candidate, ordered(scores), NOT_A_CANDIDATE)
+    _, heavy = lax.top_k(rank, min(config.heavy_size, capacity))
+    num_heavy = jnp.clip(visible - config.window_size - config.first_candidate, 0, heavy.shape[-1])
+
+    def entries(positions, exist):
+        positions = jnp.where(exist, positions, nowhere)
+        return jnp.broadcast_to(positions, (*scores.shape[:3], positions.shape[-1]))
+
+    visible = visible[..., None]
+    sink = np.arange(config.sink_size, dtype=np.int32)
+    window = visible - config.window_size + np.arange(config.window_size, dtype=np.int32)
+    heavy_slot = np.arange(heavy.shape[-1], dtype=np.int32)
+    attended = jnp.concatenate(
+        [
+            entries(sink, sink < visible),
+            entries(heavy.astype(jnp.int32), heavy_slot < num_heavy[..., None]),
+            entries(window, window >= np.int32(config.sink_size)),
+        ],
+        axis=-1,
+    )
+    missing = list_size - attended.shape[-1]
+    attended = jnp.pad(attended, ((0, 0),) * 3 + ((0, missing),), constant_values=nowhere)
+
+    slot = np.arange(list_size, dtype=np.int32)
+    everything = entries(slot, slot < visible)
+    is_short = visible <= config.short_context(num_query_tokens)
+    indices = jnp.sort(jnp.where(is_short, everything, attended), axis=-1)
+    selected = indices < nowhere
+    counts = jnp.sum(selected, axis=-1, dtype=jnp.int32)
+    return jnp.where(selected, indices, -1), counts
+
+
+def dense_weights(
+    indices: Int32[Array, "B T N P"], capacity: int, dtype: np.dtype
+) -> Float[Array, "B T N S"]:
+    """1 at the listed positions, else 0 (rule 6)."""
+
+    def row(indices: Int32[Array, "P"]) -> Float[Array, "S"]:
+        place = jnp.where(indices < 0, np.int32(capacity), indices)
+        return jnp.zeros(capacity, dtype).at[place].set(1, mode="drop")
+
+    return jax.vmap(jax.vmap(jax.vmap(row)))(indices)
+
+
+def select_from_table(
+    table: Float[Array, "B T N M C"],
+    codes: UInt8[Array, "B K M S"],
+    lengths: Int32[Array, "B"],
+    config: IndexerConfig,
+    weights_dtype: np.dtype | None,
+) -> tuple[Int32[Array, "B T N P"], Int32[Array, "B T N"], Float[Array, "B T N S"] | None]:
+    """Everything of a selection that follows the table: indices, counts, weights if asked for."""
+    indices, counts = select_from_scores(adc_scores(table, codes), lengths, config)
+    if weights_dtype is None:
+        return indices, counts, None
+    return indices, counts, dense_weights(indices, codes.shape[-1], weights_dtype)
+
+
+def augment(
+    parts: Float[Array, "*batch D"], phi: Float[Array, "*#batch"]
+) -> Float[Array, "*batch D_"]:
+    """Adds the coordinate that gives every subvector the squared norm `phi`, if it is shorter.
+
+    Among vectors of one norm the nearest centroid is the one of largest inner product.
+    Source: the reduction of maximum inner product to nearest neighbour (Bachrach et al., 2014).
+    """
+    missing = phi - jnp.sum(parts * parts, axis=-1)
+    return jnp.concatenate([parts, jnp.sqrt(jnp.maximum(missing, 0))[..., None]], axis=-1)
+
+
+def encode(
+    parts: Float[Array, "*batch n D_"], codebooks: Float[Array, "*batch C D_"]
+) -> UInt8[Array, "*batch n"]:
+    """The nearest centroid of every subvector; ties go to the lower one.
+
+    The distance is added one dimension after the other, so that a key's code depends neither on
+    the other keys nor on their number: a matrix product promises no such thing.
+
+    Args:
+      parts: float32 subvectors, augmented for the inner-product metric.
+      codebooks: float32 centroids.
+
+    Returns:
+      Codes; 0 for a subvector that is not finite.
+    """
+    dimensions = parts.shape[-1]
+    along = jnp.moveaxis(parts, -1, 0)[..., :, None]  # [D', ..., n, 1]
+    centroids = jnp.moveaxis(codebooks, -1, 0)[..., None, :]  # [D', ..., 1, C]
+
+    def add(d, total):
+        difference = along[d] - centroids[d]
+        return total + difference * difference
+
+    shape = jnp.broadcast_shapes(along.shape[1:], centroids.shape[1:])
+    distance = lax.fori_loop(0, dimensions, add, jnp.zeros(shape, jnp.float32))
+    distance = jnp.where(jnp.isnan(distance), jnp.inf, distance)
+    finite = jnp.all(jnp.isfinite(parts), axis=-1)
+    return jnp.where(finite, jnp.argmin(distance, axis=-1), 0).astype(jnp.uint8)
+
+
+def encode_tokens(
+    key: Float[Array, "B K t H"],
+    codebooks: Float[Array, "B K M C D_"],
+    phi: Float[Array, "B K M"] | None,
+    metric: Metric,
+) -> UInt8[Array, "B K M t"]:
+    """Codes of all the tokens of a batch, in chunks that bound the distances held in memory."""
+    kv_heads, tokens = key.shape[1:3]
+    num_subspaces, num_centroids = codebooks.shape[2:4]
+
+    def encode_chunk(key: Float[Array, "K n H"], codebooks, phi) -> UInt8[Array, "K M n"]:
+        parts = jnp.moveaxis(subvectors(key.astype(jnp.float32), num_subspaces), 2, 1)
+        if metric == "ip":
+            parts = augment(parts, phi[..., None])
+        return encode(parts, codebooks.astype(jnp.float32))
+
+    def encode_row(row) -> UInt8[Array, "K M t"]:
+        key, codebooks, phi = row
+        chunk = max(DISTANCES_IN_MEMORY // (kv_heads * num_subspaces * num_centroids), 64)
+        if tokens <= chunk:
+            return encode_chunk(key, codebooks, phi)
+        padded = jnp.pad(key, ((0, 0), (0, -tokens % chunk), (0, 0)))
+        chunks = jnp.moveaxis(padded.reshape(kv_heads, -1, chunk, key.shape[-1]), 1, 0)
+        codes = lax.map(lambda key: encode_chunk(key, codebooks, phi), chunks)
+        return jnp.moveaxis(codes, 0, 2).reshape(kv_heads, num_subspaces, -1)[..., :tokens]
+
+    if tokens == 1:  # a decode step: all rows at once
+        return jax.vmap(lambda *row: encode_row(row))(key, codebooks, phi)
+    return lax.map(encode_row, (key, codebooks, phi))
+
+
+def append_tokens(
+    key_new: Float[Array, "B K t H"],
+    codebooks: Float[Array, "B K M C D_"],
+    codes: UInt8[Array, "B K M S"],
+    lengths: Int32[Array, "B"],
+    phi: Float[Array, "B K M"] | None,
+    counts: Int32[Array, "B"] | None,
+    metric: Metric,
+) -> tuple[UInt8[Array, "B K M S"], Int32[Array, "B"]]:
+    """Writes the codes of each row's first `counts` new tokens behind its last (section 4).
+
+    Args:
+      key_new: keys to encode.
+      codebooks: centroids.
+      codes: codes so far.
+      lengths: tokens so far, clipped to 0..S.
+      phi: largest squared norm of a training subvector, for the inner-product metric.
+      counts: how many of the t tokens each row takes, clipped to 0..t; None for all.
+      metric: "euclidean" or "ip".
+
+    Returns:
+      codes and lengths; those of a row that would pass its capacity are what they were.
+    """
+    (batch, _, num_new, _), capacity = key_new.shape, codes.shape[-1]
+    new = encode_tokens(key_new, codebooks, phi, metric)
+    counts = jnp.full(batch, num_new, jnp.int32) if counts is None else counts
+    counts = jnp.clip(counts, 0, num_new)
+    start = jnp.clip(lengths, 0, capacity)
+    counts = jnp.where(start + counts <= capacity, counts, 0)
+    token = np.arange(num_new, dtype=np.int32)
+    place = jnp.where(token < counts[:, None], start[:, None] + token, capacity)
+
+    def write(row: UInt8[Array, "K M S"], new: UInt8[Array, "K M t"], place: Int32[Array, "t"]):
+        return row.at[:, :, place].set(new, mode="drop")
+
+    written = jax.vmap(write)(codes, new, place)
+    return written, jnp.where(counts > 0, start + counts, lengths)
+
+
+def attend(
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B _ _ H"],
+    value: Float[Array, "B _ _ H"],
+    indices: Int32[Array, "B T N P"],
+    scale: float | Float[Array, ""],
+    kv_layout: KVLayout,
+) -> Float[Array, "B T N H"]:
+    """Softmax attention over the listed tokens, in float32 (CONTRACT.md, section 4)."""
+    token_axis, head_axis = (1, 2) if kv_layout == "BSKH" else (2, 1)
+    capacity, kv_heads = key.shape[token_axis], key.shape[head_axis]
+    listed = by_kv_head((indices >= 0) & (indices < capacity), kv_heads)  # [B, K, TG, P]
+    place = by_kv_head(jnp.clip(indices, 0, capacity - 1), kv_heads)
+    batch, _, group, list_size = place.shape
+
+    def gather(cache):
+        # The lists follow the cache's layout, so that the cache itself is never transposed.
+        flat = place.reshape(batch, kv_heads, -1)
+        flat = flat if kv_layout == "BKSH" else flat.swapaxes(1, 2)
+        taken = jnp.take_along_axis(cache, flat[..., None], axis=token_axis)
+        taken = taken if kv_layout == "BKSH" else taken.swapaxes(1, 2)
+        return taken.reshape(batch, kv_heads, group, list_size, -1).astype(jnp.float32)
+
+    grouped = by_kv_head(query.astype(jnp.float32), kv_heads)
+    highest = lax.Precision.HIGHEST
+    logits = jnp.einsum("bkgh,bkgph->bkgp", grouped, gather(key), precision=highest) * scale
+    logits = jnp.where(listed, logits, -jnp.inf)
+    largest = jnp.max(logits, axis=-1, keepdims=True, initial=-jnp.inf)
+    weights = jnp.exp(logits - jnp.where(jnp.isneginf(largest), 0, largest))
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    weights = weights / jnp.where(total == 0, 1, total)
+    values = jnp.where(listed[..., None], gather(value), 0)
+    out = jnp.einsum("bkgp,bkgph->bkgh", weights, values, precision=highest)
+    return by_query_head(out, query.shape[1]).astype(query.dtype)

@@ -1,0 +1,144 @@
+"""select and indexer_next: which tokens each query head attends to."""
+
+import functools
+from typing import Literal, NamedTuple
+
+import jax
+from jax import Array
+
+from jax_indexer import _arguments, reference
+from jax_indexer.config import FLOAT_DTYPES, IndexerConfig
+from jax_indexer.index import PQIndex, append, check_append
+from jax_indexer.layout import KVLayout
+
+Implementation = Literal["triton", "xla"]
+Selector = Literal["top_k", "threshold", "cells"]
+
+
+class Selection(NamedTuple):
+    """The tokens to attend to.
+
+    Attributes:
+      indices: int32[B, T, N, P], positions in ascending order, unique, -1 past `counts`;
+        P = config.max_selected(T).
+      counts: int32[B, T, N], how many positions are listed.
+      weights: None unless asked for: [B, T, N, S] in the query's dtype, 1 at listed tokens, else 0.
+    """
+
+    indices: Array
+    counts: Array
+    weights: Array | None
+
+
+def select(
+    query: Array,
+    index: PQIndex,
+    config: IndexerConfig,
+    *,
+    return_weights: bool = False,
+    implementation: Implementation | None = None,
+    selector: Selector | None = None,
+) -> Selection:
+    """Selects for every query head the sink, heavy and window tokens to attend to.
+
+    Args:
+      query: [B, T, N, H], float32, bfloat16 or float16, the step's query tokens; the last one sees
+        all `index.lengths` tokens, the one before it one less, and so on.
+      index: the product-quantized keys, those of the step's own tokens included.
+      config: what the index was built with.
+      return_weights: whether to write the dense weights too.
+      implementation: "xla", or None for the best one that supports the case.
+      selector: how the heavy tokens are found, or None; all give the same list.
+
+    Returns:
+      A Selection.
+
+    Raises:
+      ValueError: for arguments of wrong type, shape or dtype.
+      NotImplementedError: for an implementation or a selector that is not there.
+
+    Source: CONTRACT.md, section 3.
+    """
+    check_select(query, index, config, return_weights, implementation, selector)
+    return _select(query, index, config=config, return_weights=return_weights)
+
+
+def indexer_next(
+    query: Array,
+    key_new: Array,
+    index: PQIndex,
+    config: IndexerConfig,
+    *,
+    counts: Array | None = None,
+    return_weights: bool = False,
+    implementation: Implementation | None = None,
+    selector: Selector | None = None,
+    kv_layout: KVLayout = "BSKH",
+) -> tuple[Selection, PQIndex]:
+    """A whole decode step: appends the step's keys, then selects for its queries.
+
+    Args:
+      query: [B, T, N, H], the step's query tokens.
+      key_new: [B, T, K, H] ("BSKH") or [B, K, T, H] ("BKSH"), their keys.
+      index: the index before the step; donate it to have it updated in place.
+      config: what the index was built with.
+      counts: int32[B], how many of the T keys each row appends, as in `append`; None for T.
+      return_weights: as in `select`.
+      implementation: as in `select`.
+      selector: as in `select`.
+      kv_layout: order of the token and head axes of `key_new`.
+
+    Returns:
+      The Selection and the index after the step.
+
+    Raises:
+      ValueError: for arguments of wrong type, shape or dtype, before anything is updated.
+      NotImplementedError: for an implementation or a selector that is not there.
+
+    Source: CONTRACT.md, section 4.
+    """
+    sizes = check_append(index, key_new, config, counts, kv_layout)
+    check_select(query, index, config, return_weights, implementation, selector)
+    if query.shape[1] != sizes["t"]:
+        raise ValueError(
+            f"key_new: expected t=T={query.shape[1]} tokens, as many as query has, "
+            f"got t={sizes['t']}; call append and select apart for other numbers"
+        )
+    index = append(index, key_new, config, counts=counts, kv_layout=kv_layout)
+    selection = select(
+        query,
+        index,
+        config,
+        return_weights=return_weights,
+        implementation=implementation,
+        selector=selector,
+    )
+    return selection, index
+
+
+def check_select(query, index, config, return_weights, implementation, selector) -> None:
+    """Checks the arguments of `select`."""
+    _arguments.check_config(config)
+    sizes: dict[str, int] = {}
+    _arguments.check_array("query", query, "B T N H", sizes, FLOAT_DTYPES)
+    _arguments.check_subspaces("query", config, sizes)
+    _arguments.check_index(index, config, sizes)
+    _arguments.check_groups(sizes)
+    _arguments.check_choice("return_weights", return_weights, (True, False))
+    _arguments.check_choice("implementation", implementation, (None, "triton", "xla"))
+    _arguments.check_choice("selector", selector, (None, "top_k", "threshold", "cells"))
+    if implementation == "triton":
+        raise NotImplementedError('implementation: "triton" is not there yet; use "xla" or None')
+    if selector not in (None, "top_k"):
+        raise NotImplementedError(f'selector: "xla" has "top_k" only, not {selector!r}')
+
+
+@functools.partial(jax.jit, static_argnames=("config", "return_weights"))
+def _select(
+    query: Array, index: PQIndex, *, config: IndexerConfig, return_weights: bool
+) -> Selection:
+    table = reference.lookup_table(query, index.codebooks, config.table_dtype)
+    weights_dtype = query.dtype if return_weights else None
+    return Selection(
+        *reference.select_from_table(table, index.codes, index.lengths, config, weights_dtype)
+    )
