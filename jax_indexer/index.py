@@ -11,6 +11,8 @@ from jax import Array, lax
 
 from jax_indexer import _arguments, kmeans, reference
 from jax_indexer.config import IndexerConfig
+from jax_indexer.kernels import append as kernels
+from jax_indexer.kernels import backend
 from jax_indexer.layout import KVLayout, head_major, subvectors
 
 
@@ -178,13 +180,31 @@ def _append(
     config: IndexerConfig,
     kv_layout: KVLayout,
 ) -> PQIndex:
-    codes, lengths = reference.append_tokens(
-        head_major(key_new, kv_layout),
-        index.codebooks,
-        index.codes,
-        index.lengths,
-        index.phi,
-        counts,
-        metric=config.metric,
-    )
+    def xla(key_new, index, counts):
+        return reference.append_tokens(
+            head_major(key_new, kv_layout),
+            index.codebooks,
+            index.codes,
+            index.lengths,
+            index.phi,
+            counts,
+            config.metric,
+        )
+
+    def triton(key_new, index, counts):
+        return kernels.append_tokens(
+            key_new,
+            index.codebooks,
+            index.codes,
+            index.lengths,
+            index.phi,
+            counts,
+            metric=config.metric,
+            kv_layout=kv_layout,
+        )
+
+    if backend.unaddressable(key_new, *jax.tree.leaves(index)):
+        codes, lengths = xla(key_new, index, counts)
+    else:
+        codes, lengths = lax.platform_dependent(key_new, index, counts, cuda=triton, default=xla)
     return dataclasses.replace(index, codes=codes, lengths=lengths)

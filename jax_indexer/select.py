@@ -4,11 +4,12 @@ import functools
 from typing import Literal, NamedTuple
 
 import jax
-from jax import Array
+from jax import Array, lax
 
 from jax_indexer import _arguments, reference
 from jax_indexer.config import FLOAT_DTYPES, IndexerConfig
 from jax_indexer.index import PQIndex, append, check_append
+from jax_indexer.kernels import backend, top_k
 from jax_indexer.layout import KVLayout
 
 Implementation = Literal["triton", "xla"]
@@ -47,7 +48,7 @@ def select(
       index: the product-quantized keys, those of the step's own tokens included.
       config: what the index was built with.
       return_weights: whether to write the dense weights too.
-      implementation: "xla", or None for the best one that supports the case.
+      implementation: "triton", "xla", or None: Triton on an NVIDIA GPU, XLA elsewhere.
       selector: how the heavy tokens are found, or None; all give the same list.
 
     Returns:
@@ -60,7 +61,14 @@ def select(
     Source: CONTRACT.md, section 3.
     """
     check_select(query, index, config, return_weights, implementation, selector)
-    return _select(query, index, config=config, return_weights=return_weights)
+    return _select(
+        query,
+        index,
+        config=config,
+        return_weights=return_weights,
+        implementation=implementation,
+        selector=selector,
+    )
 
 
 def indexer_next(
@@ -127,18 +135,43 @@ def check_select(query, index, config, return_weights, implementation, selector)
     _arguments.check_choice("return_weights", return_weights, (True, False))
     _arguments.check_choice("implementation", implementation, (None, "triton", "xla"))
     _arguments.check_choice("selector", selector, (None, "top_k", "threshold", "cells"))
-    if implementation == "triton":
-        raise NotImplementedError('implementation: "triton" is not there yet; use "xla" or None')
     if selector not in (None, "top_k"):
-        raise NotImplementedError(f'selector: "xla" has "top_k" only, not {selector!r}')
+        raise NotImplementedError(f'selector: only "top_k" is there, not {selector!r}; use None')
+    if implementation == "triton":
+        missing = backend.no_gpu() or backend.unaddressable(query, *jax.tree.leaves(index))
+        if missing:
+            raise NotImplementedError(f'implementation: "triton" lacks support: {missing}')
 
 
-@functools.partial(jax.jit, static_argnames=("config", "return_weights"))
+@functools.partial(
+    jax.jit, static_argnames=("config", "return_weights", "implementation", "selector")
+)
 def _select(
-    query: Array, index: PQIndex, *, config: IndexerConfig, return_weights: bool
+    query: Array,
+    index: PQIndex,
+    *,
+    config: IndexerConfig,
+    return_weights: bool,
+    implementation: Implementation | None,
+    selector: Selector | None,
 ) -> Selection:
-    table = reference.lookup_table(query, index.codebooks, config.table_dtype)
+    del selector  # there is one
     weights_dtype = query.dtype if return_weights else None
-    return Selection(
-        *reference.select_from_table(table, index.codes, index.lengths, config, weights_dtype)
-    )
+
+    def xla(query: Array, index: PQIndex) -> Selection:
+        table = reference.lookup_table(query, index.codebooks, config.table_dtype)
+        return Selection(
+            *reference.select_from_table(table, index.codes, index.lengths, config, weights_dtype)
+        )
+
+    def triton(query: Array, index: PQIndex) -> Selection:
+        table = top_k.table_of(query, index.codebooks, config.table_dtype)
+        return Selection(
+            *top_k.select_from_table(table, index.codes, index.lengths, config, weights_dtype)
+        )
+
+    if implementation == "triton":
+        return triton(query, index)
+    if implementation == "xla" or backend.unaddressable(query, *jax.tree.leaves(index)):
+        return xla(query, index)
+    return lax.platform_dependent(query, index, cuda=triton, default=xla)

@@ -1,0 +1,1 @@
+"""Pallas kernels for NVIDIA GPUs, one family a file; `backend` alone names what lowers them."""

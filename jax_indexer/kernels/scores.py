@@ -1,0 +1,135 @@
+"""ADC scores: sum, over subspaces, of each key's look-up table entry."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jax.experimental import pallas as pl
+from jaxtyping import Float, Int32, UInt8
+
+from jax_indexer.config import IndexerConfig
+from jax_indexer.kernels import backend
+from jax_indexer.kernels.plan import plan_row
+from jax_indexer.kernels.tuning import SCORE_BLOCK, SCORE_QUERIES, SCORE_WARPS
+
+
+def rankable(scores: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """Scores as floats that any top-k orders by rule 4, leaving -inf for what ranks below -inf.
+
+    Negative numbers move up by one unit in the last place, so that -inf becomes the lowest finite
+    number, and NaN becomes -inf. -0.0 becomes 0.0. Order and ties are kept.
+    """
+    bits = lax.bitcast_convert_type(scores, jnp.int32)
+    magnitude = bits & 0x7FFFFFFF
+    moved = jnp.where(bits < 0, bits - 1, bits)
+    moved = jnp.where(magnitude == 0, 0, moved)
+    ranked = lax.bitcast_convert_type(moved, jnp.float32)
+    return jnp.where(magnitude > 0x7F800000, -jnp.inf, ranked)
+
+
+def score_kernel(
+    lengths_ref,  # i32[B]
+    table_ref,  # [R, Q, M * C]
+    codes_ref,  # u8[R, M, S]
+    out_ref,  # f32[R, Q, S]
+    *,
+    config: IndexerConfig,
+    num_query_tokens: int,
+    queries_per_program: int,
+    block: int,
+):
+    num_rows, num_subspaces, capacity = codes_ref.shape
+    num_queries = table_ref.shape[1]
+    num_centroids = table_ref.shape[2] // num_subspaces
+    group = num_queries // num_query_tokens
+    num_blocks = pl.cdiv(capacity, block)
+
+    program = pl.program_id(0)
+    start = program % num_blocks * block
+    query = program // num_blocks % (num_queries // queries_per_program) * queries_per_program
+    row = program // (num_blocks * (num_queries // queries_per_program))
+
+    position = start + jnp.arange(block, dtype=jnp.int32)
+    length = lengths_ref[row // (num_rows // lengths_ref.shape[0])]
+    plans = [
+        plan_row(
+            length,
+            (query + q) // group,
+            config=config,
+            num_query_tokens=num_query_tokens,
+            capacity=capacity,
+        )
+        for q in range(queries_per_program)
+    ]
+    # Later query tokens see more, so the last one's candidates include the others'.
+    first, last = plans[-1].first, plans[-1].last
+    candidate = (position >= first) & (position < last)
+
+    @pl.when((start < last) & (start + block > first))
+    def _():
+        totals = [jnp.zeros(block, jnp.float32)] * queries_per_program
+        for m in range(num_subspaces):
+            code = backend.load(codes_ref.at[row, m, position], mask=candidate, other=0)
+            entry = m * num_centroids + (code.astype(jnp.int32) & (num_centroids - 1))
+            for q in range(queries_per_program):
+                totals[q] += table_ref[row, query + q, entry].astype(jnp.float32)
+        for q, (total, plan) in enumerate(zip(totals, plans, strict=True)):
+            mine = (position >= plan.first) & (position < plan.last)
+            ranked = jnp.where(mine, rankable(total), -jnp.inf)
+            out = out_ref.at[row, query + q, position]
+            backend.store(out, ranked, mask=position < capacity)
+
+    @pl.when((start >= last) | (start + block <= first))
+    def _():
+        nothing = jnp.full(block, -jnp.inf, jnp.float32)
+        for q in range(queries_per_program):
+            out = out_ref.at[row, query + q, position]
+            backend.store(out, nothing, mask=position < capacity)
+
+
+def rankable_scores(
+    table: Float[Array, "R Q MC"],
+    codes: UInt8[Array, "R M S"],
+    lengths: Int32[Array, "B"],
+    config: IndexerConfig,
+    num_query_tokens: int,
+    *,
+    interpret: bool = False,
+) -> Float[Array, "R Q S"]:
+    """Scores of the candidates, in the form that `rankable` gives them; -inf elsewhere.
+
+    Args:
+      table: look-up tables, grouped by kv head.
+      codes: of all tokens; only their low bits count.
+      lengths: tokens in the cache, clipped to 0..S.
+      config: sizes.
+      num_query_tokens: T; queries of a row are ordered by token, then by head.
+      interpret: run on the CPU.
+
+    Returns:
+      float32 numbers in the order of the scores, with the same ties.
+
+    Source: CONTRACT.md, rules 2, 3 and 4.
+    """
+    (rows, queries, _), capacity = table.shape, codes.shape[-1]
+    shared = max(q for q in range(1, SCORE_QUERIES + 1) if queries % q == 0)
+    kernel = functools.partial(
+        score_kernel,
+        config=config,
+        num_query_tokens=num_query_tokens,
+        queries_per_program=shared,
+        block=SCORE_BLOCK,
+    )
+    (scores,) = backend.launch(
+        kernel,
+        lengths,
+        table,
+        codes,
+        programs=rows * (queries // shared) * pl.cdiv(capacity, SCORE_BLOCK),
+        out_shape=[jax.ShapeDtypeStruct((rows, queries, capacity), np.float32)],
+        num_warps=SCORE_WARPS,
+        interpret=interpret,
+    )
+    return scores

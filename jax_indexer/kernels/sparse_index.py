@@ -1,0 +1,198 @@
+"""The sparse index: lists, counts and dense weights, from ranked scores and the cut among them."""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.experimental import pallas as pl
+from jaxtyping import Float, Int32
+
+from jax_indexer.config import IndexerConfig
+from jax_indexer.kernels import backend
+from jax_indexer.kernels.codebook import power_of_2_from
+from jax_indexer.kernels.plan import RowPlan, plan_row
+from jax_indexer.kernels.tuning import INDEX_BLOCK, INDEX_WARPS
+
+# Two counts in one integer, so that one sum or prefix sum serves both: a block's tokens above the
+# cut in the high bits, those at it in the low ones.
+ABOVE_SHIFT = 16
+AT_MASK = (1 << ABOVE_SHIFT) - 1
+
+
+class _Program(NamedTuple):
+    row: Array
+    query: Array
+    block: Array
+    position: Array
+    plan: RowPlan
+
+
+def _program(lengths_ref, scores_ref, block: int, config, num_query_tokens: int) -> _Program:
+    num_rows, num_queries, capacity = scores_ref.shape
+    num_blocks = pl.cdiv(capacity, block)
+    program = pl.program_id(0)
+    query = program // num_blocks % num_queries
+    row = program // (num_blocks * num_queries)
+    plan = plan_row(
+        lengths_ref[row // (num_rows // lengths_ref.shape[0])],
+        query // (num_queries // num_query_tokens),
+        config=config,
+        num_query_tokens=num_query_tokens,
+        capacity=capacity,
+    )
+    start = program % num_blocks * block
+    position = start + jnp.arange(block, dtype=jnp.int32)
+    return _Program(row, query, program % num_blocks, position, plan)
+
+
+def _against_cut(scores_ref, cut_ref, p: _Program) -> tuple[Array, Array]:
+    """Which of the program's candidates are above the cut, and which at it."""
+    candidate = (p.position >= p.plan.first) & (p.position < p.plan.last)
+    score = backend.load(scores_ref.at[p.row, p.query, p.position], mask=candidate, other=0)
+    cut = cut_ref[p.row, p.query, cut_ref.shape[2] - 1]
+    return candidate & (score > cut), candidate & (score == cut)
+
+
+def count_kernel(
+    lengths_ref,  # i32[B]
+    scores_ref,  # f32[R, Q, S]
+    cut_ref,  # f32[R, Q, k], the last of which is the cut
+    counts_ref,  # i32[R, Q, blocks]
+    *,
+    config: IndexerConfig,
+    num_query_tokens: int,
+    block: int,
+):
+    p = _program(lengths_ref, scores_ref, block, config, num_query_tokens)
+    above, at = _against_cut(scores_ref, cut_ref, p)
+    packed = jnp.where(above, 1 << ABOVE_SHIFT, at.astype(jnp.int32))
+    counts_ref[p.row, p.query, p.block] = jnp.sum(packed)
+
+
+def sparse_index_kernel(
+    lengths_ref,  # i32[B]
+    scores_ref,  # f32[R, Q, S]
+    cut_ref,  # f32[R, Q, k]
+    block_counts_ref,  # i32[R, Q, blocks]
+    indices_ref,  # i32[R, Q, P]
+    counts_ref,  # i32[R, Q]
+    weights_ref=None,  # [R, Q, S]
+    *,
+    config: IndexerConfig,
+    num_query_tokens: int,
+    block: int,
+):
+    capacity, num_blocks, list_size = (
+        scores_ref.shape[2],
+        block_counts_ref.shape[2],
+        indices_ref.shape[2],
+    )
+    p = _program(lengths_ref, scores_ref, block, config, num_query_tokens)
+    plan = p.plan
+    above, at = _against_cut(scores_ref, cut_ref, p)
+
+    # Everything of the earlier and of all blocks, for this block's first slot and the ties to take.
+    other = jnp.arange(power_of_2_from(num_blocks), dtype=jnp.int32)
+    packed = backend.load(
+        block_counts_ref.at[p.row, p.query, other], mask=other < num_blocks, other=0
+    )
+    num_above = jnp.sum(packed >> ABOVE_SHIFT)
+    above_before = jnp.sum(jnp.where(other < p.block, packed >> ABOVE_SHIFT, 0))
+    at_before = jnp.sum(jnp.where(other < p.block, packed & AT_MASK, 0))
+    ties_to_take = plan.num_heavy - num_above
+
+    within = jnp.cumsum(jnp.where(above, 1 << ABOVE_SHIFT, at.astype(jnp.int32)))
+    ties = at_before + (within & AT_MASK)
+    heavy = above | (at & (ties <= ties_to_take))
+    slot = above_before + (within >> ABOVE_SHIFT) + jnp.minimum(ties, ties_to_take) - 1
+    # A slot that is none lies behind the list: interpret mode writes back what a masked lane read.
+    slot = jnp.where(heavy, plan.num_sink + slot, list_size)
+    backend.store(indices_ref.at[p.row, p.query, slot], p.position, mask=heavy)
+
+    # The other entries follow from the length, and each program of the row writes its share.
+    share = power_of_2_from(pl.cdiv(list_size, num_blocks))
+    slot = p.block * share + jnp.arange(share, dtype=jnp.int32)
+    entry = jnp.where(slot < plan.num_sink, slot, plan.visible - plan.num_listed + slot)
+    entry = jnp.where(slot < plan.num_listed, entry, -1)
+    is_heavy = (slot >= plan.num_sink) & (slot < plan.num_sink + plan.num_heavy)
+    mine = (slot < list_size) & ~is_heavy
+    slot = jnp.where(mine, slot, list_size)
+    backend.store(indices_ref.at[p.row, p.query, slot], entry, mask=mine)
+
+    @pl.when(p.block == 0)
+    def _():
+        counts_ref[p.row, p.query] = plan.num_listed
+
+    if weights_ref is not None:
+        window = (p.position < plan.visible) & (p.position >= plan.visible - config.window_size)
+        listed = heavy | window | (p.position < plan.num_sink)
+        weights = weights_ref.at[p.row, p.query, p.position]
+        backend.store(weights, listed.astype(weights_ref.dtype), mask=p.position < capacity)
+
+
+def sparse_index(
+    scores: Float[Array, "R Q S"],
+    cut: Float[Array, "R Q k"],
+    lengths: Int32[Array, "B"],
+    config: IndexerConfig,
+    num_query_tokens: int,
+    weights_dtype: np.dtype | None,
+    *,
+    interpret: bool = False,
+) -> tuple[Int32[Array, "R Q P"], Int32[Array, "R Q"], Float[Array, "R Q S"] | None]:
+    """Writes lists in ascending order by counting: nothing is sorted.
+
+    A first kernel counts, block by block, the candidates above the cut and those at it. A second
+    one puts each winner into its slot: the number of winners before it. Ties at the cut are taken
+    in the order of their positions as long as there are slots.
+
+    Args:
+      scores: as `rankable_scores` returns them.
+      cut: its last entry along k is the heavy_size-th largest score, or the smallest if there are
+        fewer; +inf takes nothing.
+      lengths: tokens in the cache, clipped to 0..S.
+      config: sizes.
+      num_query_tokens: T.
+      weights_dtype: of the dense weights; None for none.
+      interpret: run on the CPU.
+
+    Returns:
+      indices, counts, and weights or None.
+
+    Source: CONTRACT.md, rules 1, 4, 5 and 6.
+    """
+    rows, queries, capacity = scores.shape
+    list_size = config.max_selected(num_query_tokens)
+    num_blocks = pl.cdiv(capacity, INDEX_BLOCK)
+    launch = functools.partial(
+        backend.launch,
+        programs=rows * queries * num_blocks,
+        num_warps=INDEX_WARPS,
+        interpret=interpret,
+    )
+    static = {"config": config, "num_query_tokens": num_query_tokens, "block": INDEX_BLOCK}
+    (block_counts,) = launch(
+        functools.partial(count_kernel, **static),
+        lengths,
+        scores,
+        cut,
+        out_shape=[jax.ShapeDtypeStruct((rows, queries, num_blocks), np.int32)],
+    )
+    out_shape = [
+        jax.ShapeDtypeStruct((rows, queries, list_size), np.int32),
+        jax.ShapeDtypeStruct((rows, queries), np.int32),
+    ]
+    if weights_dtype is not None:
+        out_shape.append(jax.ShapeDtypeStruct((rows, queries, capacity), weights_dtype))
+    indices, counts, *weights = launch(
+        functools.partial(sparse_index_kernel, **static),
+        lengths,
+        scores,
+        cut,
+        block_counts,
+        out_shape=out_shape,
+    )
+    return indices, counts, weights[0] if weights else None

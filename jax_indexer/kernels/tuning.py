@@ -1,0 +1,17 @@
+"""Block sizes and warps, chosen by measurement; benchmarks/NOTES.md has the alternatives tried."""
+
+# A program's tile of a codebook, in elements: more of it does not fit into registers.
+CODEBOOK_TILE = 8192
+CODEBOOK_WARPS = 4
+
+# Tokens that one program of the append kernel encodes when there are many to encode.
+TOKENS_PER_ENCODER = 64
+
+# ADC scores: tokens a program scores, and query heads that share one load of their codes.
+SCORE_BLOCK = 1024
+SCORE_WARPS = 4
+SCORE_QUERIES = 8
+
+# Sparse index: tokens a program looks at.
+INDEX_BLOCK = 2048
+INDEX_WARPS = 4
