@@ -19,6 +19,7 @@ from jaxtyping import Bool, Float, Int
 
 from jax_indexer import IndexerConfig, PQIndex, build_index, indexer_next, select, sparse_attention
 from jax_indexer.data import Sample, load_sample
+from jax_indexer.select import Implementation
 
 BUDGETS = (32, 64, 128, 256, 512, 1024)
 # 64 + 64 tokens suit a context of 8192; the defaults of 128 + 128 are for longer ones.
@@ -105,7 +106,7 @@ class Demo:
     config: IndexerConfig
     index: PQIndex
     build_seconds: float
-    implementation: str
+    implementation: Implementation
     exact: Exact
 
     def decode(self, budget: int, on_step: Callable[[], None] = lambda: None) -> Result:
@@ -180,7 +181,7 @@ def prepare(num_subspaces: int, num_bits: int, steps: int) -> Demo:
     )
 
 
-def _implementation(query: jax.Array, index: PQIndex, config: IndexerConfig) -> str:
+def _implementation(query: jax.Array, index: PQIndex, config: IndexerConfig) -> Implementation:
     """The name of what `implementation=None` picks here."""
     if jax.default_backend() == "gpu":
         try:
@@ -287,7 +288,7 @@ def draw(path: Path, demo: Demo, results: Sequence[Result]) -> None:
     exact = demo.exact
     capacity, _, size = demo.sample.key.shape
     blue, grey, ink, faint = "#0b62c4", "#767c86", "#24292f", "#c4c9d0"
-    style = {
+    style: dict[Any, Any] = {
         "font.size": 10.5,
         "text.color": ink,
         "axes.edgecolor": faint,
@@ -388,10 +389,12 @@ def draw(path: Path, demo: Demo, results: Sequence[Result]) -> None:
 
 
 def _budget(text: str) -> int:
-    budget, most = int(text), 4096
-    if not 1 <= budget <= most:
-        raise argparse.ArgumentTypeError(f"expected 1..{most}, half of the context, got {budget}")
-    return budget
+    most = 4096
+    if not text.isdecimal() or not 1 <= int(text) <= most:
+        raise argparse.ArgumentTypeError(
+            f"expected a number in 1..{most}, which is half of the context, got {text}"
+        )
+    return int(text)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -399,14 +402,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m jax_indexer",
         description="Decodes over real keys with the PQ indexer, and compares with exact top-k.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument(
-        "--budgets", type=_budget, nargs="+", default=BUDGETS, metavar="N", help="heavy tokens"
+        "--budgets",
+        type=_budget,
+        nargs="+",
+        default=BUDGETS,
+        metavar="N",
+        help=f"heavy tokens of a head ({' '.join(map(str, BUDGETS))})",
     )
-    parser.add_argument("--num-subspaces", type=int, default=2, metavar="M", help="PQ subspaces")
-    parser.add_argument("--num-bits", type=int, default=6, metavar="BITS", help="bits of a code")
-    parser.add_argument("--out", type=Path, default=Path("demo.png"), help="the picture to write")
+    parser.add_argument(
+        "--num-subspaces", type=int, default=2, metavar="M", help="codes of a key (2)"
+    )
+    parser.add_argument("--num-bits", type=int, default=6, metavar="BITS", help="of a code (6)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("demo.png"), help="the picture to write (demo.png)"
+    )
     parser.add_argument(
         "--quick", action="store_true", help=f"decode {QUICK_STEPS} tokens instead of {STEPS}"
     )
@@ -417,40 +428,38 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
         from rich.table import Table
     except ModuleNotFoundError as missing:
-        print(
-            f"The demo needs {missing.name}: python -m pip install matplotlib rich", file=sys.stderr
-        )
+        package = (missing.name or "").partition(".")[0]
+        print(f"The demo needs {package}: python -m pip install matplotlib rich", file=sys.stderr)
         return 1
 
     steps = QUICK_STEPS if options.quick else STEPS
     console = Console(highlight=False)
-    console.print("[bold]jax_indexer on real keys[/]: PQ against exact top-k\n")
-    bar = Progress(
+    try:
+        with console.status("building the index"):
+            demo = prepare(options.num_subspaces, options.num_bits, steps)
+    except ValueError as problem:
+        parser.error(str(problem))
+    facts_table = Table.grid(padding=(0, 2, 0, 0))
+    for name, text in facts(demo):
+        facts_table.add_row(f"[bold]{name}[/]", text)
+    console.print("[bold]PQ index against exact top-k, on real keys[/]\n")
+    console.print(facts_table, "")
+    results = []
+    with Progress(
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
+        TextColumn("steps"),
         console=console,
         transient=True,
-    )
-    results = []
-    with bar:
-        task = bar.add_task("build the index", total=len(options.budgets) * steps)
-        try:
-            demo = prepare(options.num_subspaces, options.num_bits, steps)
-        except ValueError as problem:
-            bar.stop()
-            parser.error(str(problem))
-        grid = Table.grid(padding=(0, 2))
-        for name, text in facts(demo):
-            grid.add_row(f"[bold]{name}[/]", text)
-        console.print(grid, "")
+    ) as bar:
+        task = bar.add_task("", total=len(options.budgets) * steps)
         for budget in options.budgets:
-            bar.update(task, description=f"decode, budget {budget}")
+            bar.update(task, description=f"decoding with budget {budget}")
             results.append(demo.decode(budget, lambda: bar.advance(task)))
-        bar.update(task, description="draw")
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        draw(options.out, demo, results)
     show(console, demo, results)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    draw(options.out, demo, results)
     console.print(f"\nPicture: {options.out}", soft_wrap=True)
     return 0
 

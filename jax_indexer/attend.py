@@ -5,6 +5,7 @@ from typing import get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from jax_indexer import _arguments, reference
@@ -60,7 +61,9 @@ def sparse_attention(
     _arguments.check_array("selection.indices", indices, "B T N P", sizes, _arguments.INT32)
     if scale is None:
         scale = sizes["H"] ** -0.5
-    elif isinstance(scale, bool) or jnp.shape(scale) or not jnp.isrealobj(scale):
+    elif not isinstance(scale, (int, float, np.number, np.ndarray, Array)) or (
+        isinstance(scale, bool) or np.ndim(scale) or not jnp.isrealobj(scale)
+    ):
         raise ValueError(f"scale: expected a real number, got {scale!r}; pass a float or None")
     return _attend(query, key, value, indices, scale, kv_layout=kv_layout)
 

@@ -13,7 +13,7 @@ from jax_indexer import _arguments, kmeans, reference
 from jax_indexer.config import IndexerConfig
 from jax_indexer.kernels import append as kernels
 from jax_indexer.kernels import backend
-from jax_indexer.layout import KVLayout, head_major, subvectors
+from jax_indexer.layout import KVLayout, head_major, subvectors, token_axis
 
 
 @jax.tree_util.register_dataclass
@@ -180,31 +180,25 @@ def _append(
     config: IndexerConfig,
     kv_layout: KVLayout,
 ) -> PQIndex:
-    def xla(key_new, index, counts):
-        return reference.append_tokens(
-            head_major(key_new, kv_layout),
-            index.codebooks,
-            index.codes,
-            index.lengths,
-            index.phi,
-            counts,
-            config.metric,
+    num_new = key_new.shape[token_axis(kv_layout)]
+    start, taken, lengths = reference.make_room(
+        index.lengths, counts, num_new, index.codes.shape[-1]
+    )
+
+    def xla(key_new, index, start, taken):
+        new = reference.encode_tokens(
+            head_major(key_new, kv_layout), index.codebooks, index.phi, config.metric
+        )
+        return reference.write_codes(index.codes, new, start, taken)
+
+    def triton(key_new, index, start, taken):
+        return kernels.append_codes(
+            key_new, index.codebooks, index.codes, index.phi, start, taken, kv_layout=kv_layout
         )
 
-    def triton(key_new, index, counts):
-        return kernels.append_tokens(
-            key_new,
-            index.codebooks,
-            index.codes,
-            index.lengths,
-            index.phi,
-            counts,
-            metric=config.metric,
-            kv_layout=kv_layout,
-        )
-
-    if backend.unaddressable(key_new, *jax.tree.leaves(index)):
-        codes, lengths = xla(key_new, index, counts)
+    arguments = (key_new, index, start, taken)
+    if backend.unaddressable(*jax.tree.leaves(arguments)):
+        codes = xla(*arguments)
     else:
-        codes, lengths = lax.platform_dependent(key_new, index, counts, cuda=triton, default=xla)
+        codes = lax.platform_dependent(*arguments, cuda=triton, default=xla)
     return dataclasses.replace(index, codes=codes, lengths=lengths)

@@ -8,6 +8,11 @@ from jaxtyping import Float, Shaped
 KVLayout = Literal["BSKH", "BKSH"]
 
 
+def token_axis(kv_layout: KVLayout) -> int:
+    """The axis of keys and values that counts tokens."""
+    return kv_layout.index("S")
+
+
 def head_major(key: Shaped[Array, "B _ _ H"], kv_layout: KVLayout) -> Shaped[Array, "B K S H"]:
     """Keys or values [B, K, S, H] from either layout."""
     return key if kv_layout == "BKSH" else key.swapaxes(1, 2)

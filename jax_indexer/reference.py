@@ -245,43 +245,41 @@ def encode_tokens(
     return lax.map(encode_row, (key, codebooks, phi))
 
 
-def append_tokens(
-    key_new: Float[Array, "B K t H"],
-    codebooks: Float[Array, "B K M C D_"],
-    codes: UInt8[Array, "B K M S"],
-    lengths: Int32[Array, "B"],
-    phi: Float[Array, "B K M"] | None,
-    counts: Int32[Array, "B"] | None,
-    metric: Metric,
-) -> tuple[UInt8[Array, "B K M S"], Int32[Array, "B"]]:
-    """Writes the codes of each row's first `counts` new tokens behind its last (section 4).
+def make_room(
+    lengths: Int32[Array, "B"], counts: Int32[Array, "B"] | None, num_new: int, capacity: int
+) -> tuple[Int32[Array, "B"], Int32[Array, "B"], Int32[Array, "B"]]:
+    """Where each row's new tokens go: all of them, or none where they would pass the capacity.
 
     Args:
-      key_new: keys to encode.
-      codebooks: centroids.
-      codes: codes so far.
       lengths: tokens so far, clipped to 0..S.
-      phi: largest squared norm of a training subvector, for the inner-product metric.
-      counts: how many of the t tokens each row takes, clipped to 0..t; None for all.
-      metric: "euclidean" or "ip".
+      counts: how many of the new tokens each row takes, clipped to 0..num_new; None for all.
+      num_new: t, the new tokens.
+      capacity: S.
 
     Returns:
-      codes and lengths; those of a row that would pass its capacity are what they were.
+      The position of the first new token, how many are taken, and the lengths after it, which are
+      what they were where none is taken.
     """
-    (batch, _, num_new, _), capacity = key_new.shape, codes.shape[-1]
-    new = encode_tokens(key_new, codebooks, phi, metric)
-    counts = jnp.full(batch, num_new, jnp.int32) if counts is None else counts
-    counts = jnp.clip(counts, 0, num_new)
     start = jnp.clip(lengths, 0, capacity)
-    counts = jnp.where(start + counts <= capacity, counts, 0)
-    token = np.arange(num_new, dtype=np.int32)
-    place = jnp.where(token < counts[:, None], start[:, None] + token, capacity)
+    wanted = jnp.full_like(lengths, num_new) if counts is None else jnp.clip(counts, 0, num_new)
+    taken = jnp.where(start + wanted <= capacity, wanted, 0)
+    return start, taken, jnp.where(taken > 0, start + taken, lengths)
+
+
+def write_codes(
+    codes: UInt8[Array, "B K M S"],
+    new: UInt8[Array, "B K M t"],
+    start: Int32[Array, "B"],
+    taken: Int32[Array, "B"],
+) -> UInt8[Array, "B K M S"]:
+    """Puts each row's first `taken` new codes at `start`; the others have no effect."""
+    token = np.arange(new.shape[-1], dtype=np.int32)
+    place = jnp.where(token < taken[:, None], start[:, None] + token, codes.shape[-1])
 
     def write(row: UInt8[Array, "K M S"], new: UInt8[Array, "K M t"], place: Int32[Array, "t"]):
         return row.at[:, :, place].set(new, mode="drop")
 
-    written = jax.vmap(write)(codes, new, place)
-    return written, jnp.where(counts > 0, start + counts, lengths)
+    return jax.vmap(write)(codes, new, place)
 
 
 def attend(

@@ -92,27 +92,9 @@ def sparse_index_kernel(
     )
     p = _program(lengths_ref, scores_ref, block, config, num_query_tokens)
     plan = p.plan
-    above, at = _against_cut(scores_ref, cut_ref, p)
 
-    # Everything of the earlier and of all blocks, for this block's first slot and the ties to take.
-    other = jnp.arange(power_of_2_from(num_blocks), dtype=jnp.int32)
-    packed = backend.load(
-        block_counts_ref.at[p.row, p.query, other], mask=other < num_blocks, other=0
-    )
-    num_above = jnp.sum(packed >> ABOVE_SHIFT)
-    above_before = jnp.sum(jnp.where(other < p.block, packed >> ABOVE_SHIFT, 0))
-    at_before = jnp.sum(jnp.where(other < p.block, packed & AT_MASK, 0))
-    ties_to_take = plan.num_heavy - num_above
-
-    within = jnp.cumsum(jnp.where(above, 1 << ABOVE_SHIFT, at.astype(jnp.int32)))
-    ties = at_before + (within & AT_MASK)
-    heavy = above | (at & (ties <= ties_to_take))
-    slot = above_before + (within >> ABOVE_SHIFT) + jnp.minimum(ties, ties_to_take) - 1
-    # A slot that is none lies behind the list: interpret mode writes back what a masked lane read.
-    slot = jnp.where(heavy, plan.num_sink + slot, list_size)
-    backend.store(indices_ref.at[p.row, p.query, slot], p.position, mask=heavy)
-
-    # The other entries follow from the length, and each program of the row writes its share.
+    # All entries but the heavy ones follow from the length; each program of the row writes a share.
+    # A slot that is not written lies behind the list: interpret mode writes back what it read.
     share = power_of_2_from(pl.cdiv(list_size, num_blocks))
     slot = p.block * share + jnp.arange(share, dtype=jnp.int32)
     entry = jnp.where(slot < plan.num_sink, slot, plan.visible - plan.num_listed + slot)
@@ -126,11 +108,39 @@ def sparse_index_kernel(
     def _():
         counts_ref[p.row, p.query] = plan.num_listed
 
-    if weights_ref is not None:
-        window = (p.position < plan.visible) & (p.position >= plan.visible - config.window_size)
-        listed = heavy | window | (p.position < plan.num_sink)
-        weights = weights_ref.at[p.row, p.query, p.position]
-        backend.store(weights, listed.astype(weights_ref.dtype), mask=p.position < capacity)
+    def write_weights(heavy):
+        if weights_ref is not None:
+            window = (p.position < plan.visible) & (p.position >= plan.visible - config.window_size)
+            listed = heavy | window | (p.position < plan.num_sink)
+            weights = weights_ref.at[p.row, p.query, p.position]
+            backend.store(weights, listed.astype(weights_ref.dtype), mask=p.position < capacity)
+
+    own = block_counts_ref[p.row, p.query, p.block]
+
+    @pl.when(own > 0)
+    def _():
+        above, at = _against_cut(scores_ref, cut_ref, p)
+        other = jnp.arange(power_of_2_from(num_blocks), dtype=jnp.int32)
+        packed = backend.load(
+            block_counts_ref.at[p.row, p.query, other], mask=other < num_blocks, other=0
+        )
+        earlier = other < p.block
+        num_above = jnp.sum(packed >> ABOVE_SHIFT)
+        above_before = jnp.sum(jnp.where(earlier, packed >> ABOVE_SHIFT, 0))
+        at_before = jnp.sum(jnp.where(earlier, packed & AT_MASK, 0))
+        ties_to_take = plan.num_heavy - num_above
+
+        within = jnp.cumsum(jnp.where(above, 1 << ABOVE_SHIFT, at.astype(jnp.int32)))
+        ties = at_before + (within & AT_MASK)
+        heavy = above | (at & (ties <= ties_to_take))
+        winner = above_before + (within >> ABOVE_SHIFT) + jnp.minimum(ties, ties_to_take) - 1
+        slot = jnp.where(heavy, plan.num_sink + winner, list_size)
+        backend.store(indices_ref.at[p.row, p.query, slot], p.position, mask=heavy)
+        write_weights(heavy)
+
+    @pl.when(own == 0)
+    def _():
+        write_weights(jnp.zeros(block, jnp.bool_))
 
 
 def sparse_index(

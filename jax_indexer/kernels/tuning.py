@@ -7,11 +7,12 @@ CODEBOOK_WARPS = 4
 # Tokens that one program of the append kernel encodes when there are many to encode.
 TOKENS_PER_ENCODER = 64
 
-# ADC scores: tokens a program scores, and query heads that share one load of their codes.
+# ADC scores: tokens a program scores, and query heads that share one load of their codes. Four
+# tokens a thread: with eight, sixteen subspaces spill (133 us became 650 at M=16, 8 bits).
 SCORE_BLOCK = 1024
-SCORE_WARPS = 4
+SCORE_WARPS = 8
 SCORE_QUERIES = 8
 
 # Sparse index: tokens a program looks at.
-INDEX_BLOCK = 2048
+INDEX_BLOCK = 1024
 INDEX_WARPS = 4

@@ -1,0 +1,1 @@
+"""Workloads, one clock for both frameworks, and the report."""

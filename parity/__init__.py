@@ -1,0 +1,1 @@
+"""Both sides, and plain numpy, on the same inputs."""

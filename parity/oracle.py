@@ -1,0 +1,106 @@
+"""The contract in numpy, one row at a time; it shares nothing with `jax_indexer` but the config.
+
+Sections cited are those of `jax_indexer/CONTRACT.md`.
+"""
+
+import jax.numpy as jnp
+import numpy as np
+
+
+def exact_table(query, codebooks):
+    """Look-up tables in float64: query [B,T,N,H], codebooks [B,K,M,C,D'] -> [B,T,N,M,C]."""
+    B, T, N, H = query.shape
+    K, M = codebooks.shape[1:3]
+    subvectors = query.astype(np.float64).reshape(B, T, K, N // K, M, H // M)
+    centroids = codebooks.astype(np.float64)[..., : H // M]
+    with np.errstate(invalid="ignore"):
+        table = np.einsum("btkgmd,bkmcd->btkgmc", subvectors, centroids)
+    return table.reshape(B, T, N, M, -1)
+
+
+def rounded(table, dtype):
+    """The float32 table whose entries were rounded once to `dtype` (section 3, rule 3)."""
+    with np.errstate(over="ignore"):
+        return table.astype(np.float32).astype(jnp.dtype(dtype)).astype(np.float32)
+
+
+def scores(table, codes, num_bits):
+    """Rule 3 in the table's own dtype: [B,T,N,M,C], uint8 [B,K,M,S] -> [B,T,N,S]."""
+    B, T, N, M, _ = table.shape
+    group = N // codes.shape[1]
+    total = np.empty((B, T, N, codes.shape[-1]), table.dtype)
+    for b, t, n in np.ndindex(B, T, N):
+        code = codes[b, n // group] & (2**num_bits - 1)
+        row = table[b, t, n, 0, code[0]]
+        for m in range(1, M):
+            with np.errstate(invalid="ignore", over="ignore"):
+                row = row + table[b, t, n, m, code[m]]
+        total[b, t, n] = row
+    return total
+
+
+def visible(lengths, capacity, num_query_tokens):
+    """V of section 3: int [B] -> [B,T]."""
+    later = np.arange(num_query_tokens)[::-1]
+    return np.maximum(np.clip(lengths.astype(np.int64), 0, capacity)[:, None] - later, 0)
+
+
+def tokens(scores, visible, num_query_tokens, config):
+    """The ascending positions that one row selects: rules 1, 2, 4 and 5."""
+    short = config.heavy_size + config.init_offset + num_query_tokens + 2**config.num_bits
+    position = np.arange(visible)
+    if visible <= short:
+        return position
+    always = (position < config.sink_size) | (position >= visible - config.window_size)
+    eligible = (position >= config.init_offset) & (position < visible - config.window_size)
+    candidates = position[eligible & ~always]
+    score = scores[candidates]
+    nan = np.isnan(score)
+    # The last key is the primary one: numbers before NaNs, higher first, then lower positions.
+    order = np.lexsort((candidates, -np.where(nan, 0, score), nan))
+    heavy = candidates[order[: config.heavy_size]]
+    return np.sort(np.concatenate([position[always], heavy]))
+
+
+def select(table, codes, lengths, config):
+    """Section 3: indices [B,T,N,P], counts [B,T,N] and 0/1 weights [B,T,N,S] for given tables."""
+    B, T, N = table.shape[:3]
+    S = codes.shape[-1]
+    indices = np.full((B, T, N, config.max_selected(T)), -1, np.int32)
+    counts = np.zeros((B, T, N), np.int32)
+    weights = np.zeros((B, T, N, S), np.float32)
+    score = scores(table, codes, config.num_bits)
+    limit = visible(lengths, S, T)
+    for b, t, n in np.ndindex(B, T, N):
+        chosen = tokens(score[b, t, n], limit[b, t], T, config)
+        indices[b, t, n, : len(chosen)] = chosen
+        counts[b, t, n] = len(chosen)
+        weights[b, t, n, chosen] = 1
+    return indices, counts, weights
+
+
+def subvectors(key, num_subspaces, phi=None):
+    """Float64 subvectors [B,K,M,t,D'] of a key [B,t,K,H]; phi [B,K,M] adds the extra coordinate."""
+    B, t, K, _ = key.shape
+    parts = key.astype(np.float64).reshape(B, t, K, num_subspaces, -1).transpose(0, 2, 3, 1, 4)
+    if phi is None:
+        return parts
+    with np.errstate(invalid="ignore", over="ignore"):
+        gap = phi.astype(np.float64)[..., None] - np.square(parts).sum(-1)
+        return np.concatenate([parts, np.sqrt(np.maximum(gap, 0))[..., None]], axis=-1)
+
+
+def encode(key, codebooks, phi=None):
+    """Nearest centroids in float64 and how clear they are (section 4).
+
+    Returns codes uint8 [B,K,M,t], and for each the squared distance by which the second-best
+    centroid is farther: inf for a non-finite subvector, whose code is 0 by decree.
+    """
+    parts = subvectors(key, codebooks.shape[2], phi)
+    finite = np.isfinite(parts).all(-1)
+    parts = np.where(finite[..., None], parts, 0)
+    centroids = codebooks.astype(np.float64)
+    distance = np.square(parts[..., None, :] - centroids[:, :, :, None]).sum(-1)
+    best = np.sort(distance, axis=-1)[..., :2]
+    codes = np.where(finite, distance.argmin(-1), 0).astype(np.uint8)
+    return codes, np.where(finite, best[..., 1] - best[..., 0], np.inf)

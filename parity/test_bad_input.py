@@ -1,0 +1,296 @@
+"""Wrong arguments: a ValueError that names the argument, what was expected, what came, and the fix.
+
+It comes before anything is compiled. What depends on data is no error: see test_select.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jax_indexer import (
+    IndexerConfig,
+    PQIndex,
+    Selection,
+    append,
+    build_index,
+    indexer_next,
+    select,
+    sparse_attention,
+)
+
+B, T, N, K, H, S, M, C, P = 2, 1, 4, 2, 8, 32, 2, 4, 14
+CONFIG = IndexerConfig(num_subspaces=M, num_bits=2, heavy_size=4, sink_size=2, window_size=3)
+IP = IndexerConfig(
+    num_subspaces=M, num_bits=2, heavy_size=4, sink_size=2, window_size=3, metric="ip"
+)
+
+
+def f32(*shape):
+    return np.zeros(shape, np.float32)
+
+
+def i32(*shape):
+    return np.zeros(shape, np.int32)
+
+
+def u8(*shape):
+    return np.zeros(shape, np.uint8)
+
+
+INDEX = {
+    "codebooks": f32(B, K, M, C, H // M),
+    "codes": u8(B, K, M, S),
+    "lengths": i32(B),
+    "phi": None,
+}
+IP_INDEX = INDEX | {"codebooks": f32(B, K, M, C, H // M + 1), "phi": f32(B, K, M)}
+SELECTION = {"indices": i32(B, T, N, P), "counts": i32(B, T, N), "weights": None}
+ARGUMENTS = {
+    "build_index": {"key": f32(B, S, K, H), "lengths": i32(B), "config": CONFIG},
+    "append": {"index": INDEX, "key_new": f32(B, 3, K, H), "config": CONFIG, "counts": i32(B)},
+    "select": {"query": f32(B, T, N, H), "index": INDEX, "config": CONFIG},
+    "indexer_next": {
+        "query": f32(B, T, N, H),
+        "key_new": f32(B, T, K, H),
+        "index": INDEX,
+        "config": CONFIG,
+    },
+    "sparse_attention": {
+        "query": f32(B, T, N, H),
+        "key": f32(B, S, K, H),
+        "value": f32(B, S, K, H),
+        "selection": SELECTION,
+    },
+}
+FUNCTIONS = {f.__name__: f for f in (build_index, append, select, indexer_next, sparse_attention)}
+
+# The function, the argument by the name that the message must use, its wrong value, and what the
+# message must say about what was expected and what came.
+CASES = [
+    # Rank.
+    ("build_index", "key", f32(B, S, H), "B, S, K, H", "[2, 32, 8]"),
+    ("build_index", "lengths", i32(), "B", "int32[]"),
+    ("build_index", "lengths", i32(B, 1), "B=2", "[2, 1]"),
+    ("append", "key_new", f32(B, K, H), "B, t, K, H", "[2, 2, 8]"),
+    ("append", "counts", i32(), "B=2", "int32[]"),
+    ("append", "index.codes", u8(B, K, S), "S", "[2, 2, 32]"),
+    ("select", "query", f32(N, H), "B, T, N, H", "[4, 8]"),
+    ("select", "query", f32(B, T, N, H, 1), "B, T, N, H", "[2, 1, 4, 8, 1]"),
+    ("select", "index.codebooks", f32(B, K, M, C * 4), "C=4", "[2, 2, 2, 16]"),
+    ("select", "index.lengths", i32(), "B=2", "int32[]"),
+    ("indexer_next", "key_new", f32(B, K, H), "B, t, K, H", "[2, 2, 8]"),
+    ("sparse_attention", "query", f32(B, N, H), "B", "[2, 4, 8]"),
+    ("sparse_attention", "key", f32(S, K, H), "B, S, K, H", "[32, 2, 8]"),
+    ("sparse_attention", "value", f32(S, K, H), "B=2, S=32, K=2, H=8", "[32, 2, 8]"),
+    ("sparse_attention", "selection.indices", i32(B, N, P), "P", "[2, 4, 14]"),
+    # Dtype: 64-bit arrays, which JAX would cut in half without a word, among them.
+    ("build_index", "key", f32(B, S, K, H).astype(np.float64), "float32", "float64"),
+    ("build_index", "key", i32(B, S, K, H), "float32", "int32"),
+    ("build_index", "lengths", i32(B).astype(np.int64), "int32", "int64"),
+    ("build_index", "lengths", f32(B), "int32", "float32"),
+    ("build_index", "lengths", i32(B).astype(np.uint32), "int32", "uint32"),
+    ("build_index", "lengths", i32(B).astype(bool), "int32", "bool"),
+    ("append", "key_new", f32(B, 3, K, H).astype(np.float64), "float32", "float64"),
+    ("append", "counts", i32(B).astype(np.int64), "int32", "int64"),
+    ("append", "index.codes", i32(B, K, M, S), "uint8", "int32"),
+    ("append", "index.lengths", i32(B).astype(np.int64), "int32", "int64"),
+    ("select", "query", f32(B, T, N, H).astype(np.float64), "float32", "float64"),
+    ("select", "query", f32(B, T, N, H).astype(np.complex64), "float32", "complex64"),
+    ("select", "query", i32(B, T, N, H), "float32", "int32"),
+    ("select", "query", jnp.zeros((B, T, N, H), jnp.float8_e4m3fn), "bfloat16", "float8"),
+    ("select", "index.codebooks", INDEX["codebooks"].astype(np.float64), "float32", "float64"),
+    ("select", "index.codes", u8(B, K, M, S).astype(np.int64), "uint8", "int64"),
+    ("select", "index.codes", u8(B, K, M, S).astype(np.int8), "uint8", "int8"),
+    ("select", "index.lengths", i32(B).astype(np.int64), "int32", "int64"),
+    ("indexer_next", "query", f32(B, T, N, H).astype(np.float64), "float32", "float64"),
+    ("indexer_next", "key_new", f32(B, T, K, H).astype(np.float64), "float32", "float64"),
+    ("sparse_attention", "query", f32(B, T, N, H).astype(np.float64), "float32", "float64"),
+    ("sparse_attention", "key", f32(B, S, K, H).astype(np.float64), "float32", "float64"),
+    ("sparse_attention", "value", f32(B, S, K, H).astype(np.float64), "float32", "float64"),
+    ("sparse_attention", "selection.indices", i32(B, T, N, P).astype(np.int64), "int32", "int64"),
+    # No arrays at all.
+    ("build_index", "key", [[1.0]], "float32", "list"),
+    ("build_index", "lengths", [4, 5], "int32", "list"),
+    ("build_index", "lengths", 7, "int32", "int"),
+    ("append", "index", None, "PQIndex", "NoneType"),
+    ("append", "counts", 1, "int32", "int"),
+    ("select", "query", None, "float32", "NoneType"),
+    ("select", "index", (1, 2, 3), "PQIndex", "tuple"),
+    ("select", "index.codes", None, "uint8", "NoneType"),
+    ("select", "config", {"num_bits": 6}, "IndexerConfig", "dict"),
+    ("build_index", "config", None, "IndexerConfig", "NoneType"),
+    ("append", "config", "euclidean", "IndexerConfig", "str"),
+    ("indexer_next", "config", 6, "IndexerConfig", "int"),
+    ("sparse_attention", "selection", (1, 2, 3), "Selection", "tuple"),
+    # Head counts that do not divide.
+    ("select", "query", f32(B, T, 3, H), "K=2", "N=3"),
+    ("select", "query", f32(B, T, 1, H), "K=2", "N=1"),
+    ("indexer_next", "query", f32(B, T, 5, H), "K=2", "N=5"),
+    ("sparse_attention", "query", f32(B, T, 3, H), "K=2", "N=3"),
+    # A head dimension that does not divide into subspaces.
+    ("build_index", "key", f32(B, S, K, 7), "num_subspaces=2", "H=7"),
+    ("append", "key_new", f32(B, 3, K, 9), "num_subspaces=2", "H=9"),
+    ("select", "query", f32(B, T, N, 7), "num_subspaces=2", "H=7"),
+    # Sizes that contradict each other.
+    ("build_index", "lengths", i32(B + 1), "B=2", "int32[3]"),
+    ("append", "counts", i32(B + 1), "B=2", "int32[3]"),
+    ("append", "key_new", f32(B + 1, 3, K, H), "", ""),
+    ("append", "key_new", f32(B, 3, K + 1, H), "", ""),
+    ("append", "key_new", f32(B, 3, K, 2 * H), "", ""),
+    ("select", "query", f32(B + 1, T, N, H), "", ""),
+    ("select", "query", f32(B, T, N, 2 * H), "", ""),
+    ("select", "index.lengths", i32(B + 1), "B=2", "int32[3]"),
+    ("select", "index.codes", u8(B + 1, K, M, S), "B=2", "[3, 2, 2, 32]"),
+    ("select", "index.codes", u8(B, K + 1, M, S), "K=2", "[2, 3, 2, 32]"),
+    ("indexer_next", "key_new", f32(B, T + 1, K, H), "T=1", "t=2"),
+    ("indexer_next", "key_new", f32(B + 1, T, K, H), "", ""),
+    ("sparse_attention", "query", f32(B + 1, T, N, H), "B=2", "[3, 1, 4, 8]"),
+    ("sparse_attention", "query", f32(B, T, N, H + 1), "H=8", "[2, 1, 4, 9]"),
+    ("sparse_attention", "value", f32(B, S, K + 1, H), "K=2", "[2, 32, 3, 8]"),
+    ("sparse_attention", "selection.indices", i32(B, T, N + 1, P), "N=4", "[2, 1, 5, 14]"),
+    ("sparse_attention", "selection.indices", i32(B, T + 1, N, P), "T=1", "[2, 2, 4, 14]"),
+    # Capacities that do not match.
+    ("sparse_attention", "value", f32(B, S + 1, K, H), "S=32", "[2, 33, 2, 8]"),
+    # An index that contradicts the config.
+    ("select", "index.codebooks", f32(B, K, M + 1, C, H // M), "M=2", "[2, 2, 3, 4, 4]"),
+    ("select", "index.codebooks", f32(B, K, M, C * 2, H // M), "C=4", "[2, 2, 2, 8, 4]"),
+    ("select", "index.codebooks", f32(B, K, M, C, H // M + 1), "=4]", "[2, 2, 2, 4, 5]"),
+    ("select", "index.codes", u8(B, K, M + 2, S), "M=2", "[2, 2, 4, 32]"),
+    ("append", "index.codebooks", f32(B, K, M, C * 2, H // M), "C=4", "[2, 2, 2, 8, 4]"),
+    # Names and flags.
+    ("build_index", "kv_layout", "BHSK", "BSKH", "BHSK"),
+    ("append", "kv_layout", None, "BKSH", "None"),
+    ("sparse_attention", "kv_layout", "bskh", "BSKH", "bskh"),
+    ("indexer_next", "kv_layout", "SBKH", "BSKH", "SBKH"),
+    ("select", "implementation", "cuda", "xla", "cuda"),
+    ("indexer_next", "implementation", "numpy", "xla", "numpy"),
+    ("sparse_attention", "implementation", "cuda", "xla", "cuda"),
+    ("select", "selector", "sort", "top_k", "sort"),
+    ("indexer_next", "selector", "sort", "top_k", "sort"),
+    ("select", "return_weights", "yes", "True", "yes"),
+    ("build_index", "seed", "zero", "int", "zero"),
+    ("build_index", "seed", -1, "0", "-1"),
+    ("build_index", "seed", 1.5, "int", "1.5"),
+    ("sparse_attention", "scale", "auto", "", "auto"),
+]  # fmt: skip
+IP_CASES = [
+    ("select", "index.codebooks", f32(B, K, M, C, H // M), "=5]", "[2, 2, 2, 4, 4]"),
+    ("append", "index.codebooks", f32(B, K, M, C, H // M), "=5]", "[2, 2, 2, 4, 4]"),
+    ("append", "index.phi", None, "float32", "None"),
+    ("append", "index.phi", f32(B, K), "B=2, K=2, M=2", "[2, 2]"),
+    ("append", "index.phi", f32(B, K, M).astype(np.float64), "float32", "float64"),
+    ("indexer_next", "index.phi", f32(B, K, M + 1), "M=2", "[2, 2, 3]"),
+]
+
+
+def call(function, **changes):
+    """Calls a function with good arguments but for the changes, which may name an attribute."""
+    arguments = ARGUMENTS[function] | {k: v for k, v in changes.items() if "." not in k}
+    if changes.get("config") is IP:
+        arguments["index"] = IP_INDEX
+    for name, kind in (("index", PQIndex), ("selection", Selection)):
+        if isinstance(arguments.get(name), dict):
+            fields = {
+                k.removeprefix(f"{name}."): v
+                for k, v in changes.items()
+                if k.startswith(f"{name}.")
+            }
+            arguments[name] = kind(**(arguments[name] | fields))
+    return FUNCTIONS[function](**arguments)
+
+
+def check_message(error, argument, expected, got):
+    message = str(error.value)
+    assert message.startswith(f"{argument}: expected "), message
+    wanted, _, rest = message.partition(", got ")
+    found, _, fix = rest.partition("; ")
+    assert expected in wanted, message
+    assert got in found, message
+    assert len(fix.split()) > 1, message
+
+
+def name_of(case):
+    function, argument, value = case[:3]
+    kind = f"{value.dtype}{list(value.shape)}" if hasattr(value, "dtype") else repr(value)
+    return f"{function}-{argument}-{kind}".replace(" ", "")
+
+
+@pytest.mark.parametrize("function", ARGUMENTS)
+def test_the_good_arguments_are_good(function):
+    jax.block_until_ready(call(function))
+    if function in ("append", "select", "indexer_next"):
+        jax.block_until_ready(call(function, config=IP))
+
+
+@pytest.mark.parametrize("case", CASES, ids=name_of)
+def test_a_wrong_argument_is_named(case, compilations):
+    function, argument, value, expected, got = case
+    with pytest.raises(ValueError, match="expected") as error:
+        call(function, **{argument: value})
+    # Of two arguments that contradict each other either may be named.
+    name = argument if expected or got else str(error.value).partition(":")[0]
+    assert name in (argument, "index.codebooks", "index.codes", "index.lengths", "index.phi")
+    check_message(error, name, expected, got)
+    assert compilations() == 0
+
+
+@pytest.mark.parametrize("case", IP_CASES, ids=name_of)
+def test_a_wrong_argument_of_the_inner_product_metric_is_named(case, compilations):
+    function, argument, value, expected, got = case
+    with pytest.raises(ValueError, match="expected") as error:
+        call(function, **{argument: value, "config": IP})
+    check_message(error, argument, expected, got)
+    assert compilations() == 0
+
+
+def traceable(value):
+    """jit takes arrays, and makes those of 64 bits smaller itself."""
+    return hasattr(value, "dtype") and value.dtype not in (np.float64, np.int64)
+
+
+@pytest.mark.parametrize(
+    "case", [c for c in CASES if c[0] == "select" and traceable(c[2])], ids=name_of
+)
+def test_a_wrong_argument_is_named_under_jit_too(case):
+    """Shapes and types are known while tracing, so the message is the same."""
+    function, argument, value = case[:3]
+    with pytest.raises(ValueError, match="expected") as eager:
+        call(function, **{argument: value})
+    with pytest.raises(ValueError, match="expected") as traced:
+        jax.jit(lambda x: call(function, **{argument: x}))(value)
+    assert str(traced.value) == str(eager.value)
+
+
+def test_an_unknown_option_is_refused():
+    with pytest.raises(TypeError):
+        call("select", budget=7)
+
+
+@pytest.mark.parametrize("function", ["append", "indexer_next"])
+def test_select_needs_no_phi_but_append_does(function):
+    call("select", config=IP, **{"index.phi": None})
+    with pytest.raises(ValueError, match=r"^index\.phi"):
+        call(function, config=IP, **{"index.phi": None})
+
+
+@pytest.mark.parametrize("axis", range(4))
+def test_empty_axes_are_refused(axis, compilations):
+    shape = [B, T, N, H]
+    shape[axis] = 0
+    with pytest.raises(ValueError, match=r"^query: expected .+ got .+"):
+        call("select", query=f32(*shape))
+    shape = [B, S, K, H]
+    shape[axis] = 0
+    with pytest.raises(ValueError, match=r"^key: expected .+ got .+"):
+        call("build_index", key=f32(*shape))
+    assert compilations() == 0
+
+
+def test_what_is_not_there_is_not_implemented():
+    """The caller's mistake is a ValueError, the library's limit is not."""
+    with pytest.raises(NotImplementedError, match=r"^implementation: .+"):
+        call("sparse_attention", implementation="triton")
+    if jax.devices()[0].platform == "cpu":
+        with pytest.raises(NotImplementedError, match=r"^implementation: .+"):
+            call("select", implementation="triton")

@@ -1,0 +1,596 @@
+"""The benchmark program on a CPU: arithmetic, refusals, and whole runs on tiny workloads."""
+
+import argparse
+import dataclasses
+import json
+import shlex
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from benchmarks import agreement, ceilings, clock, implementations, machine, report, run
+from benchmarks.__main__ import main
+from benchmarks.clock import ClockError, Kernel
+from benchmarks.workloads import SMALL, WORKLOADS, make_inputs
+
+CEILINGS = ceilings.Ceilings(
+    copy_bytes_per_second=3e12,
+    lookups_per_second=1e12,
+    kernel_us=1.5,
+    dispatch_us=5.0,
+    dispatch_profiled_us=6.0,
+)
+
+
+# Arithmetic
+
+
+def test_statistics_of_samples():
+    found = clock.summary([4.0, 1.0, 3.0, 2.0, 10.0])
+    assert found == {
+        "count": 5,
+        "min": 1.0,
+        "p20": pytest.approx(1.8),  # four fifths of the way from the lowest to the next
+        "median": 3.0,
+        "p80": pytest.approx(5.2),  # a fifth of the way from 4 to 10
+        "p99": pytest.approx(9.76),
+        "max": 10.0,
+        "mean": 4.0,
+        "std": pytest.approx(10**0.5),
+    }
+
+
+def test_work_of_the_seed_workload_by_hand():
+    work = ceilings.step_work(WORKLOADS["seed"])
+    candidates = 32000 - 128 - 128
+    codes = 32 * 2 * candidates
+    codebooks = 32 * 2 * 64 * 64 * 4
+    query_and_key = (32 + 32) * 128 * 4
+    lists_and_counts = 32 * (384 + 1) * 4
+    weights = 32 * 32000 * 4
+    new_codes_and_lengths = 32 * 2 + 2 * 4
+    assert work.lookups == 32 * 2 * candidates == 2031616
+    assert work.bytes == (
+        codes + codebooks + query_and_key + lists_and_counts + weights + new_codes_and_lengths
+    )
+    assert work.bytes == 7258312
+
+
+def test_floor_is_the_slower_of_bytes_and_lookups_and_a_launch():
+    seed = ceilings.floor(ceilings.step_work(WORKLOADS["seed"]), CEILINGS)
+    assert seed["bytes_us"] == pytest.approx(7258312 / 3e6)
+    assert seed["lookups_us"] == pytest.approx(2.031616)
+    assert seed["us"] == pytest.approx(7258312 / 3e6 + 1.5)
+    # Four query heads share 16 codes a token here: look-ups take longer than bytes.
+    fine = ceilings.floor(ceilings.step_work(WORKLOADS["fine-128k-b4"]), CEILINGS)
+    assert fine["lookups_us"] == pytest.approx(4 * 32 * 16 * (131072 - 256) / 1e6)
+    assert fine["us"] == pytest.approx(fine["lookups_us"] + 1.5)
+
+
+def test_rows_that_are_selected_whole_need_no_codes():
+    workload = SMALL["small-short"]  # lengths 1, 30 and 33; up to 12 + 5 + 1 + 16 all is selected
+    assert ceilings.scored_tokens(workload) == [0, 0, 0]
+    longer = dataclasses.replace(workload, L=(1, 34, 35))
+    assert ceilings.scored_tokens(longer) == [0, 0, 35 - 7 - 5]
+
+
+def test_lookup_kernel_sums_the_rows_it_claims_to_read():
+    rng = np.random.default_rng(0)
+    codes = rng.integers(0, ceilings.CENTROIDS, 2 * ceilings.LOOKUP_BLOCK, np.int32)
+    table = rng.integers(-8, 8, (ceilings.SUBSPACES * ceilings.CENTROIDS, 4)).astype(np.float32)
+    found = ceilings.sum_of_lookups(
+        jnp.asarray(table), jnp.asarray(codes), lookups=5, interpret=True
+    )
+    rows = [m * ceilings.CENTROIDS + (codes + 37 * m) % ceilings.CENTROIDS for m in range(5)]
+    np.testing.assert_array_equal(found, sum(table[row].sum(axis=1) for row in rows))
+
+
+# The clock
+
+
+def test_kernels_belong_to_the_call_between_whose_marks_they_run():
+    mark = [Kernel("mark", start, 1.0) for start in (10.0, 20.0, 30.0, 40.0)]
+    flush = [Kernel("flush", 5.0, 1.0), Kernel("flush", 25.0, 1.0)]
+    first = [Kernel("a", 12.0, 2.0), Kernel("b", 15.0, 3.0)]
+    second = [Kernel("a", 33.0, 2.0)]
+    found = clock.between_marks([*second, *mark, *first, *flush], "mark", 2)
+    assert found == [first, second]
+
+
+def test_a_lost_mark_is_an_error():
+    with pytest.raises(ClockError, match=r"expected 4 marks .* got 3"):
+        clock.between_marks([Kernel("mark", float(i), 1.0) for i in range(3)], "mark", 2)
+
+
+def test_torch_trace_gives_kernels_copies_and_fills(monkeypatch):
+    events = [
+        {"cat": "kernel", "name": "k", "ts": 1.0, "dur": 2.5},
+        {"cat": "gpu_memcpy", "name": "Memcpy DtoD", "ts": 4.0, "dur": 1.0},
+        {"cat": "gpu_memset", "name": "Memset", "ts": 6.0, "dur": 0.5},
+        {"cat": "cuda_runtime", "name": "cudaLaunchKernel", "ts": 0.0, "dur": 9.0},
+        {"name": "process_name", "ph": "M"},
+    ]
+
+    class Profile:
+        def __init__(self, activities):
+            pass
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def export_chrome_trace(self, path):
+            with open(path, "w") as file:
+                json.dump({"traceEvents": events}, file)
+
+    profiler = pytest.importorskip("torch.profiler")
+    monkeypatch.setattr(profiler, "profile", Profile)
+    ran = []
+    found = clock.record_with_torch(lambda: ran.append(1))
+    assert ran == [1]
+    assert found == [
+        Kernel("k", 1.0, 2.5),
+        Kernel("Memcpy DtoD", 4.0, 1.0),
+        Kernel("Memset", 6.0, 0.5),
+    ]
+
+
+def test_a_profiler_that_sees_no_kernels_is_refused():
+    with pytest.raises(ClockError, match=r"jax\.profiler.*recorded \[\] where JAX ran one"):
+        clock.open_kernel_clock("jax.profiler")
+
+
+def test_torch_kernels_are_grouped_by_stage_and_a_sort_after_top_k_is_part_of_it():
+    stages = {
+        "pq_score_kernel_v3": "score",
+        "void at::native::vectorized_elementwise_kernel<4, at::native::FillFunctor>": "other",
+        "void at::native::mbtopk::radixFindKthValues<float, unsigned int>(...)": "top-k",
+        "void at::native::sbtopk::gatherTopK<float, unsigned int, 2, false>(...)": "top-k",
+        "void at::native::bitonicSortKVInPlace<2, -1, 16, 16, float, long>(...)": "top-k",
+        "generate_sparse_indices_kernel": "index generation",
+        "void at::native::radixSortKVInPlace<2, -1, 128, 32, long, long>(...)": "sort",
+        "Memcpy DtoD (Device -> Device)": "other",
+    }
+    kernels = [Kernel(name, float(i), 1.0) for i, name in enumerate(stages)]
+    assert run.groups_of(kernels, "torch") == list(stages.values())
+
+
+def test_jax_kernels_are_grouped_by_their_function():
+    names = ["score_kernel", "loop_add_fusion_2", "void cub::Sort<float, 4>(float*)"]
+    kernels = [Kernel(name, float(i), 1.0) for i, name in enumerate(names)]
+    assert run.groups_of(kernels, "jax") == ["score_kernel", "loop_add_fusion", "cub::Sort"]
+
+
+def test_breakdown_adds_the_launches_of_a_call():
+    calls = [[Kernel("a", 0.0, 1.0), Kernel("a", 1.0, 2.0), Kernel("b", 3.0, 5.0)]] * 3
+    assert run.breakdown(calls, "jax") == [
+        {"group": "b", "kernel": "b", "launches": 1.0, "us": 5.0},
+        {"group": "a", "kernel": "a", "launches": 2.0, "us": 3.0},
+    ]
+
+
+# Runs
+
+
+@pytest.fixture(autouse=True, scope="module")
+def without_gpu():
+    """Runs are those of a CPU everywhere, with chains that compile quickly."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(machine, "has_gpu", lambda: False)
+        patch.setattr(implementations, "CHAIN_STEPS", 2)
+        yield
+
+
+@pytest.fixture(scope="module")
+def small_run(tmp_path_factory):
+    output = tmp_path_factory.mktemp("run") / "small.json"
+    argv = ["--quick", "--workload", "small", "--output", str(output)]
+    status = main(["run", *argv, "--commit", "abc123-dirty"])
+    return status, output
+
+
+def rows_of(output):
+    return json.loads(output.read_text())["rows"]
+
+
+def test_a_run_without_a_gpu_times_xla_and_eager_torch_by_the_wall_clock(small_run):
+    status, output = small_run
+    results = json.loads(output.read_text())
+    assert status == 0
+    assert [(row["workload"], row["implementation"], row["status"]) for row in results["rows"]] == [
+        ("small", "jax:xla", "ok"),
+        ("small", "torch:eager", "ok"),
+    ]
+    for row in results["rows"]:
+        assert row["call"]["count"] == 8
+        assert 0 < row["call"]["min"] <= row["call"]["median"] <= row["call"]["max"]
+        assert row["amortised_calls"] == 20
+        assert row["compile_seconds"] > 0
+        assert "warm" not in row
+    xla = results["rows"][0]
+    assert xla["in_jit"]["steps"] == 2
+    assert results["commit"] == "abc123"
+    assert results["dirty"] is True
+    assert results["machine"]["device"].startswith("CPU: ")
+    assert results["ceilings"] is None
+    assert results["command"].startswith("python -m benchmarks run --quick --workload small")
+
+
+def test_a_run_says_that_there_is_no_gpu(tmp_path, capsys):
+    output = tmp_path / "r.json"
+    argv = ["run", "--quick", "--workload", "small", "--output", str(output)]
+    assert main([*argv, "--implementation", "jax:top_k", "torch:iteration4-graph"]) == 0
+    assert "No NVIDIA GPU" in capsys.readouterr().out
+    assert [(r["status"], r["reason"]) for r in rows_of(output)] == [
+        ("skipped", "needs an NVIDIA GPU")
+    ] * 2
+
+
+@pytest.mark.parametrize(
+    ("flag", "known"), [("--workload", WORKLOADS), ("--implementation", run.IMPLEMENTATIONS)]
+)
+def test_an_unknown_name_lists_the_known_ones(flag, known, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["run", flag, "nonsense"])
+    assert stopped.value.code == 2
+    message = capsys.readouterr().err
+    assert all(name in message for name in [*known, "nonsense"])
+
+
+def test_sizes_that_contradict_each_other_are_refused(capsys):
+    with pytest.raises(SystemExit):
+        main(["run", "--workload", "ragged", "--B", "3"])
+    assert "L: expected one number or 3, got 16" in capsys.readouterr().err
+
+
+def test_a_workload_that_does_not_fit_is_skipped_with_the_reason(tmp_path, capsys):
+    output = tmp_path / "r.json"
+    size = str(2**45)
+    argv = ["run", "--quick", "--workload", "small", "--S", size, "--L", size]
+    assert main([*argv, "--output", str(output)]) == 0
+    for row in rows_of(output):
+        assert row["status"] == "skipped"
+        assert "GiB or more" in row["reason"]
+    results = report.load([output])
+    assert "GiB or more" in report.section(results, [])
+    assert "GiB or more" in capsys.readouterr().out
+
+
+def test_what_the_original_cannot_do_is_skipped_with_the_reason(tmp_path):
+    output = tmp_path / "r.json"
+    argv = ["run", "--quick", "--workload", "small-three-queries", "--output", str(output)]
+    assert main([*argv, "--L", "200"]) == 0
+    xla, eager = rows_of(output)
+    assert xla["status"] == "ok"
+    assert (eager["status"], eager["reason"]) == (
+        "skipped",
+        "the original returns the list of the first query token only",
+    )
+
+
+class WrongStep(implementations.JaxStep):
+    """Lists one token that it should not, in the last batch row."""
+
+    def call(self):
+        super().call()
+        indices = self._selection.indices
+        worst = jnp.where(indices[-1, 0, 2] == 5, 6, indices[-1, 0, 2])
+        changed = indices.at[-1, 0, 2].set(jnp.where(jnp.arange(worst.size) == 5, 150, worst))
+        self._selection = self._selection._replace(indices=changed)
+
+
+class BrokenStep(implementations.JaxStep):
+    def call(self):
+        raise RuntimeError("a kernel that does not compile\nand its long log")
+
+
+def test_a_wrong_output_fails_the_run_and_spares_the_other_rows(tmp_path, monkeypatch, capsys):
+    for name, step in (("wrong", WrongStep), ("broken", BrokenStep)):
+        known = run.IMPLEMENTATIONS["jax:xla"]
+        build = dataclasses.replace(
+            known,
+            name=f"jax:{name}",
+            build=lambda reference, step=step: step(reference, implementation="xla", selector=None),
+        )
+        monkeypatch.setitem(run.IMPLEMENTATIONS, f"jax:{name}", build)
+    output = tmp_path / "r.json"
+    argv = ["run", "--quick", "--workload", "small", "--output", str(output), "--implementation"]
+    assert main([*argv, "jax:wrong", "jax:broken", "jax:xla"]) == 1
+    wrong, broken, good = rows_of(output)
+    assert wrong["status"] == "failed"
+    assert wrong["reason"].startswith("wrong output: batch row 1, query token 0, head 2: ")
+    assert broken["status"] == "failed"
+    assert broken["reason"] == "building: RuntimeError: a kernel that does not compile"
+    assert good["status"] == "ok"
+    assert good["call"]["median"] > 0
+    printed = capsys.readouterr().out
+    assert "python -m benchmarks run --workload small --implementation jax:wrong" in printed
+    assert "2 failed" in printed
+
+
+def test_top_k_alone_is_checked_and_timed(tmp_path):
+    output = tmp_path / "r.json"
+    argv = ["run", "--quick", "--workload", "small-grouped", "--output", str(output)]
+    assert main([*argv, "--implementation", "jax.lax.top_k", "torch.topk"]) == 0
+    assert [row["status"] for row in rows_of(output)] == ["ok", "ok"]
+    assert all(row["peer"] for row in rows_of(output))
+
+
+def test_top_k_check_rejects_a_value_that_is_not_among_the_largest():
+    scores = np.float32([[1, 5, 3, 4], [2, 2, 2, 9]])
+    values, indices = np.float32([[5, 4], [9, 2]]), np.array([[1, 3], [3, 0]])
+    agreement.check_top_k(scores, values, indices)
+    with pytest.raises(AssertionError, match="row 0: values differ"):
+        agreement.check_top_k(scores, np.float32([[5, 3], [9, 2]]), np.array([[1, 2], [3, 0]]))
+    with pytest.raises(AssertionError, match="row 1: positions"):
+        agreement.check_top_k(
+            scores,
+            np.float32([[5, 4], [9, 9]])[:, ::-1] * [[1, 1], [1, 2 / 9]],
+            np.array([[3, 1], [3, 3]]),
+        )
+
+
+def test_weights_that_do_not_match_the_list_are_rejected():
+    workload = SMALL["small"]
+    reference = agreement.Reference(workload, make_inputs(workload))
+    step = implementations.JaxStep(reference, implementation="xla", selector=None)
+    step.check(reference)
+    weights = step._selection.weights.at[0, 0, 1, 0].set(0)
+    step._selection = step._selection._replace(weights=weights)
+    with pytest.raises(AssertionError, match=r"head 1: weight 0\.0 at token 0, which the list has"):
+        step.check(reference)
+
+
+def parsed(words):
+    parser = argparse.ArgumentParser()
+    run.add_arguments(parser)
+    return parser.parse_args(words)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "--workload seed --L 64000 --no-weights --heavy 512 --dtype bfloat16",
+        "--workload small-short --L 20 40 60 --bits 3 --table-dtype float16",
+        "--sweep length",
+        "--sweep subspaces --workload million",
+    ],
+)
+def test_a_row_is_repeated_by_its_command(words):
+    for workload in run.chosen_workloads(parsed(words.split())):
+        row = run.Row(workload, run.IMPLEMENTATIONS["jax:xla"])
+        python, module, name, command, *again = shlex.split(row.command)
+        assert (python, module, name, command) == ("python", "-m", "benchmarks", "run")
+        assert run.chosen_workloads(parsed(again)) == [workload]
+
+
+def test_sweeps_cover_what_they_are_named_for():
+    lengths = run.chosen_workloads(parsed(["--sweep", "length"]))
+    assert [w.L for w in lengths] == [2**n for n in range(12, 21)]
+    batches = run.chosen_workloads(parsed(["--sweep", "batch"]))
+    assert [w.B for w in batches] == [1, 2, 4, 8, 16, 32, 64]
+    fine = run.chosen_workloads(parsed(["--sweep", "subspaces"]))[-1]
+    assert (fine.config.num_subspaces, fine.config.num_bits) == (32, 8)
+
+
+# Kernel times, by a clock that needs no GPU
+
+
+class FakeClock:
+    name = "fake"
+
+    def measure(self, calls, *, cold):
+        recorded = []
+        for number, call in enumerate(calls):
+            call()
+            slower = 2.0 if cold else 1.0
+            recorded.append(
+                [
+                    Kernel("score_kernel", 0.0, slower * (3.0 + number % 2)),
+                    Kernel("top_k", 9.0, 5.0),
+                ]
+            )
+        return recorded
+
+
+def measured_with(fake):
+    repetitions = run.Repetitions(kernels=4, calls=2, amortised=2, rounds=1)
+    session = run.Session(False, fake, CEILINGS, repetitions, False, lambda what: None)
+    return run.measure(SMALL["small"], [run.IMPLEMENTATIONS["jax:xla"]], session)
+
+
+def test_kernel_times_are_sums_over_a_call_cold_and_warm():
+    (row,) = measured_with(FakeClock())
+    assert row.status == "ok"
+    assert row.numbers["warm"]["median"] == 8.5  # calls of 3 + 5 and 4 + 5
+    assert row.numbers["cold"]["median"] == 12.0  # calls of 6 + 5 and 8 + 5
+    assert row.numbers["launches"] == 2
+    assert [part["kernel"] for part in row.numbers["breakdown"]] == ["top_k", "score_kernel"]
+    work = ceilings.step_work(SMALL["small"])
+    assert row.numbers["floor"] == ceilings.floor(work, CEILINGS)
+
+
+def test_a_call_without_kernels_fails_its_row():
+    class Blind(FakeClock):
+        def measure(self, calls, *, cold):
+            return [[] for _ in calls]
+
+    (row,) = measured_with(Blind())
+    assert (row.status, row.reason) == ("failed", "fake recorded a call without kernels")
+
+
+# The report
+
+README = f"# Title\n\nbefore\n\n{report.BEGIN}\nstale section\n{report.END}\n\nafter\n"
+
+
+def stats(us):
+    return clock.summary([us * factor for factor in (0.9, 1.0, 1.0, 1.1)])
+
+
+def gpu_row(workload, implementation, us, *, sweep=None):
+    framework = "jax" if implementation.startswith("jax") else "torch"
+    numbers = {"compile_seconds": 1.0, "memory_bytes": 2**20, "launches": 2}
+    for kind, slower in (("warm", 1.0), ("cold", 1.25), ("call", 4.0), ("amortised", 3.0)):
+        numbers[kind] = stats(slower * us)
+    numbers["event" if framework == "torch" else "in_jit"] = stats(2 * us)
+    numbers["floor"] = ceilings.floor(ceilings.step_work(workload), CEILINGS)
+    numbers["breakdown"] = [
+        {"group": group, "kernel": group, "launches": 1.0, "us": share * us}
+        for group, share in (("score", 0.5), ("top-k", 0.3), ("other", 0.2))
+    ]
+    row = run.Row(workload, run.IMPLEMENTATIONS[implementation], numbers=numbers)
+    return run.row_json(row, sweep)
+
+
+def gpu_results(folder, *, device="NVIDIA H100", time="2026-01-02", us=20.0, file="a.json"):
+    rows = []
+    for name in ("seed", "llama-32k"):
+        rows.append(gpu_row(WORKLOADS[name], "jax:top_k", us))
+        rows.append(gpu_row(WORKLOADS[name], "torch:eager-graph", 5 * us))
+        rows.append(gpu_row(WORKLOADS[name], "torch:iteration4", 8 * us))
+    results = {
+        "kind": "named",
+        "time": time,
+        "command": "python -m benchmarks run",
+        "commit": "0123456789abcdef",
+        "dirty": False,
+        "machine": machine.describe_machine() | {"device": device, "gpu": True, "driver": "1.2"},
+        "quick": False,
+        "kernel_clock": "torch.profiler",
+        "ceilings": dataclasses.asdict(CEILINGS),
+        "rows": rows,
+        "seconds": 1.0,
+    }
+    (folder / file).write_text(json.dumps(results))
+    return results
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A project with a README, and no results yet."""
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    (tmp_path / "README.md").write_text(README)
+    return tmp_path
+
+
+def run_report(folder, *argv):
+    where = ["--readme", str(folder / "README.md"), "--pictures", str(folder)]
+    return main(["report", *where, *argv])
+
+
+def test_report_without_results_changes_nothing(folder):
+    assert run_report(folder) == 0
+    assert run_report(folder, "--check") == 0
+    assert (folder / "README.md").read_text() == README
+
+
+def test_report_rewrites_its_section_of_the_readme_and_nothing_else(folder):
+    gpu_results(folder)
+    assert run_report(folder, "--check") == 1
+    assert run_report(folder) == 0
+    assert run_report(folder, "--check") == 0
+    text = (folder / "README.md").read_text()
+    assert text.startswith("# Title\n\nbefore\n\n")
+    assert text.endswith("\n\nafter\n")
+    assert "stale section" not in text
+    for told in ("NVIDIA H100", "driver 1.2", "0123456789ab", "python -m benchmarks run`"):
+        assert told in text
+    summary = next(line for line in text.splitlines() if line.startswith("| `llama-32k`"))
+    assert "| 20.0 / 25.0 |" in summary
+    assert "| `torch:eager-graph` | 100 / 125 |" in summary
+    assert "| **5.0x** / **5.0x** | 160 / 200 | **8.0x** / **8.0x** |" in summary
+    assert "python -m benchmarks run --workload seed --implementation jax:top_k" in text
+
+
+def test_a_readme_older_than_the_results_is_stale(folder, capsys):
+    gpu_results(folder)
+    assert run_report(folder) == 0
+    gpu_results(folder, us=30.0)
+    assert run_report(folder, "--check") == 1
+    assert "is stale" in capsys.readouterr().out
+
+
+def test_a_missing_picture_is_stale(folder, capsys):
+    gpu_results(folder)
+    assert run_report(folder) == 0
+    (folder / "speed-up.png").unlink()
+    assert run_report(folder, "--check") == 1
+    assert "speed-up.png" in capsys.readouterr().out
+
+
+def test_the_latest_run_of_a_workload_counts(folder):
+    gpu_results(folder, file="z.json", time="2026-01-01", us=77.0)
+    gpu_results(folder, file="a.json", time="2026-01-02", us=20.0)
+    assert run_report(folder) == 0
+    text = (folder / "README.md").read_text()
+    assert "20.0 / 25.0" in text
+    assert "77.0" not in text
+
+
+def test_numbers_of_different_devices_are_not_compared(folder, capsys):
+    gpu_results(folder)
+    gpu_results(folder, device="NVIDIA H200", file="b.json")
+    assert run_report(folder) == 1
+    printed = capsys.readouterr().out
+    assert "not compared" in printed
+    assert "NVIDIA H100: a.json" in printed
+    assert "NVIDIA H200: b.json" in printed
+    assert (folder / "README.md").read_text() == README
+    assert run_report(folder, str(folder / "b.json")) == 0
+
+
+def test_a_readme_without_markers_is_refused(folder, capsys):
+    gpu_results(folder)
+    (folder / "README.md").write_text("no markers")
+    assert run_report(folder) == 1
+    assert "expected <!-- benchmark:begin -->" in capsys.readouterr().out
+    assert (folder / "README.md").read_text() == "no markers"
+
+
+def test_the_seed_table_has_both_sides(folder):
+    gpu_results(folder)
+    (_, rows) = report.by_workload(report.load([folder / "a.json"]))["seed"]
+    heads, lines = report.seed_table(rows)
+    by_name = {line[0]: dict(zip(heads, line, strict=True)) for line in lines}
+    seeds = by_name["Iteration 4, the seed's"]
+    assert (seeds["mean"], seeds["median"], seeds["score"]) == ("574", "530", "69.5")
+    here = by_name["Iteration 4, here"]
+    assert (here["median"], here["score"], here["top-k"]) == ("320", "80.0", "48.0")
+    assert (here["sort"], here["other"], here["all kernels"]) == ("-", "32.0", "160")
+    assert by_name["Iteration 1, here"]["mean"] == "-", "was not run"
+
+
+def test_results_of_a_cpu_are_reported_by_calls(folder, small_run):
+    _, output = small_run
+    (folder / "cpu.json").write_text(output.read_text())
+    assert run_report(folder) == 0
+    text = (folder / "README.md").read_text()
+    assert "There was no GPU" in text
+    assert "| `small` | `jax:xla` |" in text
+    assert "floor" not in text.partition("</details>")[0]
+
+
+@pytest.mark.parametrize("sweep", run.SWEEPS)
+def test_every_sweep_has_a_picture(folder, sweep):
+    results = gpu_results(folder)
+    points = run.chosen_workloads(parsed(["--sweep", sweep]))
+    rows = [
+        gpu_row(workload, implementation, us * (number + 1), sweep=sweep)
+        for number, workload in enumerate(points)
+        for implementation, us in (("jax:top_k", 5.0), ("torch:iteration4", 50.0))
+    ]
+    sweep_file = folder / "sweep.json"
+    sweep_file.write_text(json.dumps(results | {"kind": "sweep", "rows": rows}))
+    assert run_report(folder) == 0
+    picture = folder / f"time-against-{sweep}.png"
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert f"(time-against-{sweep}.png)" in (folder / "README.md").read_text()
+
+
+def test_the_readme_shows_the_committed_results(capsys):
+    status = main(["report", "--check"])
+    assert status == 0, capsys.readouterr().out

@@ -1,0 +1,144 @@
+"""indexer_next is append, then select."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from benchmarks.workloads import SMALL, make_inputs
+from jax_indexer import PQIndex, append, build_index, indexer_next, select
+from parity import oracle
+
+
+def start(workload, inputs):
+    """The index before the step."""
+    return PQIndex(
+        codebooks=jnp.asarray(inputs.codebooks),
+        codes=jnp.asarray(inputs.codes),
+        lengths=jnp.asarray(np.maximum(inputs.lengths - workload.T, 0)),
+        phi=None if inputs.phi is None else jnp.asarray(inputs.phi),
+    )
+
+
+def check_same(got, want):
+    assert jax.tree.structure(got) == jax.tree.structure(want)
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_a_step_is_append_then_select(name, implementation):
+    workload = SMALL[name]
+    inputs = make_inputs(workload, integers=3)
+    query, key_new = jnp.asarray(inputs.query), jnp.asarray(inputs.key_new)
+    index, config = start(workload, inputs), workload.config
+    options = {"return_weights": workload.weights, "implementation": implementation}
+    selection, after = indexer_next(query, key_new, index, config, **options)
+    want = append(index, key_new, config)
+    check_same(after, want)
+    check_same(selection, select(query, want, config, **options))
+
+
+@pytest.mark.parametrize("name", ["small", "small-grouped", "small-three-queries"])
+def test_a_step_equals_the_oracle(name, implementation):
+    """Codes and lists, from small integers: nothing in between is taken from the library."""
+    workload = SMALL[name]
+    inputs = make_inputs(workload, integers=3)
+    selection, after = indexer_next(
+        jnp.asarray(inputs.query),
+        jnp.asarray(inputs.key_new),
+        start(workload, inputs),
+        workload.config,
+        implementation=implementation,
+    )
+    codes = inputs.codes.copy()
+    new, _ = oracle.encode(inputs.key_new, inputs.codebooks)
+    lengths = np.maximum(inputs.lengths - workload.T, 0) + workload.T
+    for b, length in enumerate(lengths):
+        codes[b, ..., length - workload.T : length] = new[b]
+    np.testing.assert_array_equal(after.codes, codes)
+    np.testing.assert_array_equal(after.lengths, lengths)
+    table = oracle.rounded(
+        oracle.exact_table(inputs.query, inputs.codebooks), workload.config.table_dtype
+    )
+    indices, counts, _ = oracle.select(table, codes, lengths, workload.config)
+    np.testing.assert_array_equal(selection.indices, indices)
+    np.testing.assert_array_equal(selection.counts, counts)
+
+
+def test_the_new_token_is_seen_at_once():
+    """It is in the window, and with no window the short rule or its score can take it."""
+    workload = SMALL["small"]
+    inputs = make_inputs(workload, integers=3)
+    selection, after = indexer_next(
+        jnp.asarray(inputs.query),
+        jnp.asarray(inputs.key_new),
+        start(workload, inputs),
+        workload.config,
+    )
+    assert after.lengths.tolist() == [200, 200]
+    last = np.asarray(selection.counts)[..., None] - 1
+    assert (np.take_along_axis(np.asarray(selection.indices), last, -1) == 199).all()
+
+
+def test_a_full_row_selects_from_what_it_has():
+    workload = SMALL["small"]
+    inputs = make_inputs(workload, integers=3)
+    index = PQIndex(
+        codebooks=jnp.asarray(inputs.codebooks),
+        codes=jnp.asarray(inputs.codes),
+        lengths=jnp.asarray([256, 100], jnp.int32),
+    )
+    query = jnp.asarray(inputs.query)
+    selection, after = indexer_next(query, jnp.asarray(inputs.key_new), index, workload.config)
+    assert after.lengths.tolist() == [256, 101]
+    np.testing.assert_array_equal(after.codes[0], index.codes[0])
+    check_same(
+        jax.tree.map(lambda x: x[0], selection),
+        jax.tree.map(lambda x: x[0], select(query, index, workload.config)),
+    )
+
+
+def test_both_layouts():
+    workload = SMALL["small-three-queries"]
+    inputs = make_inputs(workload, integers=3)
+    query, key_new = jnp.asarray(inputs.query), jnp.asarray(inputs.key_new)
+    index = start(workload, inputs)
+    want = indexer_next(query, key_new, index, workload.config)
+    check_same(indexer_next(query, key_new, index, workload.config, kv_layout="BSKH"), want)
+    head_major = key_new.swapaxes(1, 2)
+    check_same(indexer_next(query, head_major, index, workload.config, kv_layout="BKSH"), want)
+
+
+def test_decoding_from_a_built_index():
+    """Prefill, then twenty steps: every list equals the oracle's on the library's own codebooks."""
+    workload = SMALL["small-grouped"]
+    config, steps = workload.config, 20
+    rng = np.random.default_rng(0)
+    B, S, K, N, H = workload.B, workload.capacity, workload.K, workload.N, workload.H
+    key = jnp.asarray(rng.integers(-3, 3, (B, S, K, H)).astype(np.float32))
+    lengths = np.array([150, 61], np.int32)
+    index = build_index(key, jnp.asarray(lengths), config)
+    # Centroids rounded to sixteenths, so that tables and distances are exact.
+    index = PQIndex(
+        codebooks=jnp.round(index.codebooks * 16) / 16,
+        codes=index.codes,
+        lengths=index.lengths,
+    )
+    codebooks, codes = np.asarray(index.codebooks), np.asarray(index.codes).copy()
+    for _ in range(steps):
+        query = rng.integers(-3, 3, (B, 1, N, H)).astype(np.float32)
+        key_new = rng.integers(-3, 3, (B, 1, K, H)).astype(np.float32)
+        selection, index = indexer_next(jnp.asarray(query), jnp.asarray(key_new), index, config)
+        new, _ = oracle.encode(key_new, codebooks)
+        for b in range(B):
+            codes[b, ..., lengths[b]] = new[b, ..., 0]
+        lengths = lengths + 1
+        table = oracle.rounded(oracle.exact_table(query, codebooks), config.table_dtype)
+        indices, counts, _ = oracle.select(table, codes, lengths, config)
+        np.testing.assert_array_equal(selection.indices, indices)
+        np.testing.assert_array_equal(selection.counts, counts)
+        np.testing.assert_array_equal(index.lengths, lengths)
+    for b in range(B):
+        np.testing.assert_array_equal(
+            index.codes[b, ..., : lengths[b]], codes[b, ..., : lengths[b]]
+        )

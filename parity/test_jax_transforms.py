@@ -1,0 +1,281 @@
+"""The functions inside jit, vmap, scan and shard_map."""
+
+import functools
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+from benchmarks.workloads import SMALL, make_inputs
+from jax_indexer import (
+    PQIndex,
+    Selection,
+    append,
+    build_index,
+    indexer_next,
+    select,
+    sparse_attention,
+)
+
+WORKLOAD = SMALL["small-grouped"]
+CONFIG = WORKLOAD.config
+
+
+def arrays(*, seed=0, steps=1):
+    """Integers, so that every way to compute them gives the same bits."""
+    rng = np.random.default_rng(seed)
+    inputs = make_inputs(WORKLOAD, integers=3)
+    codes = rng.integers(0, 32, inputs.codes.shape, np.uint8)
+    index = PQIndex(
+        codebooks=jnp.asarray(inputs.codebooks, jnp.float32),
+        codes=jnp.asarray(codes),
+        lengths=jnp.asarray(inputs.lengths - 20),
+    )
+
+    def draw(*shape):
+        return jnp.asarray(rng.integers(-3, 4, shape), jnp.float32)
+
+    w = WORKLOAD
+    query, key_new = draw(steps, w.B, 1, w.N, w.H), draw(steps, w.B, 1, w.K, w.H)
+    cache = draw(w.B, w.capacity, w.K, w.H)
+    return index, query, key_new, cache
+
+
+def check_same(got, want):
+    assert jax.tree.structure(got) == jax.tree.structure(want)
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+
+
+def test_the_state_is_a_pytree():
+    index = arrays()[0]
+    leaves, structure = jax.tree.flatten(index)
+    assert len(leaves) == 3  # None is no leaf
+    check_same(jax.tree.unflatten(structure, leaves), index)
+    paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(index)]
+    assert paths == [".codebooks", ".codes", ".lengths"]
+
+
+def test_selections_are_a_pytree_too():
+    index, query, _, _ = arrays()
+    selection = jax.jit(lambda q, i: select(q, i, CONFIG))(query[0], index)
+    assert isinstance(selection, Selection)
+    assert len(jax.tree.leaves(selection)) == 2
+
+
+def test_jit_gives_what_eager_calls_give(implementation):
+    index, query, key_new, cache = arrays()
+    selecting = {"return_weights": True, "implementation": implementation}
+    for function, arguments, options in (
+        (select, (query[0], index, CONFIG), selecting),
+        (indexer_next, (query[0], key_new[0], index, CONFIG), selecting),
+        (append, (index, key_new[0], CONFIG), {}),
+    ):
+        want = function(*arguments, **options)
+        got = jax.jit(function, static_argnames=["config", *options])(*arguments, **options)
+        check_same(got, want)
+    selection = select(query[0], index, CONFIG)
+    want = sparse_attention(query[0], cache, cache, selection)
+    got = jax.jit(sparse_attention)(query[0], cache, cache, selection)
+    np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-6)
+
+
+def test_build_index_under_jit():
+    """Training is float arithmetic, so only what is given codebooks is exact."""
+    cache = arrays()[3]
+    lengths = jnp.asarray([256, 130], jnp.int32)
+    index = jax.jit(build_index, static_argnames="config")(cache, lengths, config=CONFIG)
+    want = append(
+        PQIndex(
+            codebooks=index.codebooks,
+            codes=jnp.zeros_like(index.codes),
+            lengths=jnp.zeros_like(index.lengths),
+        ),
+        cache,
+        CONFIG,
+    )
+    np.testing.assert_array_equal(index.codes[0], want.codes[0])
+    np.testing.assert_array_equal(index.codes[1, ..., :130], want.codes[1, ..., :130])
+
+
+def stacked():
+    many = [arrays(seed=seed) for seed in range(3)]
+    return many, jax.tree.map(lambda *x: jnp.stack(x), *many)
+
+
+def test_vmap_over_a_leading_axis(implementation):
+    """Three models, say, side by side."""
+    many, (index, query, key_new, cache) = stacked()
+
+    def step(query, key_new, index, cache):
+        selection, index = indexer_next(
+            query[0], key_new[0], index, CONFIG, return_weights=True, implementation=implementation
+        )
+        return selection, index, sparse_attention(query[0], cache, cache, selection)
+
+    got = jax.jit(jax.vmap(step))(query, key_new, index, cache)
+    for i, (index, query, key_new, cache) in enumerate(many):
+        *exact, attended = jax.tree.map(lambda x, i=i: x[i], got)
+        *want, want_attended = step(query, key_new, index, cache)
+        check_same(exact, want)
+        np.testing.assert_allclose(attended, want_attended, rtol=1e-6, atol=1e-6)
+
+
+def test_vmap_over_queries_alone(implementation):
+    """One index, several queries: in_axes leaves the state unbatched."""
+    index = arrays()[0]
+    query = arrays(steps=4)[1]
+    run = functools.partial(select, implementation=implementation)
+    got = jax.vmap(lambda q: run(q, index, CONFIG))(query)
+    for i in range(4):
+        check_same(jax.tree.map(lambda x, i=i: x[i], got), run(query[i], index, CONFIG))
+
+
+def test_vmap_of_build_index_and_append():
+    many, (index, _, key_new, cache) = stacked()
+    grown = jax.vmap(lambda i, k: append(i, k[0], CONFIG))(index, key_new)
+    lengths = jnp.asarray([256, 130], jnp.int32)
+    built = jax.vmap(lambda k: build_index(k, lengths, CONFIG))(cache)
+    for i, (index, _, key_new, cache) in enumerate(many):
+        check_same(jax.tree.map(lambda x, i=i: x[i], grown), append(index, key_new[0], CONFIG))
+        alone = build_index(cache, lengths, CONFIG)
+        np.testing.assert_allclose(built.codebooks[i], alone.codebooks, rtol=1e-5, atol=1e-5)
+        np.testing.assert_array_equal(built.lengths[i], alone.lengths)
+
+
+@pytest.mark.parametrize("unroll", [1, 2])
+def test_scan_gives_what_steps_give(unroll, implementation):
+    index, query, key_new, _ = arrays(steps=12)
+
+    def step(index, x):
+        selection, index = indexer_next(
+            *x, index, CONFIG, return_weights=True, implementation=implementation
+        )
+        return index, selection
+
+    last, selections = jax.jit(lambda *a: lax.scan(step, *a, unroll=unroll))(
+        index, (query, key_new)
+    )
+    for t in range(12):
+        index, want = step(index, (query[t], key_new[t]))
+        check_same(jax.tree.map(lambda x, t=t: x[t], selections), want)
+    check_same(last, index)
+
+
+def test_a_step_inside_cond(implementation):
+    index, query, key_new, _ = arrays()
+
+    @jax.jit
+    def maybe(flag, index):
+        def step(index):
+            return indexer_next(query[0], key_new[0], index, CONFIG, implementation=implementation)[
+                1
+            ]
+
+        return lax.cond(flag, step, lambda index: index, index)
+
+    check_same(maybe(False, index), index)
+    check_same(maybe(True, index), append(index, key_new[0], CONFIG))
+
+
+def test_abstract_evaluation_needs_no_data():
+    index, query, key_new, _ = arrays()
+    shapes = jax.eval_shape(
+        lambda *a: indexer_next(*a, CONFIG, return_weights=True), query[0], key_new[0], index
+    )
+    got = indexer_next(query[0], key_new[0], index, CONFIG, return_weights=True)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), shapes) == jax.tree.map(
+        lambda x: (x.shape, x.dtype), got
+    )
+
+
+SHARDED = """
+import json
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+from jax_indexer import IndexerConfig, PQIndex, build_index, indexer_next, sparse_attention
+
+B, K, G, H, S, M, bits = 4, 4, 2, 8, 96, 2, 4
+config = IndexerConfig(num_subspaces=M, num_bits=bits, heavy_size=9, sink_size=4, window_size=4)
+rng = np.random.default_rng(0)
+draw = lambda *shape: jnp.asarray(rng.integers(-3, 4, shape), jnp.float32)
+key, query, key_new = draw(B, S, K, H), draw(B, 1, K * G, H), draw(B, 1, K, H)
+lengths = jnp.asarray([S - 1, 50, 20, 0], jnp.int32)
+index = PQIndex(
+    codebooks=draw(B, K, M, 2**bits, H // M),
+    codes=jnp.asarray(rng.integers(0, 2**bits, (B, K, M, S)), jnp.uint8),
+    lengths=lengths,
+)
+
+def step(query, key_new, index, key):
+    selection, index = indexer_next(query, key_new, index, config, return_weights=True)
+    return selection.indices, selection.counts, selection.weights, index, sparse_attention(
+        query, key, key, selection
+    )
+
+def split(axes_of_batch, axes_of_heads):
+    b, k = axes_of_batch, axes_of_heads
+    heads = P(b, None, k)
+    state = PQIndex(codebooks=P(b, k), codes=P(b, k), lengths=P(b))
+    return (heads, heads, state, heads), (heads, heads, heads, state, heads)
+
+want = step(query, key_new, index, key)
+assert len(jax.devices()) == 4
+report = []
+for shape, batch, heads in (((4, 1), "b", None), ((1, 4), None, "k"), ((2, 2), "b", "k")):
+    mesh = Mesh(np.asarray(jax.devices()).reshape(shape), ("b", "k"))
+    ins, outs = split(batch, heads)
+    got = jax.jit(jax.shard_map(step, mesh=mesh, in_specs=ins, out_specs=outs))(
+        query, key_new, index, key
+    )
+    assert jax.tree.structure(got) == jax.tree.structure(want)
+    *exact, attended = jax.tree.leaves(got)
+    *want_exact, want_attended = jax.tree.leaves(want)
+    for a, b in zip(exact, want_exact, strict=True):
+        np.testing.assert_array_equal(a, b)
+    np.testing.assert_allclose(attended, want_attended, rtol=1e-6, atol=1e-6)
+    report.append([len(x.sharding.device_set) for x in jax.tree.leaves(got)])
+
+    if batch and heads:
+        # The same without shard_map: the compiler partitions what it is given.
+        placed = jax.tree.map(
+            lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec)),
+            (query, key_new, index, key), ins,
+        )
+        *exact, attended = jax.tree.leaves(jax.jit(step)(*placed))
+        for a, b in zip(exact, want_exact, strict=True):
+            np.testing.assert_array_equal(a, b)
+        np.testing.assert_allclose(attended, want_attended, rtol=1e-6, atol=1e-6)
+    elif batch:
+        # Training, batch rows apart; a shard's heads are numbered from 0, so not over heads.
+        build = lambda key, lengths: build_index(key, lengths, config)
+        apart = jax.shard_map(build, mesh=mesh, in_specs=(P("b"), P("b")), out_specs=P("b"))
+        trained, alone = jax.jit(apart)(key, lengths), build(key, lengths)
+        np.testing.assert_array_equal(trained.lengths, alone.lengths)
+        np.testing.assert_allclose(trained.codebooks, alone.codebooks, rtol=1e-5, atol=1e-5)
+print(json.dumps(report))
+"""
+
+
+def test_shard_map_over_batch_and_heads():
+    """On four host devices, in a process of its own: their number is fixed when JAX starts."""
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+        "JAX_NUMPY_DTYPE_PROMOTION": "strict",
+    }
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", SHARDED],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert all(count == 4 for row in json.loads(done.stdout) for count in row)
