@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import gc
 import importlib.util
 import json
@@ -17,6 +18,8 @@ import numpy as np
 
 # Written between calls to empty the L2 cache: larger than that of any GPU so far.
 FLUSH_BYTES = 256 * 2**20
+
+CALLS_A_RECORDING = 200  # A record of thousands of kernels takes long to write and to read.
 
 
 class ClockError(RuntimeError):
@@ -59,7 +62,7 @@ def record_with_torch(run: Callable[[], None]) -> list[Kernel]:
     with tempfile.TemporaryDirectory() as folder:
         trace = Path(folder) / "trace.json"
         with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-            # Activities outside of the session are dropped, and the clocks of GPU and host are
+            # Activities outside of the recording are dropped, and the clocks of GPU and host are
             # matched to some microseconds only: keep away from its edges.
             time.sleep(0.01)
             run()
@@ -121,7 +124,7 @@ class KernelClock:
         self._increment = jax.jit(lambda x: x + 1, donate_argnums=0)
         self._flushed = None
         self._mark()
-        record(self._mark)  # The first session loads CUPTI and may miss kernels.
+        record(self._mark)  # The first recording loads CUPTI and may miss kernels.
         names = {kernel.name for kernel in record(self._mark)}
         if len(names) != 1:
             raise ClockError(f"{name} recorded {sorted(names)} where JAX ran one kernel")
@@ -150,17 +153,20 @@ class KernelClock:
           ClockError: if marks were lost.
         """
 
-        def run():
-            for call in calls:
-                if cold:
-                    self.flush()
-                self._mark()
-                call()
-                self._mark()
+        recorded = []
+        for first in range(0, len(calls), CALLS_A_RECORDING):
+            some = calls[first : first + CALLS_A_RECORDING]
+            kernels = self._record(functools.partial(self._run, some, cold))
+            recorded += between_marks(kernels, self._mark_name, len(some))
+        return recorded
 
-        if cold:
-            self.flush()
-        return between_marks(self._record(run), self._mark_name, len(calls))
+    def _run(self, calls: Sequence[Callable[[], None]], cold: bool) -> None:
+        for call in calls:
+            if cold:
+                self.flush()
+            self._mark()
+            call()
+            self._mark()
 
 
 def between_marks(kernels: Sequence[Kernel], mark: str, calls: int) -> list[list[Kernel]]:

@@ -257,7 +257,7 @@ def _tensor(array: np.ndarray) -> Any:
     """A numpy array on torch's device; torch does not know numpy's bfloat16."""
     import torch
 
-    array = np.ascontiguousarray(array)
+    array = np.require(array, requirements=("C", "W"))  # torch warns of what it could write to
     if array.dtype == jnp.bfloat16:
         return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16).to(_device())
     return torch.from_numpy(array).to(_device())

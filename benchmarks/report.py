@@ -51,14 +51,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def load(files: Iterable[Path]) -> list[Results]:
-    """Reads results files, the oldest first; each remembers its name.
+    """Reads results files, the oldest first; each remembers its name. Other JSON is left out.
 
     Raises:
       DifferentDevices: if they were not all measured on one kind of device.
     """
-    results = []
-    for file in files:
-        results.append(json.loads(file.read_text()) | {"file": file.name})
+    results = [json.loads(file.read_text()) | {"file": file.name} for file in files]
+    results = [one for one in results if one.get("kind") in ("named", "sweep")]
     devices: dict[str, list[str]] = {}
     for one in results:
         devices.setdefault(one["machine"]["device"], []).append(one["file"])
@@ -238,7 +237,7 @@ def detail_table(rows: Sequence[Row]) -> Table:
                 f"{row['compile_seconds']:.1f}",
                 us(row["floor"]["us"]) if row.get("floor") else NOTHING,
                 floor_ratio(row),
-                NOTHING,
+                row["reason"] or NOTHING,
             ]
         )
     return without_empty_columns((heads, lines))
@@ -430,12 +429,11 @@ def report(arguments: argparse.Namespace) -> int:
       0, or 1 if `--check` finds the README stale, or results cannot be compared.
     """
     files = arguments.files or sorted(RESULTS.glob("*.json"))
-    files = [file for file in files if file.suffix == ".json"]
-    if not files:
-        print(f"no results yet: python -m benchmarks run writes them to {RESULTS}")
-        return 0
     try:
         results = load(files)
+        if not results:
+            print(f"no results yet: python -m benchmarks run writes them to {RESULTS}")
+            return 0
         from benchmarks import plots
 
         wanted = plots.pictures(results)

@@ -92,17 +92,14 @@ def _train_one(
     def lloyd(iteration, centroids):
         half_norms = jnp.sum(centroids * centroids, axis=1) / 2
 
-        def assign(totals, batch):
-            sums, sizes = totals
+        def assign(batch):
             x, weight = batch
             nearest = jnp.argmax(jnp.dot(x, centroids.T, precision=highest) - half_norms, axis=1)
             member = nearest[:, None] == np.arange(num_centroids)
             member = jnp.where(member, weight[:, None], 0)
-            sums = sums + jnp.dot(member.T, x, precision=highest)
-            return (sums, sizes + jnp.sum(member, axis=0)), None
+            return jnp.dot(member.T, x, precision=highest), jnp.sum(member, axis=0)
 
-        empty = (jnp.zeros_like(centroids), jnp.zeros(num_centroids, jnp.float32))
-        (sums, sizes), _ = lax.scan(assign, empty, (chunks, weights))
+        sums, sizes = (jnp.sum(x, axis=0) for x in lax.map(assign, (chunks, weights)))
         means = sums / jnp.maximum(sizes, 1)[:, None]
         return jnp.where(sizes[:, None] > 0, means, drawn(num_centroids + iteration))
 

@@ -207,8 +207,8 @@ def encode(
         difference = along[d] - centroids[d]
         return total + difference * difference
 
-    shape = jnp.broadcast_shapes(along.shape[1:], centroids.shape[1:])
-    distance = lax.fori_loop(0, dimensions, add, jnp.zeros(shape, jnp.float32))
+    first = along[0] - centroids[0]
+    distance = lax.fori_loop(1, dimensions, add, first * first)
     distance = jnp.where(jnp.isnan(distance), jnp.inf, distance)
     finite = jnp.all(jnp.isfinite(parts), axis=-1)
     return jnp.where(finite, jnp.argmin(distance, axis=-1), 0).astype(jnp.uint8)

@@ -4,12 +4,24 @@ import argparse
 import dataclasses
 import json
 import shlex
+import sys
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import agreement, ceilings, clock, implementations, machine, report, run
+from benchmarks import (
+    agreement,
+    ceilings,
+    choice,
+    clock,
+    implementations,
+    machine,
+    measure,
+    report,
+    run,
+    stages,
+)
 from benchmarks.__main__ import main
 from benchmarks.clock import ClockError, Kernel
 from benchmarks.workloads import SMALL, WORKLOADS, make_inputs
@@ -144,29 +156,33 @@ def test_a_profiler_that_sees_no_kernels_is_refused():
 
 
 def test_torch_kernels_are_grouped_by_stage_and_a_sort_after_top_k_is_part_of_it():
-    stages = {
+    stage_of = {
         "pq_score_kernel_v3": "score",
+        "void at::native::_scatter_gather_elementwise_kernel<128, 8, "
+        "at::native::_cuda_scatter_gather_internal_kernel<false, float>::operator()>": "score",
         "void at::native::vectorized_elementwise_kernel<4, at::native::FillFunctor>": "other",
         "void at::native::mbtopk::radixFindKthValues<float, unsigned int>(...)": "top-k",
         "void at::native::sbtopk::gatherTopK<float, unsigned int, 2, false>(...)": "top-k",
         "void at::native::bitonicSortKVInPlace<2, -1, 16, 16, float, long>(...)": "top-k",
         "generate_sparse_indices_kernel": "index generation",
+        "void at::native::_scatter_gather_elementwise_kernel<128, 8, "
+        "at::native::_cuda_scatter_fill_internal_kernel<float>::operator()>": "index generation",
         "void at::native::radixSortKVInPlace<2, -1, 128, 32, long, long>(...)": "sort",
         "Memcpy DtoD (Device -> Device)": "other",
     }
-    kernels = [Kernel(name, float(i), 1.0) for i, name in enumerate(stages)]
-    assert run.groups_of(kernels, "torch") == list(stages.values())
+    kernels = [Kernel(name, float(i), 1.0) for i, name in enumerate(stage_of)]
+    assert stages.groups_of(kernels, "torch") == list(stage_of.values())
 
 
 def test_jax_kernels_are_grouped_by_their_function():
     names = ["score_kernel", "loop_add_fusion_2", "void cub::Sort<float, 4>(float*)"]
     kernels = [Kernel(name, float(i), 1.0) for i, name in enumerate(names)]
-    assert run.groups_of(kernels, "jax") == ["score_kernel", "loop_add_fusion", "cub::Sort"]
+    assert stages.groups_of(kernels, "jax") == ["score_kernel", "loop_add_fusion", "cub::Sort"]
 
 
 def test_breakdown_adds_the_launches_of_a_call():
     calls = [[Kernel("a", 0.0, 1.0), Kernel("a", 1.0, 2.0), Kernel("b", 3.0, 5.0)]] * 3
-    assert run.breakdown(calls, "jax") == [
+    assert stages.breakdown(calls, "jax") == [
         {"group": "b", "kernel": "b", "launches": 1.0, "us": 5.0},
         {"group": "a", "kernel": "a", "launches": 2.0, "us": 3.0},
     ]
@@ -230,7 +246,8 @@ def test_a_run_says_that_there_is_no_gpu(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("flag", "known"), [("--workload", WORKLOADS), ("--implementation", run.IMPLEMENTATIONS)]
+    ("flag", "known"),
+    [("--workload", WORKLOADS), ("--implementation", implementations.IMPLEMENTATIONS)],
 )
 def test_an_unknown_name_lists_the_known_ones(flag, known, capsys):
     with pytest.raises(SystemExit) as stopped:
@@ -262,13 +279,10 @@ def test_a_workload_that_does_not_fit_is_skipped_with_the_reason(tmp_path, capsy
 def test_what_the_original_cannot_do_is_skipped_with_the_reason(tmp_path):
     output = tmp_path / "r.json"
     argv = ["run", "--quick", "--workload", "small-three-queries", "--output", str(output)]
-    assert main([*argv, "--L", "200"]) == 0
-    xla, eager = rows_of(output)
-    assert xla["status"] == "ok"
-    assert (eager["status"], eager["reason"]) == (
-        "skipped",
-        "the original returns the list of the first query token only",
-    )
+    assert main([*argv, "--L", "200", "--implementation", "torch:eager"]) == 0
+    assert [(row["status"], row["reason"]) for row in rows_of(output)] == [
+        ("skipped", "the original returns the list of the first query token only")
+    ]
 
 
 class WrongStep(implementations.JaxStep):
@@ -283,22 +297,22 @@ class WrongStep(implementations.JaxStep):
 
 
 class BrokenStep(implementations.JaxStep):
-    def call(self):
+    def __init__(self, *_, **__):
         raise RuntimeError("a kernel that does not compile\nand its long log")
 
 
 def test_a_wrong_output_fails_the_run_and_spares_the_other_rows(tmp_path, monkeypatch, capsys):
     for name, step in (("wrong", WrongStep), ("broken", BrokenStep)):
-        known = run.IMPLEMENTATIONS["jax:xla"]
+        known = implementations.IMPLEMENTATIONS["jax:xla"]
         build = dataclasses.replace(
             known,
             name=f"jax:{name}",
             build=lambda reference, step=step: step(reference, implementation="xla", selector=None),
         )
-        monkeypatch.setitem(run.IMPLEMENTATIONS, f"jax:{name}", build)
+        monkeypatch.setitem(implementations.IMPLEMENTATIONS, f"jax:{name}", build)
     output = tmp_path / "r.json"
     argv = ["run", "--quick", "--workload", "small", "--output", str(output), "--implementation"]
-    assert main([*argv, "jax:wrong", "jax:broken", "jax:xla"]) == 1
+    assert main([*argv, "jax:wrong", "jax:broken", "torch:eager"]) == 1
     wrong, broken, good = rows_of(output)
     assert wrong["status"] == "failed"
     assert wrong["reason"].startswith("wrong output: batch row 1, query token 0, head 2: ")
@@ -346,7 +360,7 @@ def test_weights_that_do_not_match_the_list_are_rejected():
 
 def parsed(words):
     parser = argparse.ArgumentParser()
-    run.add_arguments(parser)
+    choice.add_arguments(parser)
     return parser.parse_args(words)
 
 
@@ -360,19 +374,19 @@ def parsed(words):
     ],
 )
 def test_a_row_is_repeated_by_its_command(words):
-    for workload in run.chosen_workloads(parsed(words.split())):
-        row = run.Row(workload, run.IMPLEMENTATIONS["jax:xla"])
+    for workload in choice.chosen_workloads(parsed(words.split())):
+        row = measure.Row(workload, implementations.IMPLEMENTATIONS["jax:xla"])
         python, module, name, command, *again = shlex.split(row.command)
         assert (python, module, name, command) == ("python", "-m", "benchmarks", "run")
-        assert run.chosen_workloads(parsed(again)) == [workload]
+        assert choice.chosen_workloads(parsed(again)) == [workload]
 
 
 def test_sweeps_cover_what_they_are_named_for():
-    lengths = run.chosen_workloads(parsed(["--sweep", "length"]))
+    lengths = choice.chosen_workloads(parsed(["--sweep", "length"]))
     assert [w.L for w in lengths] == [2**n for n in range(12, 21)]
-    batches = run.chosen_workloads(parsed(["--sweep", "batch"]))
+    batches = choice.chosen_workloads(parsed(["--sweep", "batch"]))
     assert [w.B for w in batches] == [1, 2, 4, 8, 16, 32, 64]
-    fine = run.chosen_workloads(parsed(["--sweep", "subspaces"]))[-1]
+    fine = choice.chosen_workloads(parsed(["--sweep", "subspaces"]))[-1]
     assert (fine.config.num_subspaces, fine.config.num_bits) == (32, 8)
 
 
@@ -397,9 +411,11 @@ class FakeClock:
 
 
 def measured_with(fake):
-    repetitions = run.Repetitions(kernels=4, calls=2, amortised=2, rounds=1)
-    session = run.Session(False, fake, CEILINGS, repetitions, False, lambda what: None)
-    return run.measure(SMALL["small"], [run.IMPLEMENTATIONS["jax:xla"]], session)
+    repetitions = measure.Repetitions(kernels=4, calls=2, amortised=2, rounds=1)
+    settings = measure.Settings(False, fake, CEILINGS, repetitions, False, lambda what: None)
+    return measure.measure(
+        SMALL["small"], [implementations.IMPLEMENTATIONS["torch:eager"]], settings
+    )
 
 
 def test_kernel_times_are_sums_over_a_call_cold_and_warm():
@@ -422,6 +438,69 @@ def test_a_call_without_kernels_fails_its_row():
     assert (row.status, row.reason) == ("failed", "fake recorded a call without kernels")
 
 
+def test_a_clock_that_lost_marks_fails_rows_but_keeps_their_other_times():
+    class Lossy(FakeClock):
+        def measure(self, calls, *, cold):
+            raise ClockError("expected 8 marks")
+
+    (row,) = measured_with(Lossy())
+    assert (row.status, row.reason) == ("failed", "kernel times: expected 8 marks")
+    assert row.numbers["call"]["median"] > 0
+
+
+class SerialDevice:
+    """Stands for a profiler: notes the marks and the kernels that calls pretend to launch."""
+
+    def __init__(self):
+        self.kernels = []
+
+    def launch(self, name):
+        self.kernels.append(Kernel(name, float(len(self.kernels)), 1.0))
+
+    def record(self, function):
+        self.kernels = []
+        function()
+        return self.kernels
+
+
+def test_long_measurements_are_split_into_recordings_and_flushed_outside_of_calls(monkeypatch):
+    device = SerialDevice()
+    monkeypatch.setattr(clock, "CALLS_A_RECORDING", 3)
+    monkeypatch.setattr(clock.KernelClock, "_mark", lambda self: device.launch("mark"))
+    monkeypatch.setattr(clock.KernelClock, "flush", lambda self: device.launch("flush"))
+    found = clock.KernelClock("device", device.record).measure(
+        [lambda name=name: device.launch(name) for name in "abcdefgh"], cold=True
+    )
+    assert [[kernel.name for kernel in kernels] for kernels in found] == [[x] for x in "abcdefgh"]
+
+
+def test_a_chain_that_does_not_fit_leaves_the_other_times():
+    class NoMemory(implementations.TorchStep):
+        def chain(self):
+            raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1 byte")
+
+    known = implementations.IMPLEMENTATIONS["torch:eager"]
+    large = dataclasses.replace(known, build=lambda reference: NoMemory(reference, name="eager"))
+    repetitions = measure.Repetitions(calls=2, amortised=2, rounds=1)
+    settings = measure.Settings(False, None, None, repetitions, True, lambda what: None)
+    (row,) = measure.measure(SMALL["small"], [large], settings)
+    assert row.status == "ok"
+    assert row.reason.startswith("out of memory while compiling a chain of steps: RESOURCE_EX")
+    assert row.numbers["call"]["count"] == 2
+
+
+def test_without_rich_progress_and_tables_are_plain_lines(monkeypatch, capsys):
+    for module in ("rich.progress", "rich.console"):
+        monkeypatch.setitem(sys.modules, module, None)
+    with run.progress(2) as advance:
+        advance("one")
+        advance("two")
+    report.show("title", (["a", "b"], [["1", "x|y"]]))
+    printed = capsys.readouterr().out
+    assert "[1/2, 0 s] one\n[2/2, 0 s] two\n" in printed
+    assert "| a | b |\n| --- | --- |\n| 1 | x\\|y |" in printed
+
+
 # The report
 
 README = f"# Title\n\nbefore\n\n{report.BEGIN}\nstale section\n{report.END}\n\nafter\n"
@@ -442,7 +521,7 @@ def gpu_row(workload, implementation, us, *, sweep=None):
         {"group": group, "kernel": group, "launches": 1.0, "us": share * us}
         for group, share in (("score", 0.5), ("top-k", 0.3), ("other", 0.2))
     ]
-    row = run.Row(workload, run.IMPLEMENTATIONS[implementation], numbers=numbers)
+    row = measure.Row(workload, implementations.IMPLEMENTATIONS[implementation], numbers=numbers)
     return run.row_json(row, sweep)
 
 
@@ -483,6 +562,7 @@ def run_report(folder, *argv):
 
 
 def test_report_without_results_changes_nothing(folder):
+    (folder / "output-of-tests.json").write_text('{"passed": 3}')
     assert run_report(folder) == 0
     assert run_report(folder, "--check") == 0
     assert (folder / "README.md").read_text() == README
@@ -574,10 +654,10 @@ def test_results_of_a_cpu_are_reported_by_calls(folder, small_run):
     assert "floor" not in text.partition("</details>")[0]
 
 
-@pytest.mark.parametrize("sweep", run.SWEEPS)
+@pytest.mark.parametrize("sweep", choice.SWEEPS)
 def test_every_sweep_has_a_picture(folder, sweep):
     results = gpu_results(folder)
-    points = run.chosen_workloads(parsed(["--sweep", sweep]))
+    points = choice.chosen_workloads(parsed(["--sweep", sweep]))
     rows = [
         gpu_row(workload, implementation, us * (number + 1), sweep=sweep)
         for number, workload in enumerate(points)

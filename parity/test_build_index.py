@@ -196,6 +196,19 @@ def test_sinks_are_not_trained_on():
     assert (build(key, lengths).codebooks != want).any(axis=(1, 2, 3, 4)).all()
 
 
+@pytest.mark.parametrize("sizes", [(3, 11), (11, 3), (11, 0)])
+def test_training_starts_at_init_offset(sizes):
+    """Not at the end of the sinks: five keys from there on are the whole codebook."""
+    sink_size, init_offset = sizes
+    key = random_keys()
+    config = with_(sink_size=sink_size, init_offset=init_offset)
+    index = build(key, [init_offset + 5] * B, config)
+    for b, k, m in np.ndindex(B, K, 2):
+        points = training_set(key[b, :, k], init_offset + 5, m, first=init_offset)
+        centroids = np.asarray(index.codebooks[b, k, m], np.float64)
+        assert {tuple(c) for c in centroids} == {tuple(p) for p in points}
+
+
 def test_both_layouts():
     key, lengths = jnp.asarray(random_keys()), [S, 150, 40, 20]
     want = build(key, lengths)

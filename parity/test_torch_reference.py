@@ -310,11 +310,12 @@ def test_sink_tokens_are_listed_twice_when_the_sink_passes_init_offset(form):
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_tokens_of_both_sink_and_window_are_listed_twice(form):
-    case = Case(sink_size=500, window_size=4, init_offset=100, heavy_size=0)
-    step = make_step(case)
-    sparse_list, sparse_len, _, _ = step(form)
-    expected = sorted([*range(case.sk), *range(case.sk - 4, case.sk)])
+@pytest.mark.parametrize(("sink", "window"), [(500, 4), (4, 500), (80, 80)])
+def test_tokens_of_both_sink_and_window_are_listed_twice(sink, window, form):
+    case = Case(sink_size=sink, window_size=window, init_offset=100, heavy_size=0)
+    sparse_list, sparse_len, _, _ = make_step(case)(form)
+    tokens = range(case.sk)
+    expected = sorted([*tokens[:sink], *tokens[-window:]])
     assert sparse_list[0, 0].tolist() == expected
     assert (sparse_len == len(expected)).all()
 
@@ -747,6 +748,11 @@ def test_a_bad_phi_is_refused(phi, message):
 def test_bad_training_input_is_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         train(some_keys(1, 2, 50, 8), **changes)
+
+
+def test_training_without_a_head_is_refused():
+    with pytest.raises(ValueError, match="keys: expected b and h_kv of at least 1, got"):
+        train(some_keys(1, 0, 50, 8))
 
 
 @pytest.mark.parametrize(

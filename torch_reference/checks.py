@@ -59,6 +59,9 @@ def _device(first: torch.Tensor, **others: torch.Tensor | None):
 def keys(value: torch.Tensor, n_subvec: int):
     """Raises ValueError unless the keys are float [b, h_kv, sk, d] with `n_subvec` dividing d."""
     _tensor("keys", value, "[b, h_kv, sk, d]", FLOATS)
+    if value.shape[0] == 0 or value.shape[1] == 0:
+        fix = "pass a batch row and a head"
+        _fail("keys", "b and h_kv of at least 1", list(value.shape), fix)
     if value.shape[-1] == 0 or value.shape[-1] % n_subvec:
         fix = f"choose a divisor of d={value.shape[-1]}"
         _fail("pq_group_factor", "subspaces that divide d", n_subvec, fix)

@@ -21,7 +21,7 @@ def indexer_first(
     """Trains centroids on the tokens from `init_offset` on, all heads and subspaces in one batch.
 
     Lloyd's iterations over products of [n, cent_cnt, subvec_d] elements a head and subspace, held
-    in memory as the original does (in slices of tokens once they pass a few gigabytes), always
+    in memory as the original does (in slices of tokens once one passes a gigabyte), always
     `kmeans_iter` of them. A cluster that runs empty takes a random key.
 
     Args:

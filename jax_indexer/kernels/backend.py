@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jax.sharding import ManualAxisType
@@ -18,6 +19,16 @@ warnings.filterwarnings(
 
 load = plgpu.load
 store = plgpu.store
+
+
+def _varying_axes(x: jax.Array) -> frozenset:
+    return jax.typeof(x).manual_axis_type.varying
+
+
+def barrier(interpret: bool) -> None:
+    """Orders a program's earlier stores before its later loads, among all of its threads."""
+    if not interpret:  # which has one thread, and no rule for this
+        plgpu.debug_barrier()
 
 
 def launch(
@@ -48,8 +59,14 @@ def launch(
       The outputs, in a list.
     """
     # Under shard_map an output varies over every mesh axis that an operand varies over.
-    varying = frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in operands))
+    varying = frozenset().union(*(_varying_axes(x) for x in operands))
     varies = ManualAxisType(varying=varying)
+    operands = tuple(
+        lax.pcast(x, tuple(varying - _varying_axes(x)), to="varying")
+        if varying - _varying_axes(x)
+        else x
+        for x in operands
+    )
     anywhere = pl.BlockSpec(memory_space=pl.ANY)
     return pl.pallas_call(
         kernel,

@@ -29,6 +29,22 @@ def rankable(scores: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     return jnp.where(magnitude > 0x7F800000, -jnp.inf, ranked)
 
 
+def add_entries(table_ref, codes_ref, row, queries: list, position, mask) -> list[Array]:
+    """Scores of the tokens at `position` for some queries of a row, which share the codes' loads.
+
+    Entries are added in the order of the subspaces, wherever this is called (rules 3 and 7).
+    """
+    num_subspaces = codes_ref.shape[1]
+    num_centroids = table_ref.shape[2] // num_subspaces
+    totals = [jnp.zeros(position.shape, jnp.float32)] * len(queries)
+    for m in range(num_subspaces):
+        code = backend.load(codes_ref.at[row, m, position], mask=mask, other=0)
+        entry = m * num_centroids + (code.astype(jnp.int32) & (num_centroids - 1))
+        for i, query in enumerate(queries):
+            totals[i] += table_ref[row, query, entry].astype(jnp.float32)
+    return totals
+
+
 def score_kernel(
     lengths_ref,  # i32[B]
     table_ref,  # [R, Q, M * C]
@@ -40,9 +56,8 @@ def score_kernel(
     queries_per_program: int,
     block: int,
 ):
-    num_rows, num_subspaces, capacity = codes_ref.shape
+    num_rows, _, capacity = codes_ref.shape
     num_queries = table_ref.shape[1]
-    num_centroids = table_ref.shape[2] // num_subspaces
     group = num_queries // num_query_tokens
     num_blocks = pl.cdiv(capacity, block)
 
@@ -69,12 +84,8 @@ def score_kernel(
 
     @pl.when((start < last) & (start + block > first))
     def _():
-        totals = [jnp.zeros(block, jnp.float32)] * queries_per_program
-        for m in range(num_subspaces):
-            code = backend.load(codes_ref.at[row, m, position], mask=candidate, other=0)
-            entry = m * num_centroids + (code.astype(jnp.int32) & (num_centroids - 1))
-            for q in range(queries_per_program):
-                totals[q] += table_ref[row, query + q, entry].astype(jnp.float32)
+        queries = [query + q for q in range(queries_per_program)]
+        totals = add_entries(table_ref, codes_ref, row, queries, position, candidate)
         for q, (total, plan) in enumerate(zip(totals, plans, strict=True)):
             mine = (position >= plan.first) & (position < plan.last)
             ranked = jnp.where(mine, rankable(total), -jnp.inf)
@@ -87,6 +98,11 @@ def score_kernel(
         for q in range(queries_per_program):
             out = out_ref.at[row, query + q, position]
             backend.store(out, nothing, mask=position < capacity)
+
+
+def shared_queries(num_queries: int) -> int:
+    """How many of a row's queries one program serves."""
+    return max(q for q in range(1, SCORE_QUERIES + 1) if num_queries % q == 0)
 
 
 def rankable_scores(
@@ -114,7 +130,7 @@ def rankable_scores(
     Source: CONTRACT.md, rules 2, 3 and 4.
     """
     (rows, queries, _), capacity = table.shape, codes.shape[-1]
-    shared = max(q for q in range(1, SCORE_QUERIES + 1) if queries % q == 0)
+    shared = shared_queries(queries)
     kernel = functools.partial(
         score_kernel,
         config=config,

@@ -16,3 +16,12 @@ SCORE_QUERIES = 8
 # Sparse index: tokens a program looks at.
 INDEX_BLOCK = 1024
 INDEX_WARPS = 4
+
+# Group maxima: programs that share the blocks of all rows, about as many as run at once.
+SCORE_PROGRAMS = 2112
+
+
+def select_tuning(size: int) -> tuple[int, int]:
+    """Numbers that a program of the threshold-select kernel holds at once, and its warps."""
+    chunk = min(max(1 << (size - 1).bit_length(), 128), 4096)
+    return chunk, max(chunk // 512, 1)

@@ -1,0 +1,288 @@
+"""Kernels run program by program on memory that notices what a GPU would not forgive.
+
+Pallas's own interpreter drops a store past the end of an array, starts outputs from a fixed value
+and runs programs in order. Here the body of a kernel runs on numpy arrays instead, its programs in
+random order, and an AssertionError names the first access that
+
+- lies outside of its array, below 0 included;
+- reads an element that nothing has written;
+- writes an element that another program wrote or read, or reads one that another program wrote;
+- writes an input;
+
+or the output element that is left unwritten. Lanes that are masked off may point anywhere.
+"""
+
+import contextlib
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+
+from jax_indexer.kernels import backend
+
+NOBODY, SEVERAL = -1, -2
+
+
+class Memory:
+    """An array as a kernel sees it: what Pallas calls a reference.
+
+    Attributes:
+      name: for messages.
+      values: the elements.
+      writes: how often each element was written.
+    """
+
+    def __init__(self, name: str, values: np.ndarray, *, writable: bool, written: bool):
+        self.name = name
+        self.values = values
+        self.writes = np.zeros(values.shape, np.int32)
+        self._writable = writable
+        self._has_value = np.full(values.shape, written)
+        self._writer = np.full(values.shape, NOBODY)
+        self._reader = np.full(values.shape, NOBODY)
+        self.program = NOBODY
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.values.shape
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.values.dtype
+
+    @property
+    def at(self) -> "_At":
+        return _At(self)
+
+    def __getitem__(self, index) -> jax.Array:
+        return load(self.at[index])
+
+    def __setitem__(self, index, value) -> None:
+        store(self.at[index], value)
+
+    def lanes(self, index, mask, access: str) -> tuple[np.ndarray, tuple[np.ndarray, ...]]:
+        """Which lanes of an access are live, and the positions of these."""
+        index = index if isinstance(index, tuple) else (index,)
+        if len(index) != self.values.ndim or any(isinstance(i, slice) for i in index):
+            raise NotImplementedError(f"{self.name}: only an index array for each axis is there")
+        index = np.broadcast_arrays(*(np.asarray(i) for i in index))
+        live = np.ones(index[0].shape, bool) if mask is None else np.asarray(mask)
+        self.check(live.shape == index[0].shape, f"{access} through a mask of another shape")
+        position = tuple(i[live] for i in index)
+        for axis, (i, size) in enumerate(zip(position, self.shape, strict=True)):
+            outside = i[(i < 0) | (i >= size)]
+            self.check(not outside.size, f"{access} at {outside[:3]} of axis {axis}, size {size}")
+        return live, position
+
+    def check(self, good: bool, message: str) -> None:
+        if not good:
+            raise AssertionError(f"{self.name}, program {self.program}: {message}")
+
+    def read(self, position: tuple[np.ndarray, ...]) -> np.ndarray:
+        written = self._has_value[position]
+        self.check(written.all(), "read of an element that nothing has written")
+        writer, reader = self._writer[position], self._reader[position]
+        self.check(self._alone(writer), "read of an element that another program wrote")
+        mine = (reader == NOBODY) | (reader == self.program)
+        self._reader[position] = np.where(mine, self.program, SEVERAL)
+        return self.values[position]
+
+    def write(self, position: tuple[np.ndarray, ...], values: np.ndarray) -> None:
+        self.check(self._writable, "write of an input")
+        flat = np.ravel_multi_index(position, self.shape)
+        self.check(len(np.unique(flat)) == flat.size, "one store writes an element twice")
+        for other, what in ((self._writer, "wrote"), (self._reader, "read")):
+            self.check(
+                self._alone(other[position]), f"write of an element that another program {what}"
+            )
+        self._writer[position] = self.program
+        self._has_value[position] = True
+        self.writes[position] += 1
+        self.values[position] = values
+
+    def _alone(self, programs: np.ndarray) -> bool:
+        return bool(((programs == NOBODY) | (programs == self.program)).all())
+
+    def check_written(self) -> None:
+        missing = np.argwhere(~self._has_value)
+        if len(missing):
+            raise AssertionError(f"{self.name}: {len(missing)} unwritten, such as {missing[0]}")
+
+
+class _At:
+    """What `reference.at` is: it waits for an index."""
+
+    def __init__(self, memory: Memory):
+        self._memory = memory
+
+    def __getitem__(self, index) -> tuple[Memory, object]:
+        return self._memory, index
+
+
+def load(where: tuple[Memory, object], *, mask=None, other=None) -> jax.Array:
+    """`backend.load`; lanes that are masked off and have no `other` read garbage."""
+    memory, index = where
+    live, position = memory.lanes(index, mask, "read")
+    garbage = np.frombuffer(b"\xa5" * memory.dtype.itemsize, memory.dtype)[0]
+    lanes = np.full(live.shape, garbage if other is None else np.asarray(other), memory.dtype)
+    lanes[live] = memory.read(position)
+    return jnp.asarray(lanes)
+
+
+def store(where: tuple[Memory, object], value, *, mask=None) -> None:
+    """`backend.store`."""
+    memory, index = where
+    live, position = memory.lanes(index, mask, "write")
+    memory.write(position, np.broadcast_to(np.asarray(value), live.shape)[live])
+
+
+def _when(condition) -> Callable[[Callable[[], None]], None]:
+    def run(body: Callable[[], None]) -> None:
+        if condition:
+            body()
+
+    return run
+
+
+def _fori_loop(lower, upper, body, carry):
+    for i in range(int(lower), int(upper)):
+        carry = body(jnp.int32(i), carry)
+    return carry
+
+
+def _names(kernel: Callable[..., None], count: int) -> list[str]:
+    """The kernel's own names of its references, as far as it has them."""
+    kernel = kernel.func if isinstance(kernel, functools.partial) else kernel
+    named = [
+        name
+        for name, parameter in inspect.signature(kernel).parameters.items()
+        if parameter.kind is parameter.POSITIONAL_OR_KEYWORD
+    ]
+    names = [*named, *(f"reference {i}" for i in range(len(named), count))]
+    return [f"{kernel.__name__}: {name}" for name in names[:count]]
+
+
+def _launch(
+    kernel: Callable[..., None],
+    *operands: jax.Array,
+    programs: int,
+    out_shape: Sequence[jax.ShapeDtypeStruct],
+    aliases: dict[int, int] | None = None,
+    order: np.random.Generator,
+    record: list[dict[str, np.ndarray]],
+    **_,
+) -> list[jax.Array]:
+    """`backend.launch`."""
+    names = _names(kernel, len(operands) + len(out_shape))
+    inputs = [
+        Memory(name, np.array(x), writable=False, written=True)
+        for name, x in zip(names, operands, strict=False)
+    ]
+    outputs = [
+        Memory(name, np.empty(x.shape, x.dtype), writable=True, written=False)
+        for name, x in zip(names[len(operands) :], out_shape, strict=True)
+    ]
+    for operand, output in (aliases or {}).items():
+        name, values = outputs[output].name, inputs[operand].values
+        assert (values.shape, values.dtype) == (outputs[output].shape, outputs[output].dtype)
+        inputs[operand] = outputs[output] = Memory(name, values, writable=True, written=True)
+    for program in order.permutation(programs):
+        for memory in inputs + outputs:
+            memory.program = int(program)
+        with mock.patch.object(pl, "program_id", lambda axis, p=program: jnp.int32((p,)[axis])):
+            kernel(*inputs, *outputs)
+    for output in outputs:
+        output.check_written()
+    record.append({output.name: output.writes for output in outputs})
+    return [jnp.asarray(output.values) for output in outputs]
+
+
+@contextlib.contextmanager
+def checked(seed: int = 0) -> Iterator[list[dict[str, np.ndarray]]]:
+    """Inside, launches run on checked memory, outside of any jit.
+
+    Args:
+      seed: of the order of the programs.
+
+    Yields:
+      A list that grows by one entry a launch: how often each element of each output was written.
+    """
+    record: list[dict[str, np.ndarray]] = []
+    launch = functools.partial(_launch, order=np.random.default_rng(seed), record=record)
+    with contextlib.ExitStack() as stack:
+        for module, name, replacement in (
+            (backend, "launch", launch),
+            (backend, "load", load),
+            (backend, "store", store),
+            (pl, "when", _when),
+            (lax, "fori_loop", _fori_loop),
+        ):
+            stack.enter_context(mock.patch.object(module, name, replacement))
+        yield record
+
+
+# What a poisoned output holds before the kernel runs: nothing that a kernel writes.
+POISON = {"i": -1234567, "u": 0xA5, "f": 7.25, "V": 7.25}
+
+
+@contextlib.contextmanager
+def poisoned() -> Iterator[list[jax.Array]]:
+    """Inside, a launch's outputs hold poison beforehand, and end in a row that is no one's.
+
+    The kernel gets outputs that lie in the memory of poisoned operands, with one row more along
+    the first axis than it was made for. What it does not write is still poison after it. Outputs
+    that are aliased already stay what they are.
+
+    Yields:
+      A list that grows by the extra row of each such output; `check_canaries` looks at them. Under
+      jit they are traced values, to be returned.
+    """
+    canaries: list[jax.Array] = []
+    real_launch = backend.launch
+
+    def launch(kernel, *operands, out_shape, aliases=None, **options):
+        aliases = dict(aliases or {})
+        fresh = [i for i in range(len(out_shape)) if i not in aliases.values()]
+        shapes = [
+            jax.ShapeDtypeStruct((x.shape[0] + (i in fresh), *x.shape[1:]), x.dtype)
+            for i, x in enumerate(out_shape)
+        ]
+        poison = [jnp.full(shapes[i].shape, _poison(shapes[i].dtype)) for i in fresh]
+
+        @functools.wraps(kernel.func if isinstance(kernel, functools.partial) else kernel)
+        def on_poison(*refs):
+            kernel(*refs[: len(operands)], *refs[len(operands) + len(poison) :])
+
+        outputs = real_launch(
+            on_poison,
+            *operands,
+            *poison,
+            out_shape=shapes,
+            aliases=aliases | {len(operands) + at: i for at, i in enumerate(fresh)},
+            **options,
+        )
+        canaries.extend(outputs[i][-1] for i in fresh)
+        return [x[:-1] if i in fresh else x for i, x in enumerate(outputs)]
+
+    with mock.patch.object(backend, "launch", launch):
+        yield canaries
+
+
+def _poison(dtype) -> np.ndarray:
+    dtype = jnp.dtype(dtype)
+    return np.asarray(POISON[np.dtype(dtype).kind], dtype)
+
+
+def check_canaries(canaries: Sequence[jax.Array]) -> None:
+    """Raises AssertionError if a kernel wrote into the extra row of an output."""
+    for number, row in enumerate(canaries):
+        row = np.asarray(row)
+        touched = np.argwhere(row != _poison(row.dtype))
+        if len(touched):
+            raise AssertionError(f"output {number}: wrote past its end, at {touched[0]} of the row")
