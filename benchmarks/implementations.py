@@ -488,6 +488,7 @@ def _peer(name: str, framework: str, build: Callable[[Reference], Step]):
 IMPLEMENTATIONS = {
     implementation.name: implementation
     for implementation in (
+        _jax("threshold", "triton", "threshold"),
         _jax("top_k", "triton", "top_k"),
         _jax("xla", "xla", None, needs_gpu=False),
         _torch("eager", needs_gpu=False),

@@ -9,7 +9,7 @@ from jax import Array, lax
 from jax_indexer import _arguments, reference
 from jax_indexer.config import FLOAT_DTYPES, IndexerConfig
 from jax_indexer.index import PQIndex, append, check_append
-from jax_indexer.kernels import backend, top_k
+from jax_indexer.kernels import backend, pipeline
 from jax_indexer.layout import KVLayout
 
 Implementation = Literal["triton", "xla"]
@@ -135,12 +135,15 @@ def check_select(query, index, config, return_weights, implementation, selector)
     _arguments.check_choice("return_weights", return_weights, (True, False))
     _arguments.check_choice("implementation", implementation, (None, "triton", "xla"))
     _arguments.check_choice("selector", selector, (None, "top_k", "threshold", "cells"))
-    if selector not in (None, "top_k"):
-        raise NotImplementedError(f'selector: only "top_k" is there, not {selector!r}; use None')
-    if implementation == "triton":
-        missing = backend.no_gpu() or backend.unaddressable(query, *jax.tree.leaves(index))
-        if missing:
-            raise NotImplementedError(f'implementation: "triton" lacks support: {missing}')
+    if selector == "cells":
+        raise NotImplementedError('selector: "cells" is not there yet; use None')
+    if selector == "threshold" and implementation == "xla":
+        raise NotImplementedError('selector: "xla" has "top_k" only; use None')
+    missing = backend.no_gpu() or backend.unaddressable(query, *jax.tree.leaves(index))
+    if missing and implementation == "triton":
+        raise NotImplementedError(f'implementation: "triton" lacks support: {missing}; use None')
+    if missing and selector == "threshold":
+        raise NotImplementedError(f'selector: "threshold" needs "triton", and {missing}; use None')
 
 
 @functools.partial(
@@ -155,7 +158,6 @@ def _select(
     implementation: Implementation | None,
     selector: Selector | None,
 ) -> Selection:
-    del selector  # there is one
     weights_dtype = query.dtype if return_weights else None
 
     def xla(query: Array, index: PQIndex) -> Selection:
@@ -165,9 +167,16 @@ def _select(
         )
 
     def triton(query: Array, index: PQIndex) -> Selection:
-        table = top_k.table_of(query, index.codebooks, config.table_dtype)
+        table = pipeline.table_of(query, index.codebooks, config.table_dtype)
         return Selection(
-            *top_k.select_from_table(table, index.codes, index.lengths, config, weights_dtype)
+            *pipeline.select_from_table(
+                table,
+                index.codes,
+                index.lengths,
+                config,
+                weights_dtype,
+                "top_k" if selector == "top_k" else "threshold",
+            )
         )
 
     if implementation == "triton":

@@ -34,6 +34,12 @@ def start(lengths, *, metric="euclidean", dtype="float32", integers=6, seed=0, k
     return index, inputs.key_new
 
 
+def check_codes(index, codes):
+    """Those of the tokens in the cache; the others have no meaning."""
+    for b, length in enumerate(np.asarray(index.lengths)):
+        np.testing.assert_array_equal(index.codes[b, ..., :length], codes[b, ..., :length])
+
+
 def check_same(got, want):
     assert jax.tree.structure(got) == jax.tree.structure(want)
     jax.tree.map(np.testing.assert_array_equal, got, want)
@@ -51,8 +57,8 @@ def test_codes_equal_the_oracle(num_new, dtype):
     codes = np.asarray(index.codes).copy()
     for b, length in enumerate(lengths):
         codes[b, :, :, length : length + num_new] = want[b]
-    np.testing.assert_array_equal(got.codes, codes)
     assert got.lengths.tolist() == [length + num_new for length in lengths]
+    check_codes(got, codes)
 
 
 @pytest.mark.parametrize("metric", ["euclidean", "ip"])
@@ -80,7 +86,7 @@ def test_the_inner_product_metric_uses_the_extra_coordinate():
     # 1 and its extra coordinate 3: at distance 9 from (1, 0), and 1 from (2, 3).
     # 5 is past phi, its extra coordinate 0: at distance 16 from (1, 0), and 18 from (2, 3).
     got = append(index, jnp.asarray([1.0, 5.0]).reshape(1, 2, 1, 1), config)
-    assert got.codes.ravel().tolist() == [1, 0, 0, 0]
+    assert got.codes.ravel()[:2].tolist() == [1, 0]
 
 
 def test_ties_go_to_the_lower_centroid():
@@ -211,7 +217,7 @@ def test_counts_say_how_many_are_taken():
     codes = np.asarray(index.codes).copy()
     for b in (0, 2, 3):
         codes[b, ..., lengths[b] : lengths[b] + counts[b]] = want[b, ..., : counts[b]]
-    np.testing.assert_array_equal(got.codes, codes)
+    check_codes(got, codes)
 
 
 def test_counts_of_all_tokens_are_the_default():
@@ -227,7 +233,9 @@ def test_tokens_past_the_count_have_no_influence():
     got = append(index, jnp.asarray(key[:, :4]), config_of(), counts=counts)
     for b in range(2):
         key[b, int(counts[b]) :] = np.nan
-    check_same(append(index, jnp.asarray(key[:, :4]), config_of(), counts=counts), got)
+    again = append(index, jnp.asarray(key[:, :4]), config_of(), counts=counts)
+    assert again.lengths.tolist() == got.lengths.tolist() == [5, 5]
+    check_codes(again, got.codes)
 
 
 def test_both_layouts():

@@ -55,8 +55,9 @@ def test_a_step_equals_the_oracle(name, implementation):
     lengths = np.maximum(inputs.lengths - workload.T, 0) + workload.T
     for b, length in enumerate(lengths):
         codes[b, ..., length - workload.T : length] = new[b]
-    np.testing.assert_array_equal(after.codes, codes)
     np.testing.assert_array_equal(after.lengths, lengths)
+    for b, length in enumerate(lengths):
+        np.testing.assert_array_equal(after.codes[b, ..., :length], codes[b, ..., :length])
     table = oracle.rounded(
         oracle.exact_table(inputs.query, inputs.codebooks), workload.config.table_dtype
     )

@@ -1,6 +1,7 @@
 """ADC scores: sum, over subspaces, of each key's look-up table entry."""
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ from jaxtyping import Float, Int32, UInt8
 
 from jax_indexer.config import IndexerConfig
 from jax_indexer.kernels import backend
-from jax_indexer.kernels.plan import plan_row
+from jax_indexer.kernels.plan import RowPlan, plan_row
 from jax_indexer.kernels.tuning import SCORE_BLOCK, SCORE_QUERIES, SCORE_WARPS
 
 
@@ -29,8 +30,74 @@ def rankable(scores: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     return jnp.where(magnitude > 0x7F800000, -jnp.inf, ranked)
 
 
-def add_entries(table_ref, codes_ref, row, queries: list, position, mask) -> list[Array]:
-    """Scores of the tokens at `position` for some queries of a row, which share the codes' loads.
+class Block(NamedTuple):
+    """A program's block of tokens and the queries it serves.
+
+    Attributes:
+      row: its kv head's row.
+      number: of the block in the row.
+      position: of its tokens.
+      queries: their numbers in the row.
+      plans: of each query.
+      in_play: whether the block holds a candidate of any query.
+    """
+
+    row: Array
+    number: Array
+    position: Array
+    queries: list[Array]
+    plans: list[RowPlan]
+    in_play: Array
+
+    def candidates(self, plan: RowPlan) -> Array:
+        """Which tokens are candidates of the query with this plan."""
+        return (self.position >= plan.first) & (self.position < plan.last)
+
+    def scores(self, table_ref, codes_ref) -> list[Array]:
+        """Scores of all the queries, which share the loads of the codes."""
+        # Later query tokens see more, so the last one's candidates include the others'.
+        seen = self.candidates(self.plans[-1])
+        return add_entries(table_ref, codes_ref, self.row, self.queries, self.position, seen)
+
+
+def block_of_program(
+    lengths_ref,
+    table_ref,
+    codes_ref,
+    *,
+    config: IndexerConfig,
+    num_query_tokens: int,
+    queries_per_program: int,
+    block: int,
+) -> Block:
+    """What this program is to score: a block of a row, for some of the row's queries."""
+    num_rows, _, capacity = codes_ref.shape
+    num_queries, num_blocks = table_ref.shape[1], pl.cdiv(capacity, block)
+    query_groups = num_queries // queries_per_program
+    program = pl.program_id(0)
+    number = program % num_blocks
+    row = program // (num_blocks * query_groups)
+    first_query = program // num_blocks % query_groups * queries_per_program
+    queries = [first_query + q for q in range(queries_per_program)]
+    length = lengths_ref[row // (num_rows // lengths_ref.shape[0])]
+    plans = [
+        plan_row(
+            length,
+            query // (num_queries // num_query_tokens),
+            config=config,
+            num_query_tokens=num_query_tokens,
+            capacity=capacity,
+        )
+        for query in queries
+    ]
+    start = number * block
+    position = start + jnp.arange(block, dtype=jnp.int32)
+    in_play = (start < plans[-1].last) & (start + block > plans[-1].first)
+    return Block(row, number, position, queries, plans, in_play)
+
+
+def add_entries(table_ref, codes_ref, row, queries: list[Array], position, mask) -> list[Array]:
+    """Scores of the tokens at `position` for some queries of a row.
 
     Entries are added in the order of the subspaces, wherever this is called (rules 3 and 7).
     """
@@ -50,54 +117,25 @@ def score_kernel(
     table_ref,  # [R, Q, M * C]
     codes_ref,  # u8[R, M, S]
     out_ref,  # f32[R, Q, S]
-    *,
-    config: IndexerConfig,
-    num_query_tokens: int,
-    queries_per_program: int,
-    block: int,
+    **static,
 ):
-    num_rows, _, capacity = codes_ref.shape
-    num_queries = table_ref.shape[1]
-    group = num_queries // num_query_tokens
-    num_blocks = pl.cdiv(capacity, block)
+    b = block_of_program(lengths_ref, table_ref, codes_ref, **static)
+    capacity = codes_ref.shape[2]
 
-    program = pl.program_id(0)
-    start = program % num_blocks * block
-    query = program // num_blocks % (num_queries // queries_per_program) * queries_per_program
-    row = program // (num_blocks * (num_queries // queries_per_program))
+    def write(query, scores):
+        out = out_ref.at[b.row, query, b.position]
+        backend.store(out, scores, mask=b.position < capacity)
 
-    position = start + jnp.arange(block, dtype=jnp.int32)
-    length = lengths_ref[row // (num_rows // lengths_ref.shape[0])]
-    plans = [
-        plan_row(
-            length,
-            (query + q) // group,
-            config=config,
-            num_query_tokens=num_query_tokens,
-            capacity=capacity,
-        )
-        for q in range(queries_per_program)
-    ]
-    # Later query tokens see more, so the last one's candidates include the others'.
-    first, last = plans[-1].first, plans[-1].last
-    candidate = (position >= first) & (position < last)
-
-    @pl.when((start < last) & (start + block > first))
+    @pl.when(b.in_play)
     def _():
-        queries = [query + q for q in range(queries_per_program)]
-        totals = add_entries(table_ref, codes_ref, row, queries, position, candidate)
-        for q, (total, plan) in enumerate(zip(totals, plans, strict=True)):
-            mine = (position >= plan.first) & (position < plan.last)
-            ranked = jnp.where(mine, rankable(total), -jnp.inf)
-            out = out_ref.at[row, query + q, position]
-            backend.store(out, ranked, mask=position < capacity)
+        totals = b.scores(table_ref, codes_ref)
+        for query, total, plan in zip(b.queries, totals, b.plans, strict=True):
+            write(query, jnp.where(b.candidates(plan), rankable(total), -jnp.inf))
 
-    @pl.when((start >= last) | (start + block <= first))
+    @pl.when(~b.in_play)
     def _():
-        nothing = jnp.full(block, -jnp.inf, jnp.float32)
-        for q in range(queries_per_program):
-            out = out_ref.at[row, query + q, position]
-            backend.store(out, nothing, mask=position < capacity)
+        for query in b.queries:
+            write(query, jnp.full(b.position.shape, -jnp.inf, jnp.float32))
 
 
 def shared_queries(num_queries: int) -> int:
