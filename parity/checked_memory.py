@@ -7,14 +7,16 @@ random order, and an AssertionError names the first access that
 - lies outside of its array, below 0 included;
 - reads an element that nothing has written;
 - writes an element that another program wrote or read, or reads one that another program wrote;
-- writes an input;
+- reads an element that the same program wrote, with no barrier in between;
+- writes an input.
 
-or the output element that is left unwritten. Lanes that are masked off may point anywhere.
+Lanes that are masked off may point anywhere. What a launch leaves unwritten is garbage.
 """
 
 import contextlib
 import functools
 import inspect
+import math
 from collections.abc import Callable, Iterator, Sequence
 from unittest import mock
 
@@ -27,6 +29,8 @@ from jax.experimental import pallas as pl
 from jax_indexer.kernels import backend
 
 NOBODY, SEVERAL = -1, -2
+# As a number of any type large, or NaN: what reads it wins where it should not.
+GARBAGE = 0x7F
 
 
 class Memory:
@@ -46,7 +50,9 @@ class Memory:
         self._has_value = np.full(values.shape, written)
         self._writer = np.full(values.shape, NOBODY)
         self._reader = np.full(values.shape, NOBODY)
+        self._written_after = np.full(values.shape, NOBODY)  # how many barriers
         self.program = NOBODY
+        self.barriers = 0
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -89,6 +95,8 @@ class Memory:
         self.check(written.all(), "read of an element that nothing has written")
         writer, reader = self._writer[position], self._reader[position]
         self.check(self._alone(writer), "read of an element that another program wrote")
+        fresh = self._written_after[position] == self.barriers
+        self.check(not (fresh & (writer == self.program)).any(), "read of a write before a barrier")
         mine = (reader == NOBODY) | (reader == self.program)
         self._reader[position] = np.where(mine, self.program, SEVERAL)
         return self.values[position]
@@ -102,17 +110,13 @@ class Memory:
                 self._alone(other[position]), f"write of an element that another program {what}"
             )
         self._writer[position] = self.program
+        self._written_after[position] = self.barriers
         self._has_value[position] = True
         self.writes[position] += 1
         self.values[position] = values
 
     def _alone(self, programs: np.ndarray) -> bool:
         return bool(((programs == NOBODY) | (programs == self.program)).all())
-
-    def check_written(self) -> None:
-        missing = np.argwhere(~self._has_value)
-        if len(missing):
-            raise AssertionError(f"{self.name}: {len(missing)} unwritten, such as {missing[0]}")
 
 
 class _At:
@@ -125,12 +129,18 @@ class _At:
         return self._memory, index
 
 
+def _garbage(shape: tuple[int, ...], dtype) -> np.ndarray:
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    return np.full(size, GARBAGE, np.uint8).view(dtype).reshape(shape)
+
+
 def load(where: tuple[Memory, object], *, mask=None, other=None) -> jax.Array:
     """`backend.load`; lanes that are masked off and have no `other` read garbage."""
     memory, index = where
     live, position = memory.lanes(index, mask, "read")
-    garbage = np.frombuffer(b"\xa5" * memory.dtype.itemsize, memory.dtype)[0]
-    lanes = np.full(live.shape, garbage if other is None else np.asarray(other), memory.dtype)
+    lanes = _garbage(live.shape, memory.dtype)
+    if other is not None:
+        lanes[...] = np.asarray(other)
     lanes[live] = memory.read(position)
     return jnp.asarray(lanes)
 
@@ -153,6 +163,12 @@ def _when(condition) -> Callable[[Callable[[], None]], None]:
 def _fori_loop(lower, upper, body, carry):
     for i in range(int(lower), int(upper)):
         carry = body(jnp.int32(i), carry)
+    return carry
+
+
+def _while_loop(condition, body, carry):
+    while condition(carry):
+        carry = body(carry)
     return carry
 
 
@@ -185,20 +201,26 @@ def _launch(
         for name, x in zip(names, operands, strict=False)
     ]
     outputs = [
-        Memory(name, np.empty(x.shape, x.dtype), writable=True, written=False)
+        Memory(name, _garbage(x.shape, x.dtype), writable=True, written=False)
         for name, x in zip(names[len(operands) :], out_shape, strict=True)
     ]
     for operand, output in (aliases or {}).items():
         name, values = outputs[output].name, inputs[operand].values
         assert (values.shape, values.dtype) == (outputs[output].shape, outputs[output].dtype)
         inputs[operand] = outputs[output] = Memory(name, values, writable=True, written=True)
+
+    def barrier(*_):
+        for memory in inputs + outputs:
+            memory.barriers += 1
+
     for program in order.permutation(programs):
         for memory in inputs + outputs:
             memory.program = int(program)
-        with mock.patch.object(pl, "program_id", lambda axis, p=program: jnp.int32((p,)[axis])):
+        with (
+            mock.patch.object(pl, "program_id", lambda axis, p=program: jnp.int32((p,)[axis])),
+            mock.patch.object(backend, "barrier", barrier),
+        ):
             kernel(*inputs, *outputs)
-    for output in outputs:
-        output.check_written()
     record.append({output.name: output.writes for output in outputs})
     return [jnp.asarray(output.values) for output in outputs]
 
@@ -222,13 +244,14 @@ def checked(seed: int = 0) -> Iterator[list[dict[str, np.ndarray]]]:
             (backend, "store", store),
             (pl, "when", _when),
             (lax, "fori_loop", _fori_loop),
+            (lax, "while_loop", _while_loop),
         ):
             stack.enter_context(mock.patch.object(module, name, replacement))
         yield record
 
 
-# What a poisoned output holds before the kernel runs: nothing that a kernel writes.
-POISON = {"i": -1234567, "u": 0xA5, "f": 7.25, "V": 7.25}
+# What a poisoned output holds before the kernel runs: nothing that a kernel writes, and large.
+POISON = {"i": 2_000_000_011, "u": 0xA5, "f": 57344, "V": 57344}
 
 
 @contextlib.contextmanager

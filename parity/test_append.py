@@ -61,6 +61,19 @@ def test_codes_equal_the_oracle(num_new, dtype):
     check_codes(got, codes)
 
 
+@pytest.mark.parametrize("codebooks_dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_dtypes_may_differ(dtype, codebooks_dtype):
+    index, key = start([0, 7])
+    index = PQIndex(
+        codebooks=index.codebooks.astype(codebooks_dtype), codes=index.codes, lengths=index.lengths
+    )
+    got = append(index, jnp.asarray(key[:, :5], dtype), config_of())
+    want, _ = oracle.encode(key[:, :5], np.asarray(index.codebooks))
+    np.testing.assert_array_equal(got.codes[0, ..., :5], want[0])
+    np.testing.assert_array_equal(got.codes[1, ..., 7:12], want[1])
+
+
 @pytest.mark.parametrize("metric", ["euclidean", "ip"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_codes_of_real_valued_keys_equal_the_oracle_up_to_near_ties(dtype, metric):
@@ -195,6 +208,27 @@ def test_a_row_that_would_pass_the_capacity_keeps_its_state(jitted):
     want, _ = oracle.encode(key[:, :3], np.asarray(index.codebooks))
     np.testing.assert_array_equal(got.codes[0, ..., S - 3 :], want[0])
     np.testing.assert_array_equal(got.codes[0, ..., : S - 3], index.codes[0, ..., : S - 3])
+
+
+def test_lengths_and_counts_out_of_range_are_clipped():
+    """Data is not checked, but it never leads out of bounds."""
+    extreme = np.iinfo(np.int32)
+    index, key = start([S + 5, extreme.max, -5, extreme.min, 3, 3])
+    counts = jnp.asarray([2, 2, 2, 2, -1, extreme.min], jnp.int32)
+    got = append(index, jnp.asarray(key[:, :2]), config_of(), counts=counts)
+    assert np.clip(got.lengths, 0, S).tolist() == [S, S, 2, 2, 3, 3]
+    want, _ = oracle.encode(key[:, :2], np.asarray(index.codebooks))
+    np.testing.assert_array_equal(got.codes[:2], index.codes[:2])
+    np.testing.assert_array_equal(got.codes[2:4, ..., :2], want[2:4])
+    np.testing.assert_array_equal(got.codes[4:, ..., :3], index.codes[4:, ..., :3])
+
+
+@pytest.mark.parametrize("count", [3, 99, np.iinfo(np.int32).max])
+def test_counts_past_the_tokens_given_mean_all_of_them(count):
+    index, key = start([S - 3, S - 2])
+    got = append(index, jnp.asarray(key[:, :3]), config_of(), counts=jnp.full(2, count, jnp.int32))
+    check_same(got, append(index, jnp.asarray(key[:, :3]), config_of()))
+    assert got.lengths.tolist() == [S, S - 2]
 
 
 def test_more_new_tokens_than_capacity():

@@ -257,10 +257,13 @@ def in_table_dtype(tables, config):
     return tables.astype(config.table_dtype)
 
 
-@each(SELECTIONS, checked=(0, 2, 3, 5))
+@each(
+    [("threshold", *case) for case in SELECTIONS] + [("top_k", *case) for case in SELECTIONS[::2]],
+    checked=(0, 2, 3, 8, 9),
+)
 def test_selections_from_adversarial_tables(case, run):
     """Indices, counts and weights of all rows, from given tables on: bit for bit."""
-    shape, sizes = case
+    selector, shape, sizes = case
     tables, codes, lengths, config = draw_selection(shape, sizes, run.rows)
     dtype = None if shape[-1] is None else jnp.dtype(shape[-1])
     indices, counts, weights = run(
@@ -280,7 +283,7 @@ def test_selections_from_adversarial_tables(case, run):
     else:
         same(weights, want_weights.astype(dtype))
     for name, writes in run.writes.items():
-        assert (writes == 1).all(), f"{name}: written {writes.max()} times"
+        assert writes.max() <= 1, f"{name}: written {writes.max()} times"
 
 
 def grouped(x, kv_heads):
@@ -478,11 +481,6 @@ def access_below_zero(in_ref, out_ref):
     backend.store(out_ref.at[at], backend.load(in_ref.at[at], mask=at < 20), mask=at < 20)
 
 
-def last_element_forgotten(in_ref, out_ref):
-    at = pl.program_id(0) * 8 + jnp.arange(8, dtype=jnp.int32)
-    backend.store(out_ref.at[at], backend.load(in_ref.at[at], mask=at < 20), mask=at < 19)
-
-
 def first_element_by_all(in_ref, out_ref):
     eight(in_ref, out_ref)
     out_ref[0] = in_ref[0]
@@ -490,6 +488,7 @@ def first_element_by_all(in_ref, out_ref):
 
 def sum_of_what_others_wrote(in_ref, out_ref):
     eight(in_ref, out_ref)
+    backend.barrier(False)
     own = pl.program_id(0)
     out_ref[own * 8] = out_ref[0] + in_ref[0]
 
@@ -498,6 +497,12 @@ def read_before_it_is_written(in_ref, out_ref):
     at = pl.program_id(0) * 8 + jnp.arange(8, dtype=jnp.int32)
     backend.store(out_ref.at[at], backend.load(out_ref.at[at], mask=at < 20), mask=at < 20)
     del in_ref
+
+
+def read_before_a_barrier(in_ref, out_ref):
+    eight(in_ref, out_ref)
+    at = pl.program_id(0) * 8 + 1
+    out_ref[at] = out_ref[at] + in_ref[0]
 
 
 def one_store_to_one_place(in_ref, out_ref):
@@ -528,10 +533,10 @@ def launch(kernel, **options):
         (store_past_the_end, r"out_ref, program 2: write at \[20 21 22\] of axis 0, size 20"),
         (load_past_the_end, r"in_ref, program 2: read at \[20 21 22\] of axis 0, size 20"),
         (access_below_zero, r"in_ref, program 0: read at \[-1\] of axis 0, size 20"),
-        (last_element_forgotten, r"out_ref: 1 unwritten, such as \[19\]"),
         (first_element_by_all, "write of an element that another program wrote"),
         (sum_of_what_others_wrote, "an element that another program (wrote|read)|has written"),
         (read_before_it_is_written, "read of an element that nothing has written"),
+        (read_before_a_barrier, "read of a write before a barrier"),
         (one_store_to_one_place, "one store writes an element twice"),
         (store_to_the_input, "in_ref, program .: write of an input"),
     ],
@@ -541,7 +546,9 @@ def test_checked_memory_sees(kernel, message, seed):
     with checked(seed) as launches:
         (good,) = launch(eight)
         same(good, 2 * np.arange(20, dtype=np.float32))
-        assert [list(launch) for launch in launches] == [["eight: out_ref"]]
+        ((name, writes),) = launches[0].items()
+        assert name == "eight: out_ref"
+        assert (writes == 1).all()
         with pytest.raises(AssertionError, match=message):
             launch(kernel)
 

@@ -167,6 +167,17 @@ def test_small_workloads(name, implementation):
     check_exact(jnp.asarray(inputs.query), as_index(inputs), SMALL[name].config, implementation)
 
 
+@pytest.mark.parametrize("codebooks_dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_dtypes_may_differ(dtype, codebooks_dtype, implementation):
+    """A bfloat16 model with the float32 codebooks that build_index trains is the usual case."""
+    workload = SMALL["small"]
+    inputs = make_inputs(workload, integers=40)
+    index = as_index(inputs, codebooks=inputs.codebooks.astype(jnp.dtype(codebooks_dtype)))
+    query = jnp.asarray(inputs.query, dtype)
+    check_exact(query, index, workload.config, implementation)
+
+
 # A table of our choosing through the public API: the query is 1, a subspace has one dimension, so
 # a table entry is the centroid itself.
 def chosen_table(tables, codes, lengths):

@@ -58,6 +58,20 @@ def test_it_equals_attention_over_the_list(T, dtype):
     close(got, attention(query, key, value, selection, H**-0.5), dtype)
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("cache_dtype", TOLERANCE)
+def test_dtypes_may_differ(dtype, cache_dtype):
+    query, key, value = inputs()
+    query, key, value = (
+        x.astype(jnp.dtype(d))
+        for x, d in ((query, dtype), (key, cache_dtype), (value, cache_dtype))
+    )
+    selection = lists()
+    got = sparse_attention(query, key, value, selection)
+    assert got.dtype == jnp.dtype(dtype)
+    close(got, attention(query, key, value, selection, H**-0.5), dtype)
+
+
 @pytest.mark.parametrize("scale", [1.0, 0.01, 3])
 def test_scale(scale):
     query, key, value = inputs()
