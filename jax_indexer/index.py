@@ -80,7 +80,7 @@ def build_index(
         raise ValueError(f"seed: expected an int in 0..2**32 - 1, got {seed!r}; use seed=0")
     if config.cells:
         raise NotImplementedError('config.cells: the "cells" selector is not there yet')
-    return _build(key, lengths, config=config, seed=int(seed), kv_layout=kv_layout)
+    return _build(key, lengths, np.uint32(seed), config=config, kv_layout=kv_layout)
 
 
 def append(
@@ -132,9 +132,9 @@ def check_append(index, key_new, config, counts, kv_layout) -> dict[str, int]:
     return sizes
 
 
-@functools.partial(jax.jit, static_argnames=("config", "seed", "kv_layout"))
+@functools.partial(jax.jit, static_argnames=("config", "kv_layout"))
 def _build(
-    key: Array, lengths: Array, *, config: IndexerConfig, seed: int, kv_layout: KVLayout
+    key: Array, lengths: Array, seed: Array, *, config: IndexerConfig, kv_layout: KVLayout
 ) -> PQIndex:
     key = head_major(key, kv_layout)
     batch, kv_heads, capacity = key.shape[:3]
@@ -154,9 +154,9 @@ def _build(
             parts,
             trainable,
             length,
+            seed,
             num_centroids=config.num_centroids,
             iterations=config.kmeans_iters,
-            seed=seed,
         )
         return codebooks, phi
 

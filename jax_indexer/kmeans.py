@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
-from jaxtyping import Bool, Float, Int32
+from jaxtyping import Bool, Float, Int32, UInt32
 
 # Distances held at once: chunks of tokens are cut so that no more than this many exist.
 DISTANCES_IN_MEMORY = 2**24
@@ -16,10 +16,10 @@ def train_codebooks(
     parts: Float[Array, "K M S D_"],
     trainable: Bool[Array, "K M S"],
     length: Int32[Array, ""],
+    seed: UInt32[Array, ""],
     *,
     num_centroids: int,
     iterations: int,
-    seed: int,
 ) -> Float[Array, "K M C D_"]:
     """Lloyd's algorithm from randomly chosen keys, one codebook a (kv head, subspace).
 
@@ -32,9 +32,9 @@ def train_codebooks(
       parts: float32 subvectors, augmented for the inner-product metric, zero where not trainable.
       trainable: which of them to train on.
       length: tokens in the row.
+      seed: of the random numbers.
       num_centroids: C.
       iterations: assignments and updates, none for the starting points themselves.
-      seed: of the random numbers.
 
     Returns:
       float32 centroids.

@@ -336,7 +336,7 @@ def total_inertia(key, index):
 
 def test_more_iterations_fit_better():
     key, error = random_keys(), []
-    for iterations in (1, 3, 10, 25):
+    for iterations in (1, 5, 25):
         index = build(key, [S] * B, with_(kmeans_iters=iterations))
         error.append(sum(total_inertia(key, index)))
     assert error == sorted(error, reverse=True)

@@ -41,7 +41,7 @@ class Runner:
 
     def __init__(self, name: str):
         self.name = name
-        self.rows = 5 if name == "checked memory" else 64
+        self.rows = {"interpreter": 40, "checked memory": 5, "triton": 64}[name]
         self.writes: dict[str, np.ndarray] = {}
 
     def __call__(self, function, *arrays, **static):
@@ -248,7 +248,7 @@ def draw_selection(shape, sizes, rows):
             tables[b] = np.arange(C) == C - 1
         codes[b] = place(rng, codes[b], C - 1)
         if b % 2:
-            lengths[b] = edges[b // 2 * 7 % len(edges)]
+            lengths[b] = edges[(M + b // 2 * 7) % len(edges)]
     codes |= rng.integers(0, 256, codes.shape, np.uint8) & np.uint8(256 - C)
     return oracle.rounded(tables, table_dtype), codes, lengths, config
 
@@ -258,8 +258,9 @@ def in_table_dtype(tables, config):
 
 
 @each(
-    [("threshold", *case) for case in SELECTIONS] + [("top_k", *case) for case in SELECTIONS[::2]],
-    checked=(0, 2, 3, 8, 9),
+    [("threshold", *SELECTIONS[i]) for i in (0, 2, 3, 4, 5, 7)]
+    + [("top_k", *SELECTIONS[i]) for i in (1, 2, 3, 6)],
+    checked=(0, 3, 4, 7, 8),
 )
 def test_selections_from_adversarial_tables(case, run):
     """Indices, counts and weights of all rows, from given tables on: bit for bit."""
@@ -273,7 +274,7 @@ def test_selections_from_adversarial_tables(case, run):
         lengths,
         config=config,
         weights_dtype=dtype,
-        selector="top_k",
+        selector=selector,
     )
     want_indices, want_counts, want_weights = oracle.select(tables, codes, lengths, config)
     same(counts, want_counts)
@@ -293,7 +294,7 @@ def grouped(x, kv_heads):
     return x.reshape(B * kv_heads, -1, *rest)
 
 
-@each([SELECTIONS[4], SELECTIONS[6]], checked=(0,))
+@each([SELECTIONS[4]], checked=(0,))
 def test_scores_have_the_order_and_the_ties_of_the_reference(case, run):
     shape, sizes = case
     tables, codes, lengths, config = draw_selection(shape, sizes, run.rows)
@@ -429,7 +430,7 @@ def test_appended_codes_equal_the_oracle(case, run):
         np.testing.assert_array_equal(writes.reshape(codes.shape), written)
 
 
-@pytest.mark.parametrize("tokens", [1, 3, 8, 9])
+@pytest.mark.parametrize("tokens", [1, 9])
 def test_codes_do_not_depend_on_how_many_come_at_once(tokens):
     """Centroids in pairs one float apart: any other order of a sum shows."""
     rng = np.random.default_rng(0)

@@ -1,0 +1,296 @@
+"""The kernels on a GPU: the reference's bits, one original's selections, repeatable, and faster."""
+
+import dataclasses
+import functools
+import json
+import operator
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from benchmarks.__main__ import main as benchmarks
+from benchmarks.workloads import WORKLOADS, make_inputs
+from jax_indexer import IndexerConfig, PQIndex, append, build_index, indexer_next, reference
+from jax_indexer.kernels import pipeline
+from parity.compare import check_selection
+
+pytestmark = pytest.mark.gpu
+
+ROOT = Path(__file__).parents[1]
+SELECTORS = ["threshold", "top_k"]
+
+
+def adversarial(number: int):
+    """(table, codes, lengths, config): shapes, sizes and data that go to the contract's edges."""
+    rng = np.random.default_rng(number)
+    config = IndexerConfig(
+        num_subspaces=[1, 2, 4, 8, 16, 32][number % 6],
+        num_bits=[1, 2, 3, 4, 6, 8][number // 2 % 6],
+        heavy_size=[0, 1, 16, 128, 500, 2048, 4096][number % 7],
+        sink_size=[0, 4, 20][number % 3],
+        window_size=[0, 7, 128][number // 2 % 3],
+        init_offset=[None, 9, 60][number // 3 % 3],
+        table_dtype=[jnp.float32, jnp.bfloat16, jnp.float16][number % 3],
+    )
+    B, K, G, T = 5, 2, [1, 3, 4][number % 3], [1, 3][number % 2]
+    S = [1, 100, 1024, 5001, 20000, 70001][number % 6]
+    codes = rng.integers(0, 256, (B, K, config.num_subspaces, S), dtype=np.uint8)
+    if number % 4 == 1:  # scores ascend and descend
+        codes = np.sort(codes, axis=-1)
+        codes[1::2] = codes[1::2, ..., ::-1]
+    if number % 4 == 2:  # two scores, and all winners in one place
+        codes[...] = 0
+        codes[..., S // 2 : S // 2 + 700] = 1
+    table = rng.standard_normal((B, T, K * G, config.num_subspaces, config.num_centroids))
+    kind = number // 2 % 5
+    if kind == 1:
+        table[rng.random(table.shape) < 0.1] = np.nan
+        table[rng.random(table.shape) < 0.1] = -np.inf
+        table[rng.random(table.shape) < 0.02] = np.inf
+    if kind == 2:
+        table[...] = rng.choice([0.0, -0.0], table.shape)
+    if kind == 3:
+        table = np.round(table)
+    short = config.short_context(T)
+    lengths = np.array([S, short + T, short, S // 2, rng.integers(0, S + 1)], np.int32)
+    if number % 6 == 5:
+        lengths[1:3] = -3, S + 99
+    return jnp.asarray(table, config.table_dtype), jnp.asarray(codes), jnp.asarray(lengths), config
+
+
+@pytest.mark.parametrize("selector", SELECTORS)
+@pytest.mark.parametrize("number", range(24))
+def test_triton_gives_the_bits_of_xla_for_the_same_table(number, selector):
+    table, codes, lengths, config = adversarial(number)
+    dtype = np.dtype([np.float32, jnp.bfloat16, np.float16][number % 3])
+    expected = jax.jit(
+        lambda *args: reference.select_from_table(*args, config=config, weights_dtype=dtype)
+    )(table, codes, lengths)
+    got = jax.jit(
+        lambda *args: pipeline.select_from_table(
+            *args, config=config, weights_dtype=dtype, selector=selector
+        )
+    )(table, codes, lengths)
+    for name, one, other in zip(("indices", "counts", "weights"), expected, got, strict=True):
+        np.testing.assert_array_equal(one, other, err_msg=name)
+
+
+def million(selector):
+    config = IndexerConfig(heavy_size=2048)
+    rng = np.random.default_rng(0)
+    table = jnp.asarray(rng.standard_normal((1, 1, 8, 2, 64)), jnp.float32)
+    codes = jnp.asarray(rng.integers(0, 64, (1, 2, 2, 1 << 20), dtype=np.uint8))
+    return table, codes, jnp.array([1 << 20], jnp.int32), config
+
+
+@pytest.mark.parametrize("selector", SELECTORS)
+@pytest.mark.parametrize("scale", [1, 0], ids=["random", "all equal"])
+def test_a_million_tokens(selector, scale):
+    table, codes, lengths, config = million(selector)
+    static = {"config": config, "weights_dtype": np.dtype(np.float32)}
+    expected = jax.jit(functools.partial(reference.select_from_table, **static))(
+        table * scale, codes, lengths
+    )
+    got = jax.jit(functools.partial(pipeline.select_from_table, **static, selector=selector))(
+        table * scale, codes, lengths
+    )
+    for one, other in zip(expected, got, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_a_row_has_the_same_bits_alone_and_in_a_batch_of_64():
+    rng = np.random.default_rng(0)
+    query = jnp.asarray(rng.standard_normal((64, 1, 8, 128)), jnp.bfloat16)
+    codebooks = jnp.asarray(rng.standard_normal((64, 2, 4, 64, 32)), jnp.float32)
+    table = jax.jit(lambda *args: pipeline.table_of(*args, np.dtype(np.float32)))
+    together = table(query, codebooks)
+    for b in range(0, 64, 9):
+        np.testing.assert_array_equal(
+            table(query[b : b + 1], codebooks[b : b + 1])[0], together[b], strict=True
+        )
+
+
+@pytest.mark.parametrize("metric", ["euclidean", "ip"])
+@pytest.mark.parametrize("bits", [6, 8])
+def test_append_gives_the_codes_of_build_index(metric, bits):
+    config = IndexerConfig(num_subspaces=4, num_bits=bits, metric=metric)
+    key = jax.random.normal(jax.random.key(0), (2, 600, 4, 128), jnp.bfloat16)
+    built = build_index(key, jnp.array([600, 600], jnp.int32), config)
+    for tokens in (1, 2, 5, 8, 50):
+        index = dataclasses.replace(
+            built, codes=jnp.zeros_like(built.codes), lengths=jnp.zeros_like(built.lengths)
+        )
+        for start in range(0, 600, tokens):
+            index = append(index, key[:, start : start + tokens], config)
+        np.testing.assert_array_equal(index.codes, built.codes)
+        np.testing.assert_array_equal(index.lengths, [600, 600])
+
+
+def seed_step(selector):
+    workload = WORKLOADS["seed"]
+    inputs = make_inputs(workload)
+    index = PQIndex(
+        codebooks=jnp.asarray(inputs.codebooks),
+        codes=jnp.asarray(inputs.codes),
+        lengths=jnp.asarray(inputs.lengths) - 1,
+    )
+    step = functools.partial(
+        indexer_next, config=workload.config, return_weights=True, selector=selector
+    )
+    return jax.jit(step), jnp.asarray(inputs.query), jnp.asarray(inputs.key_new), index
+
+
+@pytest.mark.parametrize("selector", SELECTORS)
+def test_a_thousand_calls_give_the_same_bits(selector):
+    step, *args = seed_step(selector)
+    (first, _) = step(*args)
+    differences = jax.jit(
+        lambda *pair: sum(jax.tree.leaves(jax.tree.map(lambda x, y: jnp.sum(x != y), *pair)))
+    )
+    total = sum(differences(first, step(*args)[0]) for _ in range(1000))
+    assert int(total) == 0
+
+
+def test_a_donated_index_stays_where_it_is():
+    step, query, key_new, index = seed_step(None)
+    index = jax.tree.map(lambda x: x + 0, index)
+    before = [x.unsafe_buffer_pointer() for x in jax.tree.leaves(index)]
+    donating = jax.jit(lambda i, q, k: step(q, k, i), donate_argnums=0)
+    _, after = donating(index, query, key_new)
+    assert [x.unsafe_buffer_pointer() for x in jax.tree.leaves(after)] == before
+
+
+@pytest.mark.parametrize("selector", SELECTORS)
+def test_vmap_and_scan_give_what_single_calls_give(selector):
+    config = IndexerConfig(heavy_size=32, sink_size=4, window_size=8)
+    keys = jax.random.split(jax.random.key(0), 3)
+    cache = jax.random.normal(keys[0], (3, 2, 700, 2, 64))
+    lengths = jnp.array([[690, 300], [100, 0], [650, 400]], jnp.int32)
+    build = functools.partial(build_index, config=config)
+    index = jax.lax.map(lambda args: build(*args), (cache, lengths))
+    query = jax.random.normal(keys[1], (3, 2, 1, 8, 64))
+    key_new = jax.random.normal(keys[2], (3, 2, 1, 2, 64))
+    step = functools.partial(indexer_next, config=config, return_weights=True, selector=selector)
+
+    def all_same(one, other):
+        for x, y in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+            np.testing.assert_array_equal(x, y)
+
+    mapped = jax.vmap(step)(query, key_new, index)
+    looped = jax.lax.map(lambda args: step(*args), (query, key_new, index))
+    for layer in range(3):
+        of_layer = functools.partial(jax.tree.map, operator.itemgetter(layer))
+        single = step(query[layer], key_new[layer], of_layer(index))
+        all_same(single, of_layer(mapped))
+        all_same(single, of_layer(looped))
+
+
+@pytest.mark.parametrize("selector", SELECTORS)
+@pytest.mark.parametrize("shape", [(1, 8, 8), (3, 8, 2)], ids=["heads", "grouped queries"])
+def test_every_form_of_the_original_selects_the_same_from_the_same_memory(shape, selector):
+    import torch
+
+    from torch_reference import ITERATIONS
+
+    (B, N, K), S, config = shape, 4000, IndexerConfig(heavy_size=100)
+    generator = torch.Generator("cuda").manual_seed(0)
+    draw = functools.partial(torch.randn, generator=generator, device="cuda")
+    query, keys = draw(B, N, 1, 128), draw(B, K, S, 128)
+    centroids = draw(B, K, 2, 64, 64)
+    codes = torch.randint(
+        64, (B, K, S - 128 - 1, 2), generator=generator, device="cuda", dtype=torch.int64
+    )
+    positions = torch.zeros((B, K, 2, S), dtype=torch.uint8, device="cuda")
+    positions[..., 128:-1] = codes.movedim(-1, 2).to(torch.uint8)
+    torch.cuda.synchronize()
+    shared = jax.dlpack.from_dlpack
+    index = PQIndex(
+        codebooks=shared(centroids),
+        codes=shared(positions),
+        lengths=jnp.full(B, S - 1, jnp.int32),
+    )
+    assert index.codebooks.unsafe_buffer_pointer() == centroids.data_ptr()
+    # T = 1, so [B, N, 1, H] and [B, 1, N, H] are the same memory.
+    selection, after = indexer_next(
+        shared(query.view(B, 1, N, 128)),
+        shared(keys[:, :, -1:].contiguous()),
+        index,
+        config,
+        return_weights=True,
+        selector=selector,
+        kv_layout="BKSH",
+    )
+    table = np.einsum(
+        "bkgmd,bkmcd->bkgmc",
+        query.double().cpu().numpy().reshape(B, K, N // K, 2, 64),
+        centroids.double().cpu().numpy(),
+    ).reshape(B, N, 2, 64)
+    of_head = np.repeat(np.asarray(after.codes), N // K, axis=1)
+    scores = sum(
+        np.take_along_axis(table[:, :, m], of_head[:, :, m].astype(int), -1) for m in (0, 1)
+    )
+    check = functools.partial(
+        check_selection, scores=scores, visible=np.full((B, N), S), config=config, atol=1e-3
+    )
+    check(np.asarray(selection.indices)[:, 0], np.asarray(selection.counts)[:, 0])
+    for form in ITERATIONS.values():
+        lists, counts, weights, new_codes = form(
+            query,
+            keys,
+            centroids,
+            codes,
+            sink_size=128,
+            window_size=128,
+            heavy_size=100,
+            init_offset=128,
+        )
+        lists, counts = lists.cpu().numpy(), counts.cpu().numpy()
+        listed = np.full((B, N, selection.indices.shape[-1]), -1)
+        listed[..., : lists.shape[-1]] = lists
+        check(listed, counts.reshape(B, N))
+        np.testing.assert_array_equal(
+            new_codes[:, :, -1].cpu().numpy(), np.asarray(after.codes)[..., S - 1]
+        )
+        assert float(weights.sum()) == float(jnp.sum(selection.weights))
+
+
+def test_the_pipeline_beats_iteration_4_on_the_seeds_workload(tmp_path, capsys):
+    output = tmp_path / "seed.json"
+    forms = ["jax:threshold", "jax:top_k", "torch:iteration4"]
+    argv = ["run", "--quick", "--workload", "seed", "--implementation", *forms]
+    assert benchmarks([*argv, "--output", str(output)]) == 0
+    with capsys.disabled():
+        print("\n" + capsys.readouterr().out)
+    rows = {row["implementation"]: row for row in json.loads(output.read_text())["rows"]}
+    ours, theirs = rows["jax:top_k"], rows["torch:iteration4"]
+    assert ours["warm"]["median"] < theirs["warm"]["median"]
+    assert rows["jax:threshold"]["warm"]["median"] < ours["warm"]["median"]
+
+
+SANITIZER = shutil.which("compute-sanitizer")
+
+
+@pytest.mark.skipif(SANITIZER is None, reason="compute-sanitizer is not on the PATH")
+@pytest.mark.parametrize("planted", [False, True], ids=["kernels", "planted overrun"])
+def test_memcheck_finds_only_what_was_planted(planted):
+    command = [SANITIZER, "--tool", "memcheck", "--error-exitcode", "9", sys.executable]
+    command += ["-m", "parity.memcheck", *(["--plant"] if planted else [])]
+    environment = os.environ | {"XLA_PYTHON_CLIENT_ALLOCATOR": "platform"}
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400
+    )
+    text = done.stdout + done.stderr
+    assert "checked" in text, text[-3000:]
+    if planted:
+        assert done.returncode == 9, text[-3000:]
+        assert "Invalid __global__ write" in text
+    else:
+        assert done.returncode == 0, text[-3000:]
+        assert "ERROR SUMMARY: 0 errors" in text

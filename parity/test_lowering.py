@@ -1,0 +1,191 @@
+"""Every kernel lowers for CUDA on a machine without a GPU, alone and under JAX's transformations.
+
+This finds missing lowering rules, not what Triton itself would refuse: that takes a GPU.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import AbstractMesh, AxisType, PartitionSpec
+
+from jax_indexer import IndexerConfig, PQIndex, Selection, append, indexer_next, select
+
+COMMON = {"append_kernel", "lookup_table_kernel"}
+KERNELS = {
+    "threshold": {"group_maxima_kernel", "threshold_select_kernel"},
+    "top_k": {"score_kernel", "count_kernel", "sparse_index_kernel"},
+}
+H100 = "NVIDIA H100 80GB HBM3"
+
+
+@contextlib.contextmanager
+def an_h100(sizes=(), names=()):
+    """The mesh under which JAX 0.11 lowers for a GPU it does not have; 0.10 needs none."""
+    axis_types = (AxisType.Auto,) * len(sizes)
+    if jax.__version_info__ < (0, 11):
+        yield AbstractMesh(sizes, names, axis_types=axis_types)
+        return
+    device = jax.sharding.AbstractDevice(H100, num_cores=132, platform="cuda")
+    mesh = AbstractMesh(sizes, names, axis_types=axis_types, abstract_device=device)
+    with jax.sharding.use_abstract_mesh(mesh):
+        yield mesh
+
+
+def shaped(shape, dtype):
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def arguments(B=1, T=1, N=8, K=2, H=64, S=5000, dtype=jnp.float32, config=None, lead=()):
+    """(query, key_new, index) of these shapes."""
+    config = config or IndexerConfig()
+    M, C, augmented = config.num_subspaces, config.num_centroids, config.metric == "ip"
+    index = PQIndex(
+        codebooks=shaped((*lead, B, K, M, C, H // M + augmented), dtype),
+        codes=shaped((*lead, B, K, M, S), jnp.uint8),
+        lengths=shaped((*lead, B), jnp.int32),
+        phi=shaped((*lead, B, K, M), jnp.float32) if augmented else None,
+    )
+    query, key_new = (*lead, B, T, N, H), (*lead, B, T, K, H)
+    return shaped(query, dtype), shaped(key_new, dtype), index
+
+
+def lowered(function, *args, **jit_options) -> str:
+    """The program for CUDA, without what is only there for other platforms."""
+    traced = jax.jit(function, **jit_options).trace(*args)
+    return traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+def kernels(text: str) -> set[str]:
+    return set(re.findall(r'name = \\?"(\w+_kernel)', text))
+
+
+CASES = {
+    "seed": ({"N": 32, "K": 32, "H": 128, "S": 32000}, {}),
+    "one subspace": ({"H": 256}, {"num_subspaces": 1, "num_bits": 8}),
+    "many subspaces": ({"H": 64, "B": 3}, {"num_subspaces": 32, "num_bits": 8}),
+    "one bit": ({"H": 32, "K": 1}, {"num_subspaces": 4, "num_bits": 1}),
+    "odd sizes": (
+        {"H": 96, "N": 15, "K": 3, "S": 777, "B": 2},
+        {"num_subspaces": 3, "num_bits": 5, "heavy_size": 77, "sink_size": 3, "window_size": 0},
+    ),
+    "one token": ({"S": 1}, {}),
+    "no budget": ({"S": 300}, {"heavy_size": 0, "sink_size": 0, "window_size": 0}),
+    "several query tokens": ({"T": 3, "N": 6, "K": 3, "dtype": jnp.float16}, {"init_offset": 200}),
+    "inner product": ({"dtype": jnp.bfloat16}, {"metric": "ip", "num_subspaces": 4}),
+    "bfloat16 table": ({"H": 160}, {"table_dtype": jnp.bfloat16, "num_subspaces": 5}),
+    "float16 table": ({"S": 1 << 20}, {"table_dtype": jnp.float16, "heavy_size": 4096}),
+}
+
+
+@pytest.mark.parametrize("weights", [False, True], ids=["lists", "weights"])
+@pytest.mark.parametrize("selector", KERNELS)
+@pytest.mark.parametrize("name", CASES)
+def test_a_decode_step_lowers_to_kernels_alone(name, selector, weights):
+    shape, sizes = CASES[name]
+    config = IndexerConfig(**sizes)
+    # "threshold" is the default: by name it wants a GPU that is there.
+    chosen = selector if selector == "top_k" else None
+    step = functools.partial(indexer_next, config=config, return_weights=weights, selector=chosen)
+    with an_h100():
+        text = lowered(step, *arguments(**shape, config=config))
+    assert kernels(text) == COMMON | KERNELS[selector]
+    assert "f64" not in text
+    assert "i64" not in re.sub(r'backend_config = "[^"]*"|: i64|: tensor<\d+xi64>', "", text)
+    assert "stablehlo.sort" not in text  # the plain XLA form sorts its lists
+    assert ("chlo.top_k" in text) == (selector == "top_k" and config.heavy_size > 0)
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 8, 9, 500])
+@pytest.mark.parametrize("kv_layout", ["BSKH", "BKSH"])
+@pytest.mark.parametrize("counts", [None, shaped((3,), jnp.int32)], ids=["all", "counts"])
+def test_append_is_one_kernel(tokens, kv_layout, counts):
+    config = IndexerConfig(num_subspaces=4)
+    _, _, index = arguments(B=3, config=config)
+    key_new = (3, tokens, 2, 64) if kv_layout == "BSKH" else (3, 2, tokens, 64)
+
+    def run(index, key_new, counts):
+        return append(index, key_new, config, counts=counts, kv_layout=kv_layout)
+
+    with an_h100():
+        text = lowered(run, index, shaped(key_new, jnp.float32), counts)
+    assert text.count("custom_call @__gpu$xla.gpu.triton") == 1
+    assert kernels(text) == {"append_kernel"}
+
+
+def test_donated_codes_are_written_in_place():
+    config = IndexerConfig()
+    step = functools.partial(indexer_next, config=config)
+    with an_h100():
+        text = lowered(step, *arguments(config=config), donate_argnums=2)
+    signature = text[text.index("@main(") : text.index("->", text.index("@main("))]
+    donated = re.findall(
+        r"tensor<([^>]*)> \{[^}]*(?:tf.aliasing_output|jax.buffer_donor)", signature
+    )
+    assert "1x2x2x5000xui8" in donated
+    assert "output_operand_aliases" in text or "output_operand_alias" in text
+
+
+@pytest.mark.parametrize("selector", KERNELS)
+def test_a_step_lowers_under_vmap_and_scan(selector):
+    config = IndexerConfig(heavy_size=32)
+    query, key_new, index = arguments(config=config, lead=(3,))
+    chosen = selector if selector == "top_k" else None
+    step = functools.partial(indexer_next, config=config, selector=chosen)
+
+    def layers(query, key_new, index):
+        return jax.lax.map(lambda args: step(*args), (query, key_new, index))
+
+    def steps(query, key_new, index):
+        def one(index, inputs):
+            selection, index = step(*inputs, index)
+            return index, selection
+
+        return jax.lax.scan(one, index, (query, key_new))
+
+    with an_h100():
+        for text in (
+            lowered(jax.vmap(step), query, key_new, index),
+            lowered(layers, query, key_new, index),
+            lowered(steps, query, key_new, arguments(config=config)[2]),
+        ):
+            assert kernels(text) == COMMON | KERNELS[selector]
+
+
+@pytest.mark.parametrize("selector", KERNELS)
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_a_step_lowers_under_shard_map_over_batch_and_heads(selector, check_vma):
+    config = IndexerConfig(heavy_size=32)
+    args = arguments(B=4, N=8, K=4, config=config)
+    chosen = selector if selector == "top_k" else None
+    step = functools.partial(indexer_next, config=config, selector=chosen, return_weights=True)
+    heads = PartitionSpec("batch", None, "heads")
+    index_spec = PQIndex(
+        codebooks=PartitionSpec("batch", "heads"),
+        codes=PartitionSpec("batch", "heads"),
+        lengths=PartitionSpec("batch"),
+    )
+    with an_h100((2, 2), ("batch", "heads")) as mesh:
+        sharded = jax.shard_map(
+            step,
+            mesh=mesh,
+            in_specs=(heads, heads, index_spec),
+            out_specs=(Selection(heads, heads, heads), index_spec),
+            check_vma=check_vma,
+        )
+        text = lowered(sharded, *args)
+    assert kernels(text) == COMMON | KERNELS[selector]
+
+
+def test_codes_beyond_32_bit_offsets_go_to_xla():
+    config = IndexerConfig(num_subspaces=16, num_bits=8)
+    query, _, index = arguments(B=17, N=8, K=8, H=128, S=1 << 20, config=config)
+    with an_h100():
+        text = lowered(functools.partial(select, config=config), query, index)
+        assert kernels(text) == set()
+        small = dataclasses.replace(index, codes=shaped((17, 8, 16, 1 << 19), jnp.uint8))
+        assert kernels(lowered(functools.partial(select, config=config), query, small))
