@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import json
 import operator
-import os
 import shutil
 import subprocess
 import sys
@@ -66,7 +65,7 @@ def adversarial(number: int):
 
 
 @pytest.mark.parametrize("selector", SELECTORS)
-@pytest.mark.parametrize("number", range(24))
+@pytest.mark.parametrize("number", range(12))
 def test_triton_gives_the_bits_of_xla_for_the_same_table(number, selector):
     table, codes, lengths, config = adversarial(number)
     dtype = np.dtype([np.float32, jnp.bfloat16, np.float16][number % 3])
@@ -282,10 +281,7 @@ SANITIZER = shutil.which("compute-sanitizer")
 def test_memcheck_finds_only_what_was_planted(planted):
     command = [SANITIZER, "--tool", "memcheck", "--error-exitcode", "9", sys.executable]
     command += ["-m", "parity.memcheck", *(["--plant"] if planted else [])]
-    environment = os.environ | {"XLA_PYTHON_CLIENT_ALLOCATOR": "platform"}
-    done = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400
-    )
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400)
     text = done.stdout + done.stderr
     assert "checked" in text, text[-3000:]
     if planted:

@@ -17,11 +17,8 @@ import pytest
 from jax.experimental import pallas as pl
 
 from jax_indexer import IndexerConfig, reference
-from jax_indexer.kernels import backend, pipeline
-from jax_indexer.kernels.append import append_codes
+from jax_indexer.kernels import append, backend, pipeline, scores, sparse_index, threshold
 from jax_indexer.kernels.lookup_table import lookup_table
-from jax_indexer.kernels.scores import rankable, rankable_scores
-from jax_indexer.kernels.sparse_index import sparse_index
 from parity import oracle
 from parity.checked_memory import check_canaries, checked, poisoned
 from parity.test_select import ADVERSARIES, boundary_lengths
@@ -76,10 +73,10 @@ def run(request) -> Runner:
 def each(cases, *, checked):
     """Parametrizes run and case: every case on every runner, but few on checked memory."""
     parameters = [
-        pytest.param(runner, case, id=f"{runner}-{case}", marks=marks)
-        for number, case in enumerate(cases)
+        pytest.param(runner, case, id=f"{runner}-{'-'.join(map(str, case))}", marks=marks)
+        for case in cases
         for runner, marks in RUNNERS.items()
-        if runner != "checked memory" or number in checked
+        if runner != "checked memory" or case in checked
     ]
     return pytest.mark.parametrize(("run", "case"), parameters, indirect=["run"])
 
@@ -129,7 +126,7 @@ def exact_tables(query, codebooks):
     return table.reshape(rows, queries, -1)
 
 
-@each(TABLES, checked=(2, 3, 4))
+@each(TABLES, checked=TABLES[2:5])
 def test_tables_of_integers_are_exact(case, run):
     query, codebooks = draw_table_inputs(case, integers=3)
     dtype = jnp.dtype(case[-1])
@@ -174,12 +171,12 @@ FLOATS = st.floats(width=32, allow_subnormal=False) | st.sampled_from(
 ).flatmap(lambda x: st.sampled_from([x, -x]))
 
 
-@hypothesis.given(scores=hnp.arrays(np.float32, 24, elements=FLOATS))
-def test_rankable_numbers_have_the_order_and_the_ties_of_the_scores(scores):
-    ranked = np.asarray(rankable(jnp.asarray(scores)))
-    order = np.asarray(reference.ordered(jnp.asarray(scores)))
+@hypothesis.given(numbers=hnp.arrays(np.float32, 24, elements=FLOATS))
+def test_rankable_numbers_have_the_order_and_the_ties_of_the_scores(numbers):
+    ranked = np.asarray(scores.rankable(jnp.asarray(numbers)))
+    order = np.asarray(reference.ordered(jnp.asarray(numbers)))
     assert not np.isnan(ranked).any()
-    np.testing.assert_array_equal(np.isneginf(ranked), np.isnan(scores))
+    np.testing.assert_array_equal(np.isneginf(ranked), np.isnan(numbers))
     np.testing.assert_array_equal(comparisons(ranked), comparisons(order))
 
 
@@ -207,22 +204,51 @@ PLACEMENTS = {
     ),
 }
 
-# (M, bits, K, G, T, S, table_dtype, dtype of weights), then the sizes; all M and bits that differ
-# in kind, groups that are no powers of two, capacities around and off every block size.
-SELECTIONS = [
-    ((2, 6, 2, 1, 1, 700, "float32", "float32"), (24, 3, 6, None)),
-    ((1, 8, 1, 3, 1, 513, "bfloat16", "bfloat16"), (40, 3, 5, 20)),
-    ((4, 3, 1, 5, 2, 1025, "float16", "float16"), (200, 8, 0, 2)),
-    ((3, 1, 1, 1, 1, 1, "float32", "float32"), (0, 0, 0, None)),
-    ((5, 5, 3, 1, 3, 257, "float32", None), (1, 0, 1, 30)),
-    ((8, 4, 1, 2, 1, 2500, "bfloat16", "float32"), (0, 0, 17, None)),
-    ((16, 2, 1, 3, 1, 300, "float32", "bfloat16"), (50, 2, 60, 1)),
-    ((32, 7, 1, 2, 1, 1024, "float16", None), (1000, 1, 0, 0)),
+# (M, bits, K, G, T, S, table_dtype, dtype of weights), then heavy, sink, window, init_offset.
+# Groups are no powers of two, capacities lie around and off the block sizes.
+SELECTIONS = {
+    "seed's codes": ((2, 6, 2, 1, 1, 500, "float32", "float32"), (24, 3, 6, None)),
+    "one subspace": ((1, 8, 1, 3, 1, 513, "bfloat16", "bfloat16"), (40, 3, 5, 20)),
+    "two query tokens, no window": ((4, 3, 1, 5, 2, 257, "float16", "float16"), (100, 8, 0, 2)),
+    "three query tokens, no budget": ((5, 5, 3, 1, 3, 191, "float32", None), (0, 0, 1, 30)),
+    "budget of one": ((2, 7, 1, 1, 1, 300, "float32", None), (1, 1, 1, 0)),
+    "fewer candidates than budget": ((6, 2, 1, 3, 1, 256, "float32", "bfloat16"), (50, 2, 60, 1)),
+    "capacity of one token": ((3, 1, 1, 1, 1, 1, "float32", "float32"), (0, 0, 0, None)),
+    "more than a block": ((8, 4, 1, 2, 1, 2500, "bfloat16", "float32"), (300, 0, 17, None)),
+    "large budget": ((32, 6, 1, 2, 1, 1400, "float16", None), (1100, 1, 0, 0)),
+}
+WITH_TUNED_BLOCKS = ("capacity of one token", "more than a block", "large budget")
+PIPELINES = [
+    *(("threshold", name) for name in SELECTIONS if name != "one subspace"),
+    ("top_k", "one subspace"),
+    ("top_k", "two query tokens, no window"),
+    ("top_k", "three query tokens, no budget"),
+    ("top_k", "fewer candidates than budget"),
+    ("top_k", "more than a block"),
+]
+CHECKED_PIPELINES = [
+    ("threshold", "seed's codes"),
+    ("threshold", "three query tokens, no budget"),
+    ("threshold", "more than a block"),
+    ("top_k", "fewer candidates than budget"),
+    ("top_k", "more than a block"),
 ]
 
 
-def draw_selection(shape, sizes, rows):
+@pytest.fixture
+def small_blocks(run, monkeypatch):
+    """Many blocks for few tokens: tuned ones would hold all that a CPU can afford."""
+    if run.name == "triton":
+        return
+    monkeypatch.setattr(scores, "SCORE_BLOCK", 64)
+    monkeypatch.setattr(threshold, "SCORE_BLOCK", 64)
+    monkeypatch.setattr(sparse_index, "INDEX_BLOCK", 64)
+    monkeypatch.setattr(threshold, "select_tuning", lambda size: (128, 1))
+
+
+def draw_selection(name, rows):
     """Tables [B,T,N,M,C], codes with garbage in their high bits, lengths, and the config."""
+    shape, sizes = SELECTIONS[name]
     (M, bits, K, G, T, S, table_dtype, _), (heavy, sink, window, init_offset) = shape, sizes
     rng = np.random.default_rng(M)
     config = IndexerConfig(
@@ -257,16 +283,15 @@ def in_table_dtype(tables, config):
     return tables.astype(config.table_dtype)
 
 
-@each(
-    [("threshold", *SELECTIONS[i]) for i in (0, 2, 3, 4, 5, 7)]
-    + [("top_k", *SELECTIONS[i]) for i in (1, 2, 3, 6)],
-    checked=(0, 3, 4, 7, 8),
-)
-def test_selections_from_adversarial_tables(case, run):
+@each(PIPELINES, checked=CHECKED_PIPELINES)
+def test_selections_from_adversarial_tables(case, run, request):
     """Indices, counts and weights of all rows, from given tables on: bit for bit."""
-    selector, shape, sizes = case
-    tables, codes, lengths, config = draw_selection(shape, sizes, run.rows)
-    dtype = None if shape[-1] is None else jnp.dtype(shape[-1])
+    selector, name = case
+    if name not in WITH_TUNED_BLOCKS:
+        request.getfixturevalue("small_blocks")
+    tables, codes, lengths, config = draw_selection(name, run.rows)
+    dtype = SELECTIONS[name][0][-1]
+    dtype = None if dtype is None else jnp.dtype(dtype)
     indices, counts, weights = run(
         pipeline.select_from_table,
         in_table_dtype(tables, config),
@@ -294,14 +319,12 @@ def grouped(x, kv_heads):
     return x.reshape(B * kv_heads, -1, *rest)
 
 
-@each([SELECTIONS[4]], checked=(0,))
-def test_scores_have_the_order_and_the_ties_of_the_reference(case, run):
-    shape, sizes = case
-    tables, codes, lengths, config = draw_selection(shape, sizes, run.rows)
+def test_scores_have_the_order_and_the_ties_of_the_reference(run, small_blocks):
+    tables, codes, lengths, config = draw_selection("three query tokens, no budget", run.rows)
     (B, T, N, M, C), K, S = tables.shape, codes.shape[1], codes.shape[-1]
     table = in_table_dtype(tables, config)
     got = run(
-        rankable_scores,
+        scores.rankable_scores,
         grouped(table, K).reshape(B * K, -1, M * C),
         codes.reshape(B * K, M, S),
         lengths,
@@ -309,8 +332,8 @@ def test_scores_have_the_order_and_the_ties_of_the_reference(case, run):
         num_query_tokens=T,
     )
     with jax.default_device(CPU):
-        scores = reference.adc_scores(jnp.asarray(table), jnp.asarray(codes))
-        order = grouped(np.asarray(reference.ordered(scores)), K)
+        exact = reference.adc_scores(jnp.asarray(table), jnp.asarray(codes))
+        order = grouped(np.asarray(reference.ordered(exact)), K)
         visible = reference.visible_tokens(jnp.asarray(lengths), S, T)
         long = visible > config.short_context(T)
         candidate = np.asarray(reference.candidates(visible, S, config) & long[..., None])
@@ -327,35 +350,35 @@ def test_scores_have_the_order_and_the_ties_of_the_reference(case, run):
 
 
 @pytest.mark.parametrize("T", [1, 3])
-def test_the_sparse_index_follows_from_scores_and_cut(T, run):
+def test_the_sparse_index_follows_from_scores_and_cut(T, run, small_blocks):
     """Any scores and their cut, which is the last of several numbers, the others garbage."""
     config = IndexerConfig(num_bits=3, heavy_size=37, sink_size=4, window_size=9, init_offset=2)
-    S, kv_heads, group = 771, 2, 1
+    S, kv_heads, group = 271, 2, 1
     rng = np.random.default_rng(T)
     edges = boundary_lengths(config, S, T)[:: 60 // run.rows + 1]
     lengths = np.array([*edges, S, S - 1], np.int32)
     rows = len(lengths) * kv_heads
-    scores = rng.integers(-20, 20, (rows, T * group, S)).astype(np.float32)
-    scores[::3] = rng.choice([-np.inf, 0.0, np.inf], scores[::3].shape)
+    ranked = rng.integers(-20, 20, (rows, T * group, S)).astype(np.float32)
+    ranked[::3] = rng.choice([-np.inf, 0.0, np.inf], ranked[::3].shape)
     visible = np.repeat(oracle.visible(lengths, S, T), kv_heads, axis=0)  # [rows, T]
     cut = np.full((rows, T * group, 3), np.nan, np.float32)
     want = np.full((rows, T * group, config.max_selected(T)), -1, np.int32)
-    counts, weights = np.zeros((rows, T * group), np.int32), np.zeros(scores.shape, np.float32)
+    counts, weights = np.zeros((rows, T * group), np.int32), np.zeros(ranked.shape, np.float32)
     for row, q in np.ndindex(rows, T * group):
         V = visible[row, q]
         first, last = config.first_candidate, max(V - config.window_size, 0)
-        ranked = np.sort(scores[row, q, first:last])[::-1]
-        few = len(ranked) < config.heavy_size
-        cut[row, q, -1] = -np.inf if few else ranked[config.heavy_size - 1]
-        chosen = oracle.tokens(scores[row, q], V, T, config)
+        best = np.sort(ranked[row, q, first:last])[::-1]
+        few = len(best) < config.heavy_size
+        cut[row, q, -1] = -np.inf if few else best[config.heavy_size - 1]
+        chosen = oracle.tokens(ranked[row, q], V, T, config)
         want[row, q, : len(chosen)] = chosen
         counts[row, q] = len(chosen)
         weights[row, q, chosen] = 1
         # Not to be looked at: what is no candidate.
-        scores[row, q, :first] = scores[row, q, last:] = np.nan
+        ranked[row, q, :first] = ranked[row, q, last:] = np.nan
     got = run(
-        sparse_index,
-        scores,
+        sparse_index.sparse_index,
+        ranked,
         cut,
         lengths,
         config=config,
@@ -380,7 +403,7 @@ APPENDS = [
 NONE, SOME, ALL = 0.0, 0.5, 1.0
 
 
-@each(APPENDS, checked=(1, 2, 4))
+@each(APPENDS, checked=[APPENDS[i] for i in (1, 2, 4)])
 def test_appended_codes_equal_the_oracle(case, run):
     """Integers make distances exact and ties common; with "ip" there is a root, so near ties.
 
@@ -407,7 +430,7 @@ def test_appended_codes_equal_the_oracle(case, run):
     phi = np.full((B, K, M), 4.0 * D, np.float32) if metric == "ip" else None
     want, margin = oracle.encode(key, codebooks[:, :, :, ::twice], phi)
     got = run(
-        append_codes,
+        append.append_codes,
         (key if layout == "BSKH" else key.swapaxes(1, 2)).astype(jnp.dtype(dtype)),
         codebooks.astype(jnp.dtype(codebook_dtype)),
         codes,
@@ -441,18 +464,18 @@ def test_codes_do_not_depend_on_how_many_come_at_once(tokens):
     codebooks = jnp.asarray(codebooks)
 
     @functools.partial(jax.jit, compiler_options=UNOPTIMIZED)
-    def append(key, codes, start):
+    def encode(key, codes, start):
         taken = jnp.full(1, key.shape[1], jnp.int32)
-        return append_codes(
+        return append.append_codes(
             key, codebooks, codes, None, start, taken, kv_layout="BSKH", interpret=True
         )
 
     with jax.default_device(CPU):
         codes = jnp.zeros((1, 1, M, S), jnp.uint8)
-        whole = append(key, codes, jnp.zeros(1, jnp.int32))
+        whole = encode(key, codes, jnp.zeros(1, jnp.int32))
         for first in range(0, S, tokens):
             if first + tokens <= S:
-                codes = append(key[:, first : first + tokens], codes, jnp.full(1, first, jnp.int32))
+                codes = encode(key[:, first : first + tokens], codes, jnp.full(1, first, jnp.int32))
         count = S // tokens * tokens
         np.testing.assert_array_equal(codes[..., :count], whole[..., :count])
 
