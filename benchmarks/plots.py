@@ -249,6 +249,8 @@ def draw_breakdown(workloads: dict[str, list[Row]], path: Path) -> None:
     for ax in axes.flat[len(workloads) :]:
         ax.set_visible(False)
     handles, labels = axes[0, 0].get_legend_handles_labels()
+    # A library's namespaces say less than the kernel's own name.
+    labels = [label.rsplit("::", 1)[-1] for label in labels]
     figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=9)
     _save(figure, path)
 

@@ -95,6 +95,15 @@ def default_output(arguments: argparse.Namespace, device: str, stamp: str) -> Pa
     return RESULTS / f"{slug}-{stamp}.json"
 
 
+def repeatable_command(arguments: argparse.Namespace) -> str:
+    """The command line, less where its results went: that is no part of what was measured."""
+    argv = list(arguments.argv)
+    if "--output" in argv:
+        at = argv.index("--output")
+        del argv[at : at + 2]
+    return shlex.join(["python", "-m", "benchmarks", "run", *argv])
+
+
 def run(arguments: argparse.Namespace) -> int:
     """Runs what the command line asks for and writes a results file.
 
@@ -138,7 +147,7 @@ def run(arguments: argparse.Namespace) -> int:
     results: dict[str, Any] = {
         "kind": "sweep" if arguments.sweep else "named",
         "time": now.isoformat(timespec="seconds"),
-        "command": shlex.join(["python", "-m", "benchmarks", "run", *arguments.argv]),
+        "command": repeatable_command(arguments),
         **commit,
         "machine": about,
         "quick": arguments.quick,

@@ -10,6 +10,7 @@ from jax_indexer import _arguments, reference
 from jax_indexer.config import FLOAT_DTYPES, IndexerConfig
 from jax_indexer.index import PQIndex, append, check_append
 from jax_indexer.kernels import backend, pipeline
+from jax_indexer.kernels.tuning import default_selector
 from jax_indexer.layout import KVLayout
 
 Implementation = Literal["triton", "xla"]
@@ -159,6 +160,7 @@ def _select(
     selector: Selector | None,
 ) -> Selection:
     weights_dtype = query.dtype if return_weights else None
+    chosen = selector or default_selector(config.num_subspaces)
 
     def xla(query: Array, index: PQIndex) -> Selection:
         table = reference.lookup_table(query, index.codebooks, config.table_dtype)
@@ -175,7 +177,7 @@ def _select(
                 index.lengths,
                 config,
                 weights_dtype,
-                "top_k" if selector == "top_k" else "threshold",
+                "threshold" if chosen == "threshold" else "top_k",
             )
         )
 

@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import functools
 import re
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ import pytest
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 from jax_indexer import IndexerConfig, PQIndex, Selection, append, indexer_next, select
+from jax_indexer.kernels import backend
 
 COMMON = {"append_kernel", "lookup_table_kernel"}
 KERNELS = {
@@ -27,13 +29,14 @@ H100 = "NVIDIA H100 80GB HBM3"
 def an_h100(sizes=(), names=()):
     """The mesh under which JAX 0.11 lowers for a GPU it does not have; 0.10 needs none."""
     axis_types = (AxisType.Auto,) * len(sizes)
-    if jax.__version_info__ < (0, 11):
-        yield AbstractMesh(sizes, names, axis_types=axis_types)
-        return
-    device = jax.sharding.AbstractDevice(H100, num_cores=132, platform="cuda")
-    mesh = AbstractMesh(sizes, names, axis_types=axis_types, abstract_device=device)
-    with jax.sharding.use_abstract_mesh(mesh):
-        yield mesh
+    with mock.patch.object(backend, "no_gpu", return_value=None):
+        if jax.__version_info__ < (0, 11):
+            yield AbstractMesh(sizes, names, axis_types=axis_types)
+            return
+        device = jax.sharding.AbstractDevice(H100, num_cores=132, platform="cuda")
+        mesh = AbstractMesh(sizes, names, axis_types=axis_types, abstract_device=device)
+        with jax.sharding.use_abstract_mesh(mesh):
+            yield mesh
 
 
 def shaped(shape, dtype):
@@ -88,9 +91,7 @@ CASES = {
 def test_a_decode_step_lowers_to_kernels_alone(name, selector, weights):
     shape, sizes = CASES[name]
     config = IndexerConfig(**sizes)
-    # "threshold" is the default: by name it wants a GPU that is there.
-    chosen = selector if selector == "top_k" else None
-    step = functools.partial(indexer_next, config=config, return_weights=weights, selector=chosen)
+    step = functools.partial(indexer_next, config=config, return_weights=weights, selector=selector)
     with an_h100():
         text = lowered(step, *arguments(**shape, config=config))
     assert kernels(text) == COMMON | KERNELS[selector]
@@ -134,8 +135,7 @@ def test_donated_codes_are_written_in_place():
 def test_a_step_lowers_under_vmap_and_scan(selector):
     config = IndexerConfig(heavy_size=32)
     query, key_new, index = arguments(config=config, lead=(3,))
-    chosen = selector if selector == "top_k" else None
-    step = functools.partial(indexer_next, config=config, selector=chosen)
+    step = functools.partial(indexer_next, config=config, selector=selector)
 
     def layers(query, key_new, index):
         return jax.lax.map(lambda args: step(*args), (query, key_new, index))
@@ -161,8 +161,7 @@ def test_a_step_lowers_under_vmap_and_scan(selector):
 def test_a_step_lowers_under_shard_map_over_batch_and_heads(selector, check_vma):
     config = IndexerConfig(heavy_size=32)
     args = arguments(B=4, N=8, K=4, config=config)
-    chosen = selector if selector == "top_k" else None
-    step = functools.partial(indexer_next, config=config, selector=chosen, return_weights=True)
+    step = functools.partial(indexer_next, config=config, selector=selector, return_weights=True)
     heads = PartitionSpec("batch", None, "heads")
     index_spec = PQIndex(
         codebooks=PartitionSpec("batch", "heads"),
@@ -179,6 +178,15 @@ def test_a_step_lowers_under_shard_map_over_batch_and_heads(selector, check_vma)
         )
         text = lowered(sharded, *args)
     assert kernels(text) == COMMON | KERNELS[selector]
+
+
+@pytest.mark.parametrize(("num_subspaces", "selector"), [(2, "threshold"), (16, "top_k")])
+def test_the_default_selector_is_the_faster_one(num_subspaces, selector):
+    config = IndexerConfig(num_subspaces=num_subspaces)
+    query, _, index = arguments(config=config)
+    with an_h100():
+        text = lowered(functools.partial(select, config=config), query, index)
+    assert kernels(text) == {"lookup_table_kernel"} | KERNELS[selector]
 
 
 def test_codes_beyond_32_bit_offsets_go_to_xla():
