@@ -106,34 +106,3 @@ def check_groups(sizes: dict[str, int]) -> None:
             f"query: expected a number of query heads N divisible by K={sizes['K']} kv heads, "
             f"got N={sizes['N']}; query is [B, T, N, H]"
         )
-
-
-def check_index(index: Any, config: IndexerConfig, sizes: dict[str, int]) -> None:
-    """Checks the arrays of a PQIndex against the config and the head dimension H in `sizes`."""
-    from jax_indexer.index import PQIndex  # which checks its own arguments with this module
-
-    if not isinstance(index, PQIndex):
-        raise ValueError(
-            f"index: expected a PQIndex, got {type(index).__name__}; make one with build_index"
-        )
-    augmented = config.metric == "ip"
-    sizes |= {
-        "M": config.num_subspaces,
-        "C": config.num_centroids,
-        "D'": sizes["H"] // config.num_subspaces + augmented,
-    }
-    fix = (
-        f"with num_subspaces={config.num_subspaces}, num_bits={config.num_bits}, "
-        f"metric={config.metric!r} and H={sizes['H']} the config says otherwise; "
-        "use the config that the index was built with"
-    )
-    check_array("index.codebooks", index.codebooks, "B K M C D'", sizes, FLOAT_DTYPES, fix)
-    check_array("index.codes", index.codes, "B K M S", sizes, UINT8, fix)
-    check_array("index.lengths", index.lengths, "B", sizes, INT32)
-    if index.phi is not None:
-        check_array("index.phi", index.phi, "B K M", sizes, FLOAT32)
-    if index.cells is not None:
-        raise ValueError(
-            f"index.cells: expected None, got {type(index.cells).__name__}; "
-            'the state of the "cells" selector is not there yet'
-        )

@@ -121,7 +121,7 @@ def check_append(index, key_new, config, counts, kv_layout) -> dict[str, int]:
     sizes: dict[str, int] = {}
     _arguments.check_key("key_new", key_new, "t", kv_layout, sizes)
     _arguments.check_subspaces("key_new", config, sizes)
-    _arguments.check_index(index, config, sizes)
+    check_index(index, config, sizes)
     if counts is not None:
         _arguments.check_array("counts", counts, "B", sizes, _arguments.INT32)
     if config.metric == "ip" and index.phi is None:
@@ -130,6 +130,37 @@ def check_append(index, key_new, config, counts, kv_layout) -> dict[str, int]:
             "build the index with build_index, or pass phi=..."
         )
     return sizes
+
+
+def check_index(index: Any, config: IndexerConfig, sizes: dict[str, int]) -> None:
+    """Checks the arrays of a PQIndex against the config and the head dimension H in `sizes`."""
+    if not isinstance(index, PQIndex):
+        raise ValueError(
+            f"index: expected a PQIndex, got {type(index).__name__}; make one with build_index"
+        )
+    augmented = config.metric == "ip"
+    sizes |= {
+        "M": config.num_subspaces,
+        "C": config.num_centroids,
+        "D'": sizes["H"] // config.num_subspaces + augmented,
+    }
+    fix = (
+        f"with num_subspaces={config.num_subspaces}, num_bits={config.num_bits}, "
+        f"metric={config.metric!r} and H={sizes['H']} the config says otherwise; "
+        "use the config that the index was built with"
+    )
+    _arguments.check_array(
+        "index.codebooks", index.codebooks, "B K M C D'", sizes, _arguments.FLOAT_DTYPES, fix
+    )
+    _arguments.check_array("index.codes", index.codes, "B K M S", sizes, _arguments.UINT8, fix)
+    _arguments.check_array("index.lengths", index.lengths, "B", sizes, _arguments.INT32)
+    if index.phi is not None:
+        _arguments.check_array("index.phi", index.phi, "B K M", sizes, _arguments.FLOAT32)
+    if index.cells is not None:
+        raise ValueError(
+            f"index.cells: expected None, got {type(index.cells).__name__}; "
+            'the state of the "cells" selector is not there yet'
+        )
 
 
 @functools.partial(jax.jit, static_argnames=("config", "kv_layout"))

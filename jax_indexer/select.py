@@ -8,7 +8,7 @@ from jax import Array, lax
 
 from jax_indexer import _arguments, reference
 from jax_indexer.config import FLOAT_DTYPES, IndexerConfig
-from jax_indexer.index import PQIndex, append, check_append
+from jax_indexer.index import PQIndex, append, check_append, check_index
 from jax_indexer.kernels import backend, pipeline
 from jax_indexer.kernels.tuning import default_selector
 from jax_indexer.layout import KVLayout
@@ -131,7 +131,7 @@ def check_select(query, index, config, return_weights, implementation, selector)
     sizes: dict[str, int] = {}
     _arguments.check_array("query", query, "B T N H", sizes, FLOAT_DTYPES)
     _arguments.check_subspaces("query", config, sizes)
-    _arguments.check_index(index, config, sizes)
+    check_index(index, config, sizes)
     _arguments.check_groups(sizes)
     _arguments.check_choice("return_weights", return_weights, (True, False))
     _arguments.check_choice("implementation", implementation, (None, "triton", "xla"))
