@@ -19,15 +19,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_indexer import IndexerConfig, PQIndex, indexer_next
-from jax_indexer.kernels import backend
+from jax_indexer import IndexerConfig
+from jax_indexer.kernels import backend, pipeline
+from jax_indexer.kernels.append import append_codes
+from parity.checked_memory import check_canaries, poisoned
 
 # (B, T, N, K, H, S, config): sizes around and between those of blocks.
 CASES = (
     (1, 1, 1, 1, 32, 1, IndexerConfig(num_bits=1)),
     (1, 1, 3, 1, 34, 1023, IndexerConfig(heavy_size=16, sink_size=3, window_size=5)),
     (3, 1, 6, 3, 64, 1025, IndexerConfig(num_subspaces=4, num_bits=8, heavy_size=300)),
-    (2, 3, 10, 2, 96, 2777, IndexerConfig(num_subspaces=32, num_bits=3, heavy_size=33)),
+    (2, 3, 2, 2, 96, 2777, IndexerConfig(num_subspaces=16, num_bits=3, heavy_size=33)),
     (2, 1, 4, 2, 256, 5001, IndexerConfig(num_subspaces=1, num_bits=7, metric="ip")),
     (
         1,
@@ -36,47 +38,64 @@ CASES = (
         4,
         130,
         40000,
-        IndexerConfig(num_subspaces=5, heavy_size=1500, table_dtype=jnp.float16),
+        IndexerConfig(num_subspaces=5, heavy_size=1500, table_dtype="float16"),
     ),
 )
 
 
-def run_kernels() -> None:
-    rng = np.random.default_rng(0)
-    for B, T, N, K, H, S, config in CASES:
-        M, C, augmented = config.num_subspaces, config.num_centroids, config.metric == "ip"
-        index = PQIndex(
-            codebooks=jnp.asarray(
-                rng.standard_normal((B, K, M, C, H // M + augmented)), jnp.float32
-            ),
-            codes=jnp.asarray(rng.integers(0, 256, (B, K, M, S), dtype=np.uint8)),
-            lengths=jnp.asarray(rng.integers(S // 2, S + 1, B), jnp.int32),
-            phi=jnp.full((B, K, M), 9.0) if augmented else None,
+def run_step(case, selector: str, weights_dtype, interpret: bool):
+    """A decode step kernel by kernel: inside one jit, intermediate arrays share an allocation.
+
+    Outputs are poisoned beforehand and end in a row that no kernel may touch, which finds what
+    stays inside of an allocation.
+    """
+    B, T, N, K, H, S, config = case
+    rng = np.random.default_rng(S)
+    M, C, augmented = config.num_subspaces, config.num_centroids, config.metric == "ip"
+
+    def draw(*shape):
+        return jnp.asarray(rng.standard_normal(shape), jnp.float32)
+
+    lengths = rng.integers(max(S // 2, T), S + 1, B)
+    lengths[0] = S
+    with poisoned() as canaries:
+        codebooks = draw(B, K, M, C, H // M + augmented)
+        codes = append_codes(
+            draw(B, T, K, H).astype(jnp.bfloat16),
+            codebooks,
+            jnp.asarray(rng.integers(0, 256, (B, K, M, S), dtype=np.uint8)),
+            jnp.full((B, K, M), 9.0, jnp.float32) if augmented else None,
+            jnp.asarray(lengths - T, jnp.int32),
+            jnp.full(B, min(T, S), jnp.int32),
+            kv_layout="BSKH",
+            interpret=interpret,
         )
-        query = jnp.asarray(rng.standard_normal((B, T, N, H)), jnp.float32)
-        key_new = jnp.asarray(rng.standard_normal((B, T, K, H)), jnp.bfloat16)
-        for selector in ("threshold", "top_k"):
-            results = [
-                jax.block_until_ready(
-                    indexer_next(
-                        query,
-                        key_new,
-                        index,
-                        config,
-                        return_weights=weights,
-                        implementation="triton",
-                        selector=selector,
-                    )
-                )
-                for weights in (True, False)
-            ]
-            (with_weights, after), (without, _) = results
-            np.testing.assert_array_equal(with_weights.indices, without.indices)
-            np.testing.assert_array_equal(
-                np.asarray(with_weights.weights).sum(-1), with_weights.counts
-            )
-            assert after.codes.shape == index.codes.shape
-        print(f"checked {(B, T, N, K, H, S)}", flush=True)
+        table = pipeline.table_of(
+            draw(B, T, N, H), codebooks, config.table_dtype, interpret=interpret
+        )
+        selection = pipeline.select_from_table(
+            table,
+            codes,
+            jnp.asarray(lengths, jnp.int32),
+            config,
+            weights_dtype,
+            selector,
+            interpret=interpret,
+        )
+    check_canaries(canaries)
+    return selection
+
+
+def run_kernels() -> None:
+    interpret = backend.no_gpu() is not None
+    for case in CASES:
+        for selector in pipeline.SELECTORS:
+            indices, counts, weights = run_step(case, selector, np.dtype(np.float32), interpret)
+            without = run_step(case, selector, None, interpret)
+            np.testing.assert_array_equal(indices, without[0])
+            np.testing.assert_array_equal((np.asarray(indices) >= 0).sum(-1), counts)
+            np.testing.assert_array_equal(np.asarray(weights).sum(-1), counts)
+        print(f"checked {case[:-1]}", flush=True)
 
 
 def overrun_kernel(in_ref, out_ref):
