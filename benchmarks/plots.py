@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.report import (
-    ITERATION_4,
     Results,
     Row,
     by_workload,
     fastest,
-    named,
+    iteration_4,
     time_of,
 )
 
@@ -206,7 +205,7 @@ def draw_speed_up(workloads: dict[str, list[Row]], path: Path) -> None:
         for number, (row, label) in enumerate(
             (
                 (fastest(rows, "torch"), "over the fastest PyTorch form"),
-                (named(rows, ITERATION_4), "over Iteration 4"),
+                (iteration_4(rows), "over Iteration 4"),
             )
         ):
             if row is None or ours is None:

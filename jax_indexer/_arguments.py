@@ -1,6 +1,7 @@
 """Checks of arguments: static facts only (types, shapes, dtypes), before anything is compiled."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 from typing import Any, get_args
 
 import jax
@@ -21,7 +22,7 @@ def check_array(
     letters: str,
     sizes: dict[str, int],
     dtypes: Iterable[np.dtype],
-    fix: str = "",
+    fixes: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
     """Checks one array against the axes named in `letters`, and learns the sizes of new ones.
 
@@ -31,7 +32,7 @@ def check_array(
       letters: axes separated by spaces, such as "B T N H".
       sizes: sizes known so far by letter; those of new letters are added.
       dtypes: what is accepted.
-      fix: what to do about a wrong shape.
+      fixes: what to do about a wrong size, by letter, where there is more to say than to mend it.
 
     Raises:
       ValueError: for anything but an array of that rank, shape and dtype.
@@ -45,12 +46,11 @@ def check_array(
             f"{name}: expected {wanted}, got {type(value).__name__}; "
             f"make it an array with jnp.asarray(..., jnp.{dtypes[0].name})"
         )
-    shape, dtype = tuple(value.shape), np.dtype(value.dtype)
-    got = f"{dtype.name}[{', '.join(map(str, shape))}]"
+    shape, dtype = tuple(value.shape), value.dtype
+    got = f"{getattr(dtype, 'name', dtype)}[{', '.join(map(str, shape))}]"
     if len(shape) != len(axes):
         raise ValueError(
-            f"{name}: expected {wanted}, got {got}; "
-            f"{fix or f'reshape it to {len(axes)} axes ({letters})'}"
+            f"{name}: expected {wanted}, got {got}; reshape it to {len(axes)} axes ({letters})"
         )
     if dtype not in dtypes:
         raise ValueError(
@@ -60,7 +60,7 @@ def check_array(
         if size != sizes.get(axis, size):
             raise ValueError(
                 f"{name}: expected {wanted}, got {got}; "
-                f"{fix or f'axis {axis} must be {sizes[axis]}, as in the other arguments'}"
+                f"{fixes.get(axis, f'axis {axis} must be {sizes[axis]}, as in other arguments')}"
             )
         if size == 0:
             raise ValueError(f"{name}: expected {wanted}, got {got}; axis {axis} must not be empty")

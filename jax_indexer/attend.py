@@ -5,7 +5,6 @@ from typing import get_args
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 
 from jax_indexer import _arguments, reference
@@ -61,9 +60,9 @@ def sparse_attention(
     _arguments.check_array("selection.indices", indices, "B T N P", sizes, _arguments.INT32)
     if scale is None:
         scale = sizes["H"] ** -0.5
-    elif not isinstance(scale, (int, float, np.number, np.ndarray, Array)) or (
-        isinstance(scale, bool) or np.ndim(scale) or not jnp.isrealobj(scale)
-    ):
+    elif isinstance(scale, float) or (isinstance(scale, int) and abs(scale) < 2**31):
+        scale = float(scale)
+    elif jnp.ndim(scale) or not jnp.issubdtype(getattr(scale, "dtype", bool), jnp.floating):
         raise ValueError(f"scale: expected a real number, got {scale!r}; pass a float or None")
     return _attend(query, key, value, indices, scale, kv_layout=kv_layout)
 

@@ -67,14 +67,14 @@ class IndexerConfig:
         else:
             init_offset = _integer("init_offset", self.init_offset, 0, None)
         object.__setattr__(self, "init_offset", init_offset)
-        if self.metric not in get_args(Metric):
+        if not isinstance(self.metric, str) or self.metric not in get_args(Metric):
             raise ValueError(
                 f"metric: expected one of {get_args(Metric)}, got {self.metric!r}; "
                 'use "euclidean" unless the codebooks were trained on augmented keys'
             )
         try:
             table_dtype = np.dtype(self.table_dtype)
-        except TypeError:
+        except Exception:  # numpy reads strings as types in more ways than one
             table_dtype = None
         if table_dtype not in FLOAT_DTYPES:
             raise ValueError(

@@ -17,7 +17,7 @@ from jax_indexer.layout import KVLayout, head_major, subvectors, token_axis
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class PQIndex:
     """The product-quantized keys of a cache: a pytree whose shapes never change while decoding.
 
@@ -51,8 +51,9 @@ def build_index(
     """Trains codebooks on the keys of a prompt and encodes all of them.
 
     Codebooks are trained by k-means for every (batch row, kv head, subspace) on the tokens in
-    [init_offset, lengths[b]), and are float32. A subvector that is not finite is not trained on
-    and gets code 0. A row with fewer trainable keys than centroids uses these, repeated.
+    [init_offset, lengths[b]), and are float32. A subvector that is not finite, or whose squared
+    norm is not, is not trained on; one that is not finite gets code 0. A row with fewer trainable
+    keys than centroids uses these, repeated.
 
     Args:
       key: [B, S, K, H] ("BSKH") or [B, K, S, H] ("BKSH"), float32, bfloat16 or float16: the cache
@@ -149,10 +150,11 @@ def check_index(index: Any, config: IndexerConfig, sizes: dict[str, int]) -> Non
         f"metric={config.metric!r} and H={sizes['H']} the config says otherwise; "
         "use the config that the index was built with"
     )
+    fixes = {"M": fix, "C": fix, "D'": fix}
     _arguments.check_array(
-        "index.codebooks", index.codebooks, "B K M C D'", sizes, _arguments.FLOAT_DTYPES, fix
+        "index.codebooks", index.codebooks, "B K M C D'", sizes, _arguments.FLOAT_DTYPES, fixes
     )
-    _arguments.check_array("index.codes", index.codes, "B K M S", sizes, _arguments.UINT8, fix)
+    _arguments.check_array("index.codes", index.codes, "B K M S", sizes, _arguments.UINT8, fixes)
     _arguments.check_array("index.lengths", index.lengths, "B", sizes, _arguments.INT32)
     if index.phi is not None:
         _arguments.check_array("index.phi", index.phi, "B K M", sizes, _arguments.FLOAT32)
@@ -176,7 +178,7 @@ def _build(
         key, length = row
         parts = jnp.moveaxis(subvectors(key.astype(jnp.float32), config.num_subspaces), 2, 1)
         wanted = (position >= config.first_trained) & (position < length)
-        trainable = wanted & jnp.all(jnp.isfinite(parts), axis=-1)
+        trainable = wanted & jnp.isfinite(jnp.sum(parts * parts, axis=-1))
         parts = jnp.where(trainable[..., None], parts, 0)
         phi = jnp.max(jnp.sum(parts * parts, axis=-1), axis=-1)
         if config.metric == "ip":
@@ -216,18 +218,21 @@ def _append(
         index.lengths, counts, num_new, index.codes.shape[-1]
     )
 
-    def xla(key_new, index, start, taken):
+    key_new, index = lax.stop_gradient((key_new, index))  # codes have none
+
+    def xla(key_new, index, phi, start, taken):
         new = reference.encode_tokens(
-            head_major(key_new, kv_layout), index.codebooks, index.phi, config.metric
+            head_major(key_new, kv_layout), index.codebooks, phi, config.metric
         )
         return reference.write_codes(index.codes, new, start, taken)
 
-    def triton(key_new, index, start, taken):
+    def triton(key_new, index, phi, start, taken):
         return kernels.append_codes(
-            key_new, index.codebooks, index.codes, index.phi, start, taken, kv_layout=kv_layout
+            key_new, index.codebooks, index.codes, phi, start, taken, kv_layout=kv_layout
         )
 
-    arguments = (key_new, index, start, taken)
+    phi = index.phi if config.metric == "ip" else None
+    arguments = (key_new, index, phi, start, taken)
     if backend.unaddressable(*jax.tree.leaves(arguments)):
         codes = xla(*arguments)
     else:

@@ -25,7 +25,7 @@ def train_codebooks(
 
     Random numbers depend on (seed, kv head, subspace, length) and the token's position only: not
     on the row's place in a batch, nor on the capacity S. A cluster left empty takes up a random
-    trainable key that was no starting point. With fewer trainable keys than centroids those keys,
+    trainable key. With fewer trainable keys than centroids those keys,
     in their order and repeated, are the codebook; with none it is zero.
 
     Args:

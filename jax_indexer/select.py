@@ -159,6 +159,7 @@ def _select(
     implementation: Implementation | None,
     selector: Selector | None,
 ) -> Selection:
+    query, index = lax.stop_gradient((query, index))  # positions have none
     weights_dtype = query.dtype if return_weights else None
     chosen = selector or default_selector(config.num_subspaces)
 

@@ -279,3 +279,33 @@ def test_shard_map_over_batch_and_heads():
     )
     assert done.returncode == 0, done.stderr[-4000:]
     assert all(count == 4 for row in json.loads(done.stdout) for count in row)
+
+
+def test_64_bit_mode_changes_nothing(implementation):
+    index, query, key_new, _ = arrays()
+    options = {"return_weights": True, "implementation": implementation}
+    want = indexer_next(query[0], key_new[0], index, CONFIG, **options)
+    with jax.enable_x64(True):
+        got = indexer_next(query[0], key_new[0], index, CONFIG, **options)
+    check_same(got, want)
+
+
+def test_64_bit_mode_lets_the_best_implementation_be_chosen():
+    index, query, _, _ = arrays()
+    with jax.enable_x64(True):
+        assert select(query[0], index, CONFIG).indices.dtype == jnp.int32
+
+
+def test_gradients_flow_around_the_selection():
+    index, query, key_new, cache = arrays()
+
+    def loss(query, key_new, selection=None):
+        if selection is None:
+            selection, _ = indexer_next(query, key_new, index, CONFIG, return_weights=True)
+        return sparse_attention(query, cache, cache, selection).sum()
+
+    selection, _ = indexer_next(query[0], key_new[0], index, CONFIG)
+    through = jax.grad(loss, argnums=(0, 1))(query[0], key_new[0])
+    around = jax.grad(loss)(query[0], key_new[0], selection)
+    np.testing.assert_array_equal(through[0], around)
+    assert not through[1].any()

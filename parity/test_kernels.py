@@ -426,9 +426,11 @@ def test_appended_codes_equal_the_oracle(case, run):
     twice = min(2, 2 ** (bits - 1))
     if twice == 2:
         codebooks[:, :, :, 1::2] = codebooks[:, :, :, ::2]
+        codebooks[0, -1, -1, :2] = np.nan  # which is farther than all others
     codes = rng.integers(0, 256, (B, K, M, S), np.uint8)
     phi = np.full((B, K, M), 4.0 * D, np.float32) if metric == "ip" else None
-    want, margin = oracle.encode(key, codebooks[:, :, :, ::twice], phi)
+    farther = np.where(np.isnan(codebooks), 1e6, codebooks)
+    want, margin = oracle.encode(key, farther[:, :, :, ::twice], phi)
     got = run(
         append.append_codes,
         (key if layout == "BSKH" else key.swapaxes(1, 2)).astype(jnp.dtype(dtype)),

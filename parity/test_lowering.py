@@ -118,6 +118,21 @@ def test_append_is_one_kernel(tokens, kv_layout, counts):
     assert kernels(text) == {"append_kernel"}
 
 
+def test_phi_is_not_read_for_the_euclidean_metric():
+    config = IndexerConfig()
+    _, key_new, index = arguments(config=config)
+    with_phi = dataclasses.replace(index, phi=shaped((1, 2, 2), jnp.float32))
+    with an_h100():
+        programs = [
+            re.findall(
+                r"custom_call @[^\n]*\(([^)]*)\) \{",
+                lowered(functools.partial(append, config=config), i, key_new),
+            )
+            for i in (index, with_phi)
+        ]
+    assert [len(operands[0].split(",")) for operands in programs] == [5, 5]
+
+
 def test_donated_codes_are_written_in_place():
     config = IndexerConfig()
     step = functools.partial(indexer_next, config=config)

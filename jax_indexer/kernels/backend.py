@@ -68,7 +68,7 @@ def launch(
         for x in operands
     )
     anywhere = pl.BlockSpec(memory_space=pl.ANY)
-    return pl.pallas_call(
+    call = pl.pallas_call(
         kernel,
         grid=(programs,),
         in_specs=[anywhere] * len(operands),
@@ -79,7 +79,9 @@ def launch(
         input_output_aliases=aliases or {},
         compiler_params=plgpu.CompilerParams(num_warps=num_warps, num_stages=1),
         interpret=interpret,
-    )(*operands)
+    )
+    with jax.enable_x64(False):  # or Python's integers in a kernel would be 64 bits wide
+        return call(*operands)
 
 
 def unaddressable(*arrays: Any) -> str | None:
