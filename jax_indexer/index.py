@@ -17,7 +17,7 @@ from jax_indexer.layout import KVLayout, head_major, subvectors, token_axis
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True)
 class PQIndex:
     """The product-quantized keys of a cache: a pytree whose shapes never change while decoding.
 

@@ -243,7 +243,7 @@ def small_blocks(run, monkeypatch):
     monkeypatch.setattr(scores, "SCORE_BLOCK", 64)
     monkeypatch.setattr(threshold, "SCORE_BLOCK", 64)
     monkeypatch.setattr(sparse_index, "INDEX_BLOCK", 64)
-    monkeypatch.setattr(threshold, "select_tuning", lambda size: (128, 1))
+    monkeypatch.setattr(threshold, "select_tuning", lambda size: (64, 1))
 
 
 def draw_selection(name, rows):
