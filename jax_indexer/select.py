@@ -1,16 +1,18 @@
 """select and indexer_next: which tokens each query head attends to."""
 
+import dataclasses
 import functools
 from typing import Literal, NamedTuple
 
 import jax
+import numpy as np
 from jax import Array, lax
 
 from jax_indexer import _arguments, reference
 from jax_indexer.config import FLOAT_DTYPES, IndexerConfig
 from jax_indexer.index import PQIndex, append, check_append, check_index
 from jax_indexer.kernels import backend, pipeline
-from jax_indexer.kernels.tuning import default_selector
+from jax_indexer.kernels.lookup_table import Tables
 from jax_indexer.layout import KVLayout
 
 Implementation = Literal["triton", "xla"]
@@ -113,16 +115,17 @@ def indexer_next(
             f"key_new: expected t=T={query.shape[1]} tokens, as many as query has, "
             f"got t={sizes['t']}; call append and select apart for other numbers"
         )
-    index = append(index, key_new, config, counts=counts, kv_layout=kv_layout)
-    selection = select(
+    return _step(
         query,
+        key_new,
         index,
-        config,
+        counts,
+        config=config,
         return_weights=return_weights,
         implementation=implementation,
         selector=selector,
+        kv_layout=kv_layout,
     )
-    return selection, index
 
 
 def check_select(query, index, config, return_weights, implementation, selector) -> None:
@@ -161,7 +164,6 @@ def _select(
 ) -> Selection:
     query, index = lax.stop_gradient((query, index))  # positions have none
     weights_dtype = query.dtype if return_weights else None
-    chosen = selector or default_selector(config.num_subspaces)
 
     def xla(query: Array, index: PQIndex) -> Selection:
         table = reference.lookup_table(query, index.codebooks, config.table_dtype)
@@ -170,20 +172,90 @@ def _select(
         )
 
     def triton(query: Array, index: PQIndex) -> Selection:
-        table = pipeline.table_of(query, index.codebooks, config.table_dtype)
-        return Selection(
-            *pipeline.select_from_table(
-                table,
-                index.codes,
-                index.lengths,
-                config,
-                weights_dtype,
-                "threshold" if chosen == "threshold" else "top_k",
-            )
-        )
+        tables = pipeline.tables_of(query, index.codebooks, config.table_dtype)
+        return _select_from_tables(tables, query, index, config, weights_dtype, selector)
 
     if implementation == "triton":
         return triton(query, index)
     if implementation == "xla" or backend.unaddressable(query, *jax.tree.leaves(index)):
         return xla(query, index)
     return lax.platform_dependent(query, index, cuda=triton, default=xla)
+
+
+def _select_from_tables(
+    tables: Tables,
+    query: Array,
+    index: PQIndex,
+    config: IndexerConfig,
+    weights_dtype: np.dtype | None,
+    selector: Selector | None,
+) -> Selection:
+    return Selection(
+        *pipeline.select_from_tables(
+            tables,
+            index.codes,
+            index.lengths,
+            config,
+            query.shape[1],
+            query.shape[2],
+            weights_dtype,
+            "top_k" if selector == "top_k" else "threshold",
+        )
+    )
+
+
+@functools.partial(
+    jax.jit,
+    static_argnames=("config", "return_weights", "implementation", "selector", "kv_layout"),
+)
+def _step(
+    query: Array,
+    key_new: Array,
+    index: PQIndex,
+    counts: Array | None,
+    *,
+    config: IndexerConfig,
+    return_weights: bool,
+    implementation: Implementation | None,
+    selector: Selector | None,
+    kv_layout: KVLayout,
+) -> tuple[Selection, PQIndex]:
+    query, key_new, index = lax.stop_gradient((query, key_new, index))
+
+    def one_after_the_other(query, key_new, index, counts):
+        index = append(index, key_new, config, counts=counts, kv_layout=kv_layout)
+        selection = select(
+            query,
+            index,
+            config,
+            return_weights=return_weights,
+            implementation=implementation,
+            selector=selector,
+        )
+        return selection, index
+
+    def triton(query, key_new, index, counts):
+        num_new, capacity = query.shape[1], index.codes.shape[-1]
+        start, taken, lengths = reference.make_room(index.lengths, counts, num_new, capacity)
+        codes, tables = pipeline.append_and_tables(
+            query,
+            key_new,
+            index.codebooks,
+            index.codes,
+            index.phi if config.metric == "ip" else None,
+            start,
+            taken,
+            config.table_dtype,
+            kv_layout=kv_layout,
+        )
+        index = dataclasses.replace(index, codes=codes, lengths=lengths)
+        weights_dtype = query.dtype if return_weights else None
+        selection = _select_from_tables(tables, query, index, config, weights_dtype, selector)
+        return selection, index
+
+    arguments = query, key_new, index, counts
+    if implementation == "xla" or backend.unaddressable(*jax.tree.leaves(arguments)):
+        return one_after_the_other(*arguments)
+    if implementation == "triton":
+        return triton(*arguments)
+    return lax.platform_dependent(*arguments, cuda=triton, default=one_after_the_other)

@@ -166,6 +166,10 @@ def _fori_loop(lower, upper, body, carry):
     return carry
 
 
+def _cond(condition, if_true, if_false, *operands):
+    return (if_true if condition else if_false)(*operands)
+
+
 def _while_loop(condition, body, carry):
     while condition(carry):
         carry = body(carry)
@@ -245,6 +249,7 @@ def checked(seed: int = 0) -> Iterator[list[dict[str, np.ndarray]]]:
             (pl, "when", _when),
             (lax, "fori_loop", _fori_loop),
             (lax, "while_loop", _while_loop),
+            (lax, "cond", _cond),
         ):
             stack.enter_context(mock.patch.object(module, name, replacement))
         yield record
@@ -278,9 +283,10 @@ def poisoned() -> Iterator[list[jax.Array]]:
         ]
         poison = [jnp.full(shapes[i].shape, _poison(shapes[i].dtype)) for i in fresh]
 
-        @functools.wraps(kernel.func if isinstance(kernel, functools.partial) else kernel)
         def on_poison(*refs):
             kernel(*refs[: len(operands)], *refs[len(operands) + len(poison) :])
+
+        on_poison.__name__ = backend.name_of(kernel)
 
         outputs = real_launch(
             on_poison,

@@ -31,6 +31,8 @@ CASES = (
     (3, 1, 6, 3, 64, 1025, IndexerConfig(num_subspaces=4, num_bits=8, heavy_size=300)),
     (2, 3, 2, 2, 96, 2777, IndexerConfig(num_subspaces=16, num_bits=3, heavy_size=33)),
     (2, 1, 4, 2, 256, 5001, IndexerConfig(num_subspaces=1, num_bits=7, metric="ip")),
+    # groups of two sizes
+    (1, 1, 3, 1, 64, 270001, IndexerConfig(heavy_size=33)),
     (
         1,
         1,
@@ -60,23 +62,22 @@ def run_case(case, interpret: bool) -> None:
 
     with poisoned() as canaries:
         codebooks = draw(B, K, M, C, H // M + augmented)
-        codes = append_codes(
-            draw(B, T, K, H, dtype=jnp.bfloat16),
-            codebooks,
-            jnp.asarray(rng.integers(0, 256, (B, K, M, S), dtype=np.uint8)),
-            jnp.full((B, K, M), 9.0, jnp.float32) if augmented else None,
-            jnp.asarray(lengths - T),
-            jnp.full(B, T, jnp.int32),
-            kv_layout="BSKH",
-            interpret=interpret,
+        key_new, query = draw(B, T, K, H, dtype=jnp.bfloat16), draw(B, T, N, H)
+        given = jnp.asarray(rng.integers(0, 256, (B, K, M, S), dtype=np.uint8))
+        phi = jnp.full((B, K, M), 9.0, jnp.float32) if augmented else None
+        start, taken = jnp.asarray(lengths - T), jnp.full(B, T, jnp.int32)
+        options = {"kv_layout": "BSKH", "interpret": interpret}
+        # Alone, and as a decode step launches them.
+        alone = append_codes(key_new, codebooks, given, phi, start, taken, **options)
+        tables_alone = pipeline.tables_of(query, codebooks, config.table_dtype, interpret=interpret)
+        codes, tables = pipeline.append_and_tables(
+            query, key_new, codebooks, given, phi, start, taken, config.table_dtype, **options
         )
-        table = pipeline.table_of(
-            draw(B, T, N, H), codebooks, config.table_dtype, interpret=interpret
-        )
+        jax.tree.map(np.testing.assert_array_equal, (codes, tables), (alone, tables_alone))
 
         def select(selector: str, weights_dtype):
-            arguments = (table, codes, jnp.asarray(lengths), config, weights_dtype, selector)
-            return pipeline.select_from_table(*arguments, interpret=interpret)
+            sizes = (jnp.asarray(lengths), config, T, N, weights_dtype, selector)
+            return pipeline.select_from_tables(tables, codes, *sizes, interpret=interpret)
 
         for selector in pipeline.SELECTORS:
             indices, counts, weights = select(selector, np.dtype(np.float32))

@@ -17,7 +17,7 @@ import pytest
 from benchmarks.__main__ import main as benchmarks
 from benchmarks.workloads import WORKLOADS, make_inputs
 from jax_indexer import IndexerConfig, PQIndex, append, build_index, indexer_next, reference
-from jax_indexer.kernels import pipeline
+from jax_indexer.kernels import pipeline, threshold
 from parity.compare import check_selection
 
 pytestmark = pytest.mark.gpu
@@ -64,56 +64,93 @@ def adversarial(number: int):
     return jnp.asarray(table, config.table_dtype), jnp.asarray(codes), jnp.asarray(lengths), config
 
 
-@pytest.mark.parametrize("selector", SELECTORS)
-@pytest.mark.parametrize("number", range(12))
-def test_triton_gives_the_bits_of_xla_for_the_same_table(number, selector):
-    table, codes, lengths, config = adversarial(number)
-    dtype = np.dtype([np.float32, jnp.bfloat16, np.float16][number % 3])
-    expected = jax.jit(
-        lambda *args: reference.select_from_table(*args, config=config, weights_dtype=dtype)
-    )(table, codes, lengths)
-    got = jax.jit(
-        lambda *args: pipeline.select_from_table(
-            *args, config=config, weights_dtype=dtype, selector=selector
-        )
-    )(table, codes, lengths)
-    for name, one, other in zip(("indices", "counts", "weights"), expected, got, strict=True):
-        np.testing.assert_array_equal(one, other, err_msg=name)
-
-
-def million(selector):
-    config = IndexerConfig(heavy_size=2048)
-    rng = np.random.default_rng(0)
-    table = jnp.asarray(rng.standard_normal((1, 1, 8, 2, 64)), jnp.float32)
-    codes = jnp.asarray(rng.integers(0, 64, (1, 2, 2, 1 << 20), dtype=np.uint8))
-    return table, codes, jnp.array([1 << 20], jnp.int32), config
-
-
-@pytest.mark.parametrize("selector", SELECTORS)
-@pytest.mark.parametrize("scale", [1, 0], ids=["random", "all equal"])
-def test_a_million_tokens(selector, scale):
-    table, codes, lengths, config = million(selector)
-    static = {"config": config, "weights_dtype": np.dtype(np.float32)}
+def all_selectors_give_the_references_lists(table, codes, lengths, config, dtype):
+    """Bit for bit. The reference ranks the ordered integers of the same table's sums."""
+    static = {"config": config, "weights_dtype": dtype}
     expected = jax.jit(functools.partial(reference.select_from_table, **static))(
-        table * scale, codes, lengths
+        table, codes, lengths
     )
-    got = jax.jit(functools.partial(pipeline.select_from_table, **static, selector=selector))(
-        table * scale, codes, lengths
-    )
-    for one, other in zip(expected, got, strict=True):
-        np.testing.assert_array_equal(one, other)
+    for selector in SELECTORS:
+        got = jax.jit(functools.partial(pipeline.select_from_table, **static, selector=selector))(
+            table, codes, lengths
+        )
+        for name, one, other in zip(("indices", "counts", "weights"), expected, got, strict=True):
+            np.testing.assert_array_equal(one, other, err_msg=f"{selector}: {name}")
+
+
+@pytest.fixture
+def groups_of_two_sizes(monkeypatch):
+    """The threshold selector takes them for shorter caches too."""
+    monkeypatch.setattr(threshold, "MANY_GROUPS", 1024)
+
+
+@pytest.mark.parametrize("number", range(12))
+def test_triton_gives_the_bits_of_xla_for_the_same_table(number):
+    dtype = np.dtype([np.float32, jnp.bfloat16, np.float16][number % 3])
+    all_selectors_give_the_references_lists(*adversarial(number), dtype)
+
+
+@pytest.mark.usefixtures("groups_of_two_sizes")
+@pytest.mark.parametrize("number", [11, 23])
+def test_groups_of_two_sizes_give_the_bits_of_xla(number):
+    table, codes, lengths, config = adversarial(number)
+    config = dataclasses.replace(config, heavy_size=16)
+    assert len(threshold.group_sizes(codes.shape[3], config.heavy_size)) == 2
+    all_selectors_give_the_references_lists(table, codes, lengths, config, np.dtype(np.float32))
+
+
+def test_the_adversarial_rows_are_many_enough():
+    rows = [np.prod(adversarial(number)[0].shape[:3]) for number in range(12)]
+    assert sum(rows) >= 500
+
+
+@pytest.mark.parametrize("budget", [128, 2048])
+@pytest.mark.parametrize("scale", [1, 0], ids=["random", "all equal"])
+def test_a_million_tokens(budget, scale):
+    config = IndexerConfig(heavy_size=budget)
+    rng = np.random.default_rng(0)
+    table = jnp.asarray(scale * rng.standard_normal((1, 1, 8, 2, 64)), jnp.float32)
+    codes = jnp.asarray(rng.integers(0, 64, (1, 2, 2, 1 << 20), dtype=np.uint8))
+    for length in (1 << 20, 4096):
+        lengths = jnp.array([length], jnp.int32)
+        all_selectors_give_the_references_lists(table, codes, lengths, config, np.dtype(np.float32))
+
+
+@pytest.mark.usefixtures("groups_of_two_sizes")
+@pytest.mark.parametrize("num_warps", [4, 8, 16])
+@pytest.mark.parametrize("number", [3, 23], ids=["groups of one size", "of two sizes"])
+def test_ten_thousand_repetitions_change_no_bit(number, num_warps, monkeypatch):
+    """Programs hand numbers to themselves through device memory, across their threads."""
+    monkeypatch.setattr(threshold, "select_warps", lambda *_: num_warps)
+    table, codes, lengths, config = adversarial(number)
+
+    def lists(table):
+        return pipeline.select_from_table(
+            table, codes, lengths, config, np.dtype(np.float32), "threshold"
+        )
+
+    def once_more(_, state):
+        table, differences = state
+        pairs = zip(lists(table), first, strict=True)
+        differences += sum(jnp.sum(x != y, dtype=jnp.int32) for x, y in pairs)
+        # Never negative, which XLA cannot know: or it would select once and for all.
+        return jnp.where(differences < 0, jnp.zeros_like(table), table), differences
+
+    first = jax.jit(lists)(table)
+    repeat = jax.jit(lambda table: jax.lax.fori_loop(0, 10_000, once_more, (table, jnp.int32(0))))
+    assert int(repeat(table)[1]) == 0
 
 
 def test_a_row_has_the_same_bits_alone_and_in_a_batch_of_64():
     rng = np.random.default_rng(0)
     query = jnp.asarray(rng.standard_normal((64, 1, 8, 128)), jnp.bfloat16)
     codebooks = jnp.asarray(rng.standard_normal((64, 2, 4, 64, 32)), jnp.float32)
-    table = jax.jit(lambda *args: pipeline.table_of(*args, np.dtype(np.float32)))
-    together = table(query, codebooks)
+    tables = jax.jit(lambda *args: pipeline.tables_of(*args, np.dtype(np.float32)))
+    together = tables(query, codebooks)
     for b in range(0, 64, 9):
-        np.testing.assert_array_equal(
-            table(query[b : b + 1], codebooks[b : b + 1])[0], together[b], strict=True
-        )
+        alone = tables(query[b : b + 1], codebooks[b : b + 1])
+        for one, other in zip(alone, together, strict=True):
+            np.testing.assert_array_equal(one, other[2 * b : 2 * b + 2], strict=True)
 
 
 @pytest.mark.parametrize("metric", ["euclidean", "ip"])

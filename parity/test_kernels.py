@@ -17,8 +17,15 @@ import pytest
 from jax.experimental import pallas as pl
 
 from jax_indexer import IndexerConfig, reference
-from jax_indexer.kernels import append, backend, pipeline, scores, sparse_index, threshold
-from jax_indexer.kernels.lookup_table import lookup_table
+from jax_indexer.kernels import (
+    append,
+    backend,
+    pipeline,
+    scores,
+    sparse_index,
+    threshold,
+)
+from jax_indexer.kernels.lookup_table import Tables, tables_from, tables_launch
 from parity import oracle
 from parity.checked_memory import check_canaries, checked, poisoned
 from parity.test_select import ADVERSARIES, boundary_lengths
@@ -119,28 +126,43 @@ def draw_table_inputs(case, integers):
     return query, codebooks
 
 
+def lookup_tables(query, codebooks, *, table_dtype, **options):
+    launch = tables_launch(query, codebooks, table_dtype)
+    (tables,) = backend.launch_together([launch], num_warps=4, **options)
+    return Tables(*tables)
+
+
 def exact_tables(query, codebooks):
-    """float64 [R, Q, M * C] of query [R, Q, M, D]."""
+    """float64 [R, Q, M, C] of query [R, Q, M, D]."""
     rows, queries, M, D = query.shape
     table = oracle.exact_table(query.reshape(rows, 1, queries, M * D), codebooks[:, None])
-    return table.reshape(rows, queries, -1)
+    return table.reshape(rows, queries, M, -1)
+
+
+def same_tables(got, by_query):
+    with jax.default_device(CPU):
+        want = tables_from(jnp.asarray(by_query.reshape(*by_query.shape[:2], -1)))
+    for one, other in zip(got, want, strict=True):
+        same(one, other)
 
 
 @each(TABLES, checked=TABLES[2:5])
 def test_tables_of_integers_are_exact(case, run):
     query, codebooks = draw_table_inputs(case, integers=3)
     dtype = jnp.dtype(case[-1])
-    got = run(lookup_table, query, codebooks, table_dtype=dtype)
-    same(got, exact_tables(query, codebooks).astype(np.float32).astype(dtype))
+    got = run(lookup_tables, query, codebooks, table_dtype=dtype)
+    same_tables(got, exact_tables(query, codebooks).astype(np.float32).astype(dtype))
 
 
 @each([case for case in TABLES if case[-1] == "float32"], checked=())
 def test_tables_of_real_numbers_are_as_exact_as_float32_sums(case, run):
     """n additions in any order are off by at most n * 2**-24 of the sum of magnitudes."""
     query, codebooks = draw_table_inputs(case, integers=None)
-    got = run(lookup_table, query, codebooks, table_dtype=np.dtype(np.float32))
+    got = run(lookup_tables, query, codebooks, table_dtype=np.dtype(np.float32))
+    same_tables(got, got.by_query)
+    exact = exact_tables(query, codebooks)
     magnitude = exact_tables(np.abs(query), np.abs(codebooks))
-    error = np.abs(got - exact_tables(query, codebooks))
+    error = np.abs(got.by_query.reshape(exact.shape) - exact)
     assert (error <= query.shape[-1] * 2.0**-24 * magnitude).all()
 
 
@@ -148,19 +170,32 @@ def test_tables_of_infinities_and_nan(run):
     query, codebooks = draw_table_inputs(TABLES[3], integers=2)
     query[0, 1], query[1, 2, 0, 3], query[1, 0, 1, 1] = np.nan, np.inf, -np.inf
     codebooks[0, 2, 4], codebooks[1, 0, ::3, 0] = np.nan, np.inf
-    got = run(lookup_table, query, codebooks, table_dtype=np.dtype(np.float16))
-    same(got, exact_tables(query, codebooks).astype(np.float16))
-    assert np.isnan(got).any()
-    assert np.isinf(got).any()
+    got = run(lookup_tables, query, codebooks, table_dtype=np.dtype(np.float16))
+    same_tables(got, exact_tables(query, codebooks).astype(np.float16))
+    assert np.isnan(got.by_query).any()
+    assert np.isinf(got.by_query).any()
+
+
+@pytest.mark.parametrize("queries", [1, 2, 3, 5, 9])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_queries_lie_side_by_side(queries, dtype):
+    table = np.random.default_rng(0).integers(-9, 9, (2, queries, 12)).astype(jnp.dtype(dtype))
+    by_lane, by_query = jax.tree.map(np.asarray, tables_from(jnp.asarray(table)))
+    same(by_query, table)
+    lanes = by_lane.shape[-1]
+    assert lanes * table.dtype.itemsize <= 16
+    for row, group, lane in np.ndindex(2, by_lane.shape[1], lanes):
+        query = min(group * lanes + lane, queries - 1)
+        same(by_lane[row, group, :, lane], table[row, query])
 
 
 def test_tables_are_grouped_as_heads_share_codebooks(run):
-    """pipeline.table_of: [B, T, N, H] and back, with T and groups that are no powers of two."""
+    """pipeline.tables_of: [B, T, N, H], with T and groups that are no powers of two."""
     rng = np.random.default_rng(0)
     query = rng.integers(-3, 4, (2, 3, 6, 15)).astype(np.float32)
     codebooks = rng.integers(-3, 4, (2, 2, 3, 8, 6)).astype(np.float32)
-    got = run(pipeline.table_of, query, codebooks, table_dtype=np.dtype(np.float32))
-    same(got, oracle.exact_table(query, codebooks).astype(np.float32))
+    got = run(pipeline.tables_of, query, codebooks, table_dtype=np.dtype(np.float32))
+    same_tables(got, grouped(oracle.exact_table(query, codebooks).astype(np.float32), 2))
 
 
 # Scores.
@@ -173,8 +208,8 @@ FLOATS = st.floats(width=32, allow_subnormal=False) | st.sampled_from(
 
 @hypothesis.given(numbers=hnp.arrays(np.float32, 24, elements=FLOATS))
 def test_rankable_numbers_have_the_order_and_the_ties_of_the_scores(numbers):
-    ranked = np.asarray(scores.rankable(jnp.asarray(numbers)))
     order = np.asarray(reference.ordered(jnp.asarray(numbers)))
+    ranked = np.asarray(scores.rankable(jnp.asarray(order)))
     assert not np.isnan(ranked).any()
     np.testing.assert_array_equal(np.isneginf(ranked), np.isnan(numbers))
     np.testing.assert_array_equal(comparisons(ranked), comparisons(order))
@@ -212,6 +247,7 @@ SELECTIONS = {
     "two query tokens, no window": ((4, 3, 1, 5, 2, 257, "float16", "float16"), (100, 8, 0, 2)),
     "three query tokens, no budget": ((5, 5, 3, 1, 3, 191, "float32", None), (0, 0, 1, 30)),
     "budget of one": ((2, 7, 1, 1, 1, 300, "float32", None), (1, 1, 1, 0)),
+    "groups of two sizes": ((2, 5, 1, 2, 1, 600, "float32", "float32"), (6, 2, 3, None)),
     "fewer candidates than budget": ((6, 2, 1, 3, 1, 256, "float32", "bfloat16"), (50, 2, 60, 1)),
     "capacity of one token": ((3, 1, 1, 1, 1, 1, "float32", "float32"), (0, 0, 0, None)),
     "more than a block": ((8, 4, 1, 2, 1, 2500, "bfloat16", "float32"), (300, 0, 17, None)),
@@ -229,6 +265,7 @@ PIPELINES = [
 CHECKED_PIPELINES = [
     ("threshold", "seed's codes"),
     ("threshold", "three query tokens, no budget"),
+    ("threshold", "groups of two sizes"),
     ("threshold", "more than a block"),
     ("top_k", "fewer candidates than budget"),
     ("top_k", "more than a block"),
@@ -240,10 +277,13 @@ def small_blocks(run, monkeypatch):
     """Many blocks for few tokens: tuned ones would hold all that a CPU can afford."""
     if run.name == "triton":
         return
-    monkeypatch.setattr(scores, "SCORE_BLOCK", 64)
-    monkeypatch.setattr(threshold, "SCORE_BLOCK", 64)
+    # Few programs, so that each has several blocks.
+    monkeypatch.setattr(scores, "score_tuning", lambda num_subspaces: (16, 8, 1, 6))
     monkeypatch.setattr(sparse_index, "INDEX_BLOCK", 64)
-    monkeypatch.setattr(threshold, "select_tuning", lambda size: (64, 1))
+    monkeypatch.setattr(threshold, "select_warps", lambda *_: 1)
+    monkeypatch.setattr(threshold, "GROUP_RUN", 2)
+    monkeypatch.setattr(threshold, "LARGEST_GROUP", 8)
+    monkeypatch.setattr(threshold, "MANY_GROUPS", 64)
 
 
 def draw_selection(name, rows):
@@ -325,10 +365,11 @@ def test_scores_have_the_order_and_the_ties_of_the_reference(run, small_blocks):
     table = in_table_dtype(tables, config)
     got = run(
         scores.rankable_scores,
-        grouped(table, K).reshape(B * K, -1, M * C),
+        tables_from(jnp.asarray(grouped(table, K).reshape(B * K, -1, M * C))),
         codes.reshape(B * K, M, S),
         lengths,
         config=config,
+        num_queries=T * N // K,
         num_query_tokens=T,
     )
     with jax.default_device(CPU):

@@ -17,7 +17,7 @@ from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 from jax_indexer import IndexerConfig, PQIndex, Selection, append, indexer_next, select
 from jax_indexer.kernels import backend
 
-COMMON = {"append_kernel", "lookup_table_kernel"}
+COMMON = {"append_kernel_and_lookup_table_kernel"}
 KERNELS = {
     "threshold": {"group_maxima_kernel", "threshold_select_kernel"},
     "top_k": {"score_kernel", "count_kernel", "sparse_index_kernel"},
@@ -195,13 +195,12 @@ def test_a_step_lowers_under_shard_map_over_batch_and_heads(selector, check_vma)
     assert kernels(text) == COMMON | KERNELS[selector]
 
 
-@pytest.mark.parametrize(("num_subspaces", "selector"), [(2, "threshold"), (16, "top_k")])
-def test_the_default_selector_is_the_faster_one(num_subspaces, selector):
-    config = IndexerConfig(num_subspaces=num_subspaces)
+def test_the_default_selector_is_threshold():
+    config = IndexerConfig(num_subspaces=16)
     query, _, index = arguments(config=config)
     with an_h100():
         text = lowered(functools.partial(select, config=config), query, index)
-    assert kernels(text) == {"lookup_table_kernel"} | KERNELS[selector]
+    assert kernels(text) == {"lookup_table_kernel"} | KERNELS["threshold"]
 
 
 def test_codes_beyond_32_bit_offsets_go_to_xla():

@@ -32,7 +32,7 @@ def append_kernel(
     num_centroids = codebooks_ref.shape[2]
     num_blocks = pl.cdiv(key_ref.shape[token_axis(kv_layout)], tokens_per_program)
 
-    program = pl.program_id(0)
+    program = backend.program_id()
     first_token = program % num_blocks * tokens_per_program
     subspace = program // num_blocks % num_subspaces
     row = program // (num_blocks * num_subspaces)
@@ -73,18 +73,16 @@ def append_kernel(
     lax.fori_loop(0, jnp.minimum(taken_ref[b] - first_token, tokens_per_program), encode, 0)
 
 
-def append_codes(
+def append_launch(
     key_new: Float[Array, "B _ _ H"],
     codebooks: Float[Array, "B K M C D_"],
     codes: UInt8[Array, "B K M S"],
     phi: Float[Array, "B K M"] | None,
     start: Int32[Array, "B"],
     taken: Int32[Array, "B"],
-    *,
     kv_layout: KVLayout,
-    interpret: bool = False,
-) -> UInt8[Array, "B K M S"]:
-    """Encodes each row's first `taken` new keys and writes their codes from position `start` on.
+) -> backend.Launch:
+    """The launch that encodes each row's first `taken` new keys and writes them from `start` on.
 
     A token's distances are added in an order that depends on the codebook's shape alone, so its
     code is the same whether it comes alone or with a whole prompt.
@@ -97,10 +95,9 @@ def append_codes(
       start: as `reference.make_room` gives it: start + taken is at most S.
       taken: likewise, at most t.
       kv_layout: of `key_new`.
-      interpret: run on the CPU.
 
     Returns:
-      The codes, in the memory of the given ones.
+      A launch whose output is the codes [B * K, M, S], in the memory of the given ones.
 
     Source: CONTRACT.md, section 4.
     """
@@ -110,16 +107,31 @@ def append_codes(
     operands = [start, taken, key_new, codebooks.reshape(rows, *codebooks.shape[2:])]
     if phi is not None:
         operands.append(phi.reshape(rows, num_subspaces))
-    (new_codes,) = backend.launch(
+    return backend.Launch(
         functools.partial(
             append_kernel, kv_layout=kv_layout, tokens_per_program=tokens_per_program
         ),
-        *operands,
-        codes.reshape(rows, num_subspaces, capacity),
+        [*operands, codes.reshape(rows, num_subspaces, capacity)],
         programs=rows * num_subspaces * pl.cdiv(num_new, tokens_per_program),
         out_shape=[jax.ShapeDtypeStruct((rows, num_subspaces, capacity), np.uint8)],
         aliases={len(operands): 0},
-        num_warps=CODEBOOK_WARPS,
-        interpret=interpret,
+    )
+
+
+def append_codes(
+    key_new: Float[Array, "B _ _ H"],
+    codebooks: Float[Array, "B K M C D_"],
+    codes: UInt8[Array, "B K M S"],
+    phi: Float[Array, "B K M"] | None,
+    start: Int32[Array, "B"],
+    taken: Int32[Array, "B"],
+    *,
+    kv_layout: KVLayout,
+    interpret: bool = False,
+) -> UInt8[Array, "B K M S"]:
+    """The codes after what `append_launch` describes."""
+    launch = append_launch(key_new, codebooks, codes, phi, start, taken, kv_layout)
+    ((new_codes,),) = backend.launch_together(
+        [launch], num_warps=CODEBOOK_WARPS, interpret=interpret
     )
     return new_codes.reshape(codes.shape)

@@ -1,10 +1,14 @@
 """The Pallas backend that lowers the kernels: Triton. No other module names it."""
 
+import contextvars
+import functools
 import warnings
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
@@ -31,13 +35,39 @@ def barrier(interpret: bool) -> None:
         plgpu.debug_barrier()
 
 
+_program: contextvars.ContextVar = contextvars.ContextVar("program", default=None)
+
+
+def program_id() -> jax.Array:
+    """The number of this program, among those of its kernel."""
+    number = _program.get()
+    return pl.program_id(0) if number is None else number
+
+
+def split_columns(x: jax.Array) -> list[jax.Array]:
+    """The columns of x [n, power of two], each [n]; a thread that holds a row moves nothing."""
+    count = x.shape[1]
+    parts = lax.split(x, (1,) * count, axis=1) if count > 1 else [x]
+    return [part.reshape(x.shape[0]) for part in parts]
+
+
+def join_columns(columns: Sequence[jax.Array]) -> jax.Array:
+    """The inverse of `split_columns`."""
+    count = len(columns)
+    if count == 1:
+        return columns[0].reshape(-1, 1)
+    # Two arrays at a time is all that can be joined: [n, count / 2] of even and of odd columns.
+    halves = [join_columns(columns[0::2]), join_columns(columns[1::2])]
+    return jnp.stack(halves, axis=-1).reshape(-1, count)
+
+
 def launch(
     kernel: Callable[..., None],
     *operands: jax.Array,
     programs: int,
     out_shape: Sequence[jax.ShapeDtypeStruct],
     num_warps: int,
-    aliases: dict[int, int] | None = None,
+    aliases: Mapping[int, int] | None = None,
     interpret: bool = False,
 ) -> Any:
     """Runs `programs` programs of a kernel on whole arrays.
@@ -76,12 +106,78 @@ def launch(
         out_shape=[
             jax.ShapeDtypeStruct(x.shape, x.dtype, manual_axis_type=varies) for x in out_shape
         ],
-        input_output_aliases=aliases or {},
+        input_output_aliases=dict(aliases or {}),
         compiler_params=plgpu.CompilerParams(num_warps=num_warps, num_stages=1),
         interpret=interpret,
+        name=name_of(kernel),
     )
     with jax.enable_x64(False):  # or Python's integers in a kernel would be 64 bits wide
         return call(*operands)
+
+
+class Launch(NamedTuple):
+    """What `launch` takes, for launches that are made together."""
+
+    kernel: Callable[..., None]
+    operands: Sequence[jax.Array]
+    programs: int
+    out_shape: Sequence[jax.ShapeDtypeStruct]
+    aliases: Mapping[int, int] = MappingProxyType({})
+
+
+def launch_together(
+    launches: Sequence[Launch], *, num_warps: int, interpret: bool = False
+) -> list[list[jax.Array]]:
+    """Makes launches that do not depend on each other as one: each costs a microsecond or more.
+
+    Args:
+      launches: of kernels that ask `program_id` for their number.
+      num_warps: of all programs.
+      interpret: run on the CPU, in plain JAX.
+
+    Returns:
+      The outputs of each, in a list.
+    """
+    operands = [x for part in launches for x in part.operands]
+    out_shape = [x for part in launches for x in part.out_shape]
+
+    def together(*refs):
+        inputs, outputs = iter(refs[: len(operands)]), iter(refs[len(operands) :])
+        number = pl.program_id(0)  # from the first program of the part on
+        for part in launches:
+            own = [next(inputs) for _ in part.operands] + [next(outputs) for _ in part.out_shape]
+
+            @pl.when((number >= 0) & (number < part.programs))
+            def _(kernel=part.kernel, own=own, number=number):
+                token = _program.set(number)
+                kernel(*own)
+                _program.reset(token)
+
+            number -= part.programs
+
+    together.__name__ = "_and_".join(name_of(part.kernel) for part in launches)
+    aliases, inputs_before, outputs_before = {}, 0, 0
+    for part in launches:
+        aliases |= {inputs_before + i: outputs_before + o for i, o in part.aliases.items()}
+        inputs_before += len(part.operands)
+        outputs_before += len(part.out_shape)
+    outputs = iter(
+        launch(
+            together,
+            *operands,
+            programs=sum(part.programs for part in launches),
+            out_shape=out_shape,
+            num_warps=num_warps,
+            aliases=aliases,
+            interpret=interpret,
+        )
+    )
+    return [[next(outputs) for _ in part.out_shape] for part in launches]
+
+
+def name_of(kernel: Callable[..., None]) -> str:
+    """The name of a kernel function, as a profile shows it."""
+    return (kernel.func if isinstance(kernel, functools.partial) else kernel).__name__
 
 
 def unaddressable(*arrays: Any) -> str | None:

@@ -10,7 +10,7 @@ from jax_indexer.config import IndexerConfig
 
 
 class RowPlan(NamedTuple):
-    """The layout of one row's list: `num_sink` positions from 0, then heavy ones, then the window.
+    """The layout of one query's list: `num_sink` positions from 0, heavy ones, then the window.
 
     A short context is all sink. Counts follow from the length alone, so every slot of the list but
     the heavy ones can be written without looking at a score.
@@ -22,17 +22,17 @@ class RowPlan(NamedTuple):
       num_listed: all entries.
     """
 
-    visible: Int32[Array, ""]
-    first: Int32[Array, ""]
-    last: Int32[Array, ""]
-    num_sink: Int32[Array, ""]
-    num_heavy: Int32[Array, ""]
-    num_listed: Int32[Array, ""]
+    visible: Int32[Array, "*queries"]
+    first: Int32[Array, "*queries"]
+    last: Int32[Array, "*queries"]
+    num_sink: Int32[Array, "*queries"]
+    num_heavy: Int32[Array, "*queries"]
+    num_listed: Int32[Array, "*queries"]
 
 
 def plan_row(
     length: Int32[Array, ""],
-    token: Int32[Array, ""] | int,
+    token: Int32[Array, "*queries"] | int,
     *,
     config: IndexerConfig,
     num_query_tokens: int,

@@ -14,7 +14,7 @@ from jax_indexer.config import IndexerConfig
 from jax_indexer.kernels import backend
 from jax_indexer.kernels.codebook import power_of_2_from
 from jax_indexer.kernels.plan import RowPlan, plan_row
-from jax_indexer.kernels.tuning import INDEX_BLOCK, INDEX_WARPS
+from jax_indexer.kernels.tuning import INDEX_BLOCK, INDEX_RUN, INDEX_WARPS
 
 # Two counts in one integer, so that one sum or prefix sum serves both: a block's tokens above the
 # cut in the high bits, those at it in the low ones.
@@ -23,17 +23,19 @@ AT_MASK = (1 << ABOVE_SHIFT) - 1
 
 
 class _Program(NamedTuple):
+    """What a program works on; a thread holds neighbouring tokens, INDEX_RUN of them."""
+
     row: Array
     query: Array
     block: Array
-    position: Array
+    position: Array  # [threads, INDEX_RUN]
     plan: RowPlan
 
 
 def _program(lengths_ref, scores_ref, block: int, config, num_query_tokens: int) -> _Program:
     num_rows, num_queries, capacity = scores_ref.shape
     num_blocks = pl.cdiv(capacity, block)
-    program = pl.program_id(0)
+    program = backend.program_id()
     query = program // num_blocks % num_queries
     row = program // (num_blocks * num_queries)
     plan = plan_row(
@@ -43,17 +45,18 @@ def _program(lengths_ref, scores_ref, block: int, config, num_query_tokens: int)
         num_query_tokens=num_query_tokens,
         capacity=capacity,
     )
-    start = program % num_blocks * block
-    position = start + jnp.arange(block, dtype=jnp.int32)
+    run = program % num_blocks * block + INDEX_RUN * jnp.arange(block // INDEX_RUN, dtype=jnp.int32)
+    position = run[:, None] + jnp.arange(INDEX_RUN, dtype=jnp.int32)[None, :]
     return _Program(row, query, program % num_blocks, position, plan)
 
 
-def _against_cut(scores_ref, cut_ref, p: _Program) -> tuple[Array, Array]:
-    """Which of the program's candidates are above the cut, and which at it."""
+def _against_cut(scores_ref, cut_ref, p: _Program) -> list[Array]:
+    """For each place of a run: 1 << ABOVE_SHIFT for candidates above the cut, 1 for those at it."""
     candidate = (p.position >= p.plan.first) & (p.position < p.plan.last)
     score = backend.load(scores_ref.at[p.row, p.query, p.position], mask=candidate, other=0)
     cut = cut_ref[p.row, p.query, cut_ref.shape[2] - 1]
-    return candidate & (score > cut), candidate & (score == cut)
+    at = (candidate & (score == cut)).astype(jnp.int32)
+    return backend.split_columns(jnp.where(candidate & (score > cut), 1 << ABOVE_SHIFT, at))
 
 
 def count_kernel(
@@ -67,9 +70,7 @@ def count_kernel(
     block: int,
 ):
     p = _program(lengths_ref, scores_ref, block, config, num_query_tokens)
-    above, at = _against_cut(scores_ref, cut_ref, p)
-    packed = jnp.where(above, 1 << ABOVE_SHIFT, at.astype(jnp.int32))
-    counts_ref[p.row, p.query, p.block] = jnp.sum(packed)
+    counts_ref[p.row, p.query, p.block] = jnp.sum(sum(_against_cut(scores_ref, cut_ref, p)))
 
 
 def sparse_index_kernel(
@@ -111,7 +112,7 @@ def sparse_index_kernel(
     def write_weights(heavy):
         if weights_ref is not None:
             window = (p.position < plan.visible) & (p.position >= plan.visible - config.window_size)
-            listed = heavy | window | (p.position < plan.num_sink)
+            listed = (heavy > 0) | window | (p.position < plan.num_sink)
             weights = weights_ref.at[p.row, p.query, p.position]
             backend.store(weights, listed.astype(weights_ref.dtype), mask=p.position < capacity)
 
@@ -119,7 +120,7 @@ def sparse_index_kernel(
 
     @pl.when(own > 0)
     def _():
-        above, at = _against_cut(scores_ref, cut_ref, p)
+        marks = _against_cut(scores_ref, cut_ref, p)
         other = jnp.arange(power_of_2_from(num_blocks), dtype=jnp.int32)
         packed = backend.load(
             block_counts_ref.at[p.row, p.query, other], mask=other < num_blocks, other=0
@@ -130,17 +131,22 @@ def sparse_index_kernel(
         at_before = jnp.sum(jnp.where(earlier, packed & AT_MASK, 0))
         ties_to_take = plan.num_heavy - num_above
 
-        within = jnp.cumsum(jnp.where(above, 1 << ABOVE_SHIFT, at.astype(jnp.int32)))
-        ties = at_before + (within & AT_MASK)
-        heavy = above | (at & (ties <= ties_to_take))
-        winner = above_before + (within >> ABOVE_SHIFT) + jnp.minimum(ties, ties_to_take) - 1
-        slot = jnp.where(heavy, plan.num_sink + winner, list_size)
-        backend.store(indices_ref.at[p.row, p.query, slot], p.position, mask=heavy)
-        write_weights(heavy)
+        of_run = sum(marks)
+        within = jnp.cumsum(of_run) - of_run
+        chosen = []
+        for mark, position in zip(marks, backend.split_columns(p.position), strict=True):
+            within += mark
+            ties = at_before + (within & AT_MASK)
+            heavy = (mark > 1) | ((mark == 1) & (ties <= ties_to_take))
+            winner = above_before + (within >> ABOVE_SHIFT) + jnp.minimum(ties, ties_to_take) - 1
+            slot = jnp.where(heavy, plan.num_sink + winner, list_size)
+            backend.store(indices_ref.at[p.row, p.query, slot], position, mask=heavy)
+            chosen.append(heavy.astype(jnp.int32))
+        write_weights(backend.join_columns(chosen))
 
     @pl.when(own == 0)
     def _():
-        write_weights(jnp.zeros(block, jnp.bool_))
+        write_weights(jnp.zeros(p.position.shape, jnp.int32))
 
 
 def sparse_index(

@@ -1,16 +1,18 @@
-"""The "threshold" selector: the cut among group maxima, then among the winning groups' tokens.
+"""The "threshold" selector: a cut among group maxima, then the exact one among few tokens.
 
-Cut the positions into groups of g neighbours. The `heavy_size` best tokens lie in the `heavy_size`
-best groups, ranked by their maxima with ties to the lower group: a token of any other group has
-`heavy_size` groups before its own, each holding a token that scores higher, or the same at a lower
-position. So one pass over the codes keeps a maximum a group, and only heavy_size * g tokens are
-scored again. That holds for every input; no buffer can overflow, and no score row is written.
+Cut the positions into groups of g neighbours. If `heavy_size` groups have maxima that reach some
+rank, then as many tokens reach it, so the cut does too; and a token that makes the cut is in a
+group whose maximum does. So one pass over the codes keeps a maximum a group; a rank that a few
+more groups reach than must is soon found; and of these groups' tokens, which are scored again,
+only those that reach it are left to choose from.
+
+Where more groups tie at that rank than will do, the first of them are taken, up to `heavy_size` in
+all: a token of any other group has that many groups before its own, each with a token that scores
+higher, or the same at a lower position. That holds for every input; no buffer can overflow.
 """
 
 import functools
 import math
-from collections.abc import Callable
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,189 +23,48 @@ from jaxtyping import Float, Int32, UInt8
 
 from jax_indexer.config import IndexerConfig
 from jax_indexer.kernels import backend
+from jax_indexer.kernels.best import PAIRS_AT_ONCE, Ranks, cut_of_few, emit_best, find_cut
 from jax_indexer.kernels.codebook import power_of_2_from
+from jax_indexer.kernels.group_maxima import group_maxima
+from jax_indexer.kernels.lookup_table import Tables
 from jax_indexer.kernels.plan import RowPlan, plan_row
-from jax_indexer.kernels.scores import add_entries, block_of_program, shared_queries
-from jax_indexer.kernels.tuning import SCORE_BLOCK, SCORE_WARPS, select_tuning
-from jax_indexer.reference import NOT_A_CANDIDATE, ordered
+from jax_indexer.kernels.scores import ranks_of_runs
+from jax_indexer.kernels.tuning import select_warps
+from jax_indexer.reference import NAN_RANK, NOT_A_CANDIDATE
+
+# Neighbours that a thread takes at once: of groups, of a winning group's tokens, and of more tokens
+# than usual.
+GROUP_RUN = 8
+TOKEN_RUN = 8
+LONG_RUN = 2
+
+# Tokens of a group. More of them leave too many tokens to score again, fewer too many groups.
+SMALLEST_GROUP, LARGEST_GROUP = 4, 64
+# With more groups than this even so, coarser ones are looked at first, about this many.
+MANY_GROUPS = 4096
 
 
-def group_size(capacity: int, budget: int) -> int:
-    """g, a power of two near sqrt(S / heavy_size), where both rounds rank as many numbers."""
-    ideal = math.sqrt(capacity / max(budget, 1))
-    return min(max(1 << round(math.log2(max(ideal, 1))), 4), 64)
+def group_sizes(capacity: int, budget: int) -> tuple[int, ...]:
+    """Sizes of groups, powers of two: one, or a coarse and a fine one.
 
-
-def group_maxima_kernel(
-    lengths_ref,  # i32[B]
-    table_ref,  # [R, Q, M * C]
-    codes_ref,  # u8[R, M, S]
-    maxima_ref,  # i32[R, Q, groups]
-    weights_ref=None,  # [R, Q, S]
-    *,
-    config: IndexerConfig,
-    group: int,
-    **static,
-):
-    b = block_of_program(lengths_ref, table_ref, codes_ref, config=config, **static)
-    capacity, num_groups = codes_ref.shape[2], maxima_ref.shape[2]
-
-    @pl.when(b.in_play)
-    def _():
-        totals = b.scores(table_ref, codes_ref)
-        per_block = b.position.shape[0] // group
-        into = b.number * per_block + jnp.arange(per_block, dtype=jnp.int32)
-        for query, total, plan in zip(b.queries, totals, b.plans, strict=True):
-            rank = jnp.where(b.candidates(plan), ordered(total), NOT_A_CANDIDATE)
-            maxima = jnp.max(rank.reshape(per_block, group), axis=1)
-            backend.store(maxima_ref.at[b.row, query, into], maxima, mask=into < num_groups)
-
-    if weights_ref is not None:  # 1 at sink and window tokens, else 0: the heavy ones follow
-        for query, plan in zip(b.queries, b.plans, strict=True):
-            window = (b.position < plan.visible) & (b.position >= plan.visible - config.window_size)
-            weights = ((b.position < plan.num_sink) | window).astype(weights_ref.dtype)
-            into = weights_ref.at[b.row, query, b.position]
-            backend.store(into, weights, mask=b.position < capacity)
-
-
-class _List(NamedTuple):
-    """A list of ranks that a program chooses from, in chunks of as many places as it holds.
-
-    Attributes:
-      read: from places to (their ranks, what is to be emitted); what does not exist ranks as no
-        candidate.
-      chunk: places read at once.
-      size: of the list.
-      most: what `size` may be at the most. A list of at most `chunk` is held in registers.
+    One near sqrt(S / heavy_size) leaves as many groups to look at as tokens. A long cache with a
+    small budget would have too many of both, and a short context in it too few groups.
     """
-
-    read: Callable[[Array], tuple[Array, Array]]
-    chunk: int
-    size: Array
-    most: int
-
-    def fold(self, visit: Callable, state):
-        """visit(state, ranks, payload) for chunk after chunk."""
-        place = jnp.arange(self.chunk, dtype=jnp.int32)
-        if self.most <= self.chunk:
-            return visit(state, *self.read(place))
-
-        def step(i, state):
-            return visit(state, *self.read(i * self.chunk + place))
-
-        return lax.fori_loop(0, pl.cdiv(self.size, self.chunk), step, state)
-
-    def held(self) -> "_List":
-        """The same list, read once if it fits."""
-        if self.most <= self.chunk:
-            contents = self.read(jnp.arange(self.chunk, dtype=jnp.int32))
-            return self._replace(read=lambda _: contents)
-        return self
+    per_token = capacity / budget
+    if capacity > MANY_GROUPS * LARGEST_GROUP and per_token >= MANY_GROUPS:
+        return min(power_of_2_from(pl.cdiv(capacity, MANY_GROUPS)), 256), 2 * GROUP_RUN
+    ideal = 1 << round(math.log2(math.sqrt(max(per_token, 1))))
+    return (min(max(ideal, SMALLEST_GROUP), LARGEST_GROUP),)
 
 
-def _emit_best(numbers: _List, k: Array, emit: Callable[[Array, Array, Array], None]) -> None:
-    """Hands the k best of a list to `emit`, in the order of the list; ties go to the front.
-
-    Args:
-      numbers: the list; at least k of it exist.
-      k: how many, at least 1.
-      emit: takes (which are among the best, their numbers among these, what is to be emitted).
-    """
-    numbers = numbers.held()
-    lane = jnp.zeros(numbers.chunk, jnp.int32)
-
-    def largest(ranks_of):
-        return jnp.max(
-            numbers.fold(lambda m, rank, _: jnp.maximum(m, ranks_of(rank)), lane + NOT_A_CANDIDATE)
-        )
-
-    # `low` is reached by k numbers at least, `high` by fewer, `above` of them. Two thresholds cut
-    # the interval in three with one sum over the program, which is what a step costs.
-    low = -largest(lambda rank: jnp.where(rank > NOT_A_CANDIDATE, -rank, NOT_A_CANDIDATE))
-    high = largest(lambda rank: rank) + 1
-
-    def unfinished(state):
-        low, high, _ = state
-        return high - low != 1
-
-    def narrow(state):
-        low, high, above = state
-        width = lax.bitcast_convert_type(high - low, jnp.uint32)
-        third = lax.bitcast_convert_type(jnp.maximum(width // jnp.uint32(3), 1), jnp.int32)
-        first, second = low + third, jnp.where(width > 2, low + third + third, low + third)
-
-        def count(totals, rank, _):
-            reached = (rank >= first).astype(jnp.int32), (rank >= second).astype(jnp.int32)
-            return tuple(t + r for t, r in zip(totals, reached, strict=True))
-
-        of_first, of_second = numbers.fold(count, (lane, lane))
-        if numbers.most < 1 << 15:
-            packed = jnp.sum(of_first + (of_second << 16))
-            of_first, of_second = packed & 0xFFFF, packed >> 16
-        else:
-            of_first, of_second = jnp.sum(of_first), jnp.sum(of_second)
-        new_low = jnp.where(of_second >= k, second, jnp.where(of_first >= k, first, low))
-        new_high = jnp.where(of_second >= k, high, jnp.where(of_first >= k, second, first))
-        new_above = jnp.where(of_second >= k, above, jnp.where(of_first >= k, of_second, of_first))
-        # Reached by exactly k: these are the best, and the cut's exact value does not matter.
-        exact = jnp.where(of_second == k, second, first)
-        found = (of_second == k) | (of_first == k)
-        return (
-            jnp.where(found, exact - 1, new_low),
-            jnp.where(found, exact, new_high),
-            jnp.where(found, k, new_above),
-        )
-
-    cut, _, above = lax.while_loop(unfinished, narrow, (low, high, jnp.int32(0)))
-    ties_to_take = k - above
-
-    def emit_chunk(before, rank, payload):
-        is_above, at = rank > cut, rank == cut
-        within = jnp.cumsum(jnp.where(is_above, 1 << 16, at.astype(jnp.int32)))
-        above_before, ties_before = before
-        number, ties = above_before + (within >> 16), ties_before + (within & 0xFFFF)
-        best = is_above | (at & (ties <= ties_to_take))
-        emit(best, number + jnp.minimum(ties, ties_to_take) - 1, payload)
-        if numbers.most <= numbers.chunk:
-            return before
-        return jnp.max(number), jnp.max(ties)
-
-    numbers.fold(emit_chunk, (jnp.int32(0), jnp.int32(0)))
+def slack_of(budget: int) -> int:
+    """How many groups more than the budget end the search among the maxima."""
+    return budget // 4
 
 
-def threshold_select_kernel(
-    lengths_ref,  # i32[B]
-    table_ref,  # [R, Q, M * C]
-    codes_ref,  # u8[R, M, S]
-    maxima_ref,  # i32[R, Q, groups]
-    *refs,  # weights before; i32[R, Q, P] indices; i32[R, Q] counts; scratch; weights after
-    config: IndexerConfig,
-    num_query_tokens: int,
-    group: int,
-    chunk: int,
-    with_weights: bool,
-    interpret: bool,
-):
-    if with_weights:
-        _, indices_ref, counts_ref, groups_ref, ranks_ref, weights_ref = refs
-    else:
-        indices_ref, counts_ref, groups_ref, ranks_ref = refs
-        weights_ref = None
-    num_rows, _, capacity = codes_ref.shape
-    num_queries, list_size = indices_ref.shape[1:]
-    num_groups, budget = maxima_ref.shape[2], groups_ref.shape[2]
-
-    program = pl.program_id(0)
-    row, query = program // num_queries, program % num_queries
-    plan: RowPlan = plan_row(
-        lengths_ref[row // (num_rows // lengths_ref.shape[0])],
-        query // (num_queries // num_query_tokens),
-        config=config,
-        num_query_tokens=num_query_tokens,
-        capacity=capacity,
-    )
-
-    # All entries but the heavy ones follow from the length.
+def write_settled_entries(indices_ref, counts_ref, row, query, plan: RowPlan) -> None:
+    """Writes what follows from the length: the count, and all entries but the heavy ones."""
+    list_size = indices_ref.shape[2]
     slot = jnp.arange(power_of_2_from(list_size), dtype=jnp.int32)
     entry = jnp.where(slot < plan.num_sink, slot, plan.visible - plan.num_listed + slot)
     entry = jnp.where(slot < plan.num_listed, entry, -1)
@@ -214,38 +75,136 @@ def threshold_select_kernel(
     backend.store(indices_ref.at[row, query, slot], entry, mask=mine)
     counts_ref[row, query] = plan.num_listed
 
-    first_group = plan.first // group
-    end_group = pl.cdiv(plan.last, group)
-    chosen = jnp.minimum(plan.num_heavy, end_group - first_group)
 
-    def read_group(place):
-        number = first_group + place
-        rank = backend.load(
-            maxima_ref.at[row, query, number], mask=number < end_group, other=NOT_A_CANDIDATE
+def threshold_select_kernel(
+    lengths_ref,  # i32[B]
+    table_ref,  # [R, Q, M * C]
+    codes_ref,  # u8[R, M, S]
+    *refs,  # i32[R, Q, groups] maxima for each size of group; weights before; outputs
+    config: IndexerConfig,
+    num_query_tokens: int,
+    groups: tuple[int, ...],
+    threads: int,
+    with_weights: bool,
+    interpret: bool,
+):
+    weights_ref = None
+    if with_weights:
+        refs, weights_ref = (*refs[: len(groups)], *refs[len(groups) + 1 : -1]), refs[-1]
+    maxima_refs, refs = refs[: len(groups)], refs[len(groups) :]
+    # i32[R, Q, P] and i32[R, Q]; then scratch: numbers of tokens chosen, of their ranks, of groups
+    indices_ref, counts_ref, positions_ref, ranks_ref, *chosen_refs = refs
+    num_rows, _, capacity = codes_ref.shape
+    num_queries, list_size = indices_ref.shape[1:]
+    most_tokens, group = positions_ref.shape[2], groups[-1]
+
+    program = backend.program_id()
+    row, query = program // num_queries, program % num_queries
+    plan = plan_row(
+        lengths_ref[row // (num_rows // lengths_ref.shape[0])],
+        query // (num_queries // num_query_tokens),
+        config=config,
+        num_query_tokens=num_query_tokens,
+        capacity=capacity,
+    )
+    write_settled_entries(indices_ref, counts_ref, row, query, plan)
+
+    def load_maxima(level: int, first: Array, exists: Array) -> list[Array]:
+        number = first[:, None] + jnp.arange(GROUP_RUN, dtype=jnp.int32)[None, :]
+        found = backend.load(
+            maxima_refs[level].at[row, query, number],
+            mask=jnp.broadcast_to(exists[:, None], number.shape),
+            other=NOT_A_CANDIDATE,
         )
-        return rank, number
+        return backend.split_columns(found)
 
-    def keep_group(best, place, number):
-        place = jnp.where(best, place, budget)
-        backend.store(groups_ref.at[row, query, place], number, mask=best)
+    def read_maxima(start):
+        # By whole runs, so that a thread's loads are one: the pass has written that far.
+        width = groups[0] * GROUP_RUN
+        run = lax.div(start, GROUP_RUN)
+        written = (run >= lax.div(plan.first, width)) & (run <= lax.div(plan.last - 1, width))
+        return load_maxima(0, start, written), start
 
-    def token_at(place):
-        exists = place // group < chosen
-        number = backend.load(groups_ref.at[row, query, place // group], mask=exists, other=0)
-        return exists, number * group + place % group
+    def read_finer_maxima(start, *, first_group, all_chosen, chosen, low):
+        ratio = groups[0] // groups[1]
+        place = lax.div(start, ratio)
+        exists = place < chosen
+        listed = backend.load(
+            chosen_refs[0].at[row, query, place], mask=exists & ~all_chosen, other=0
+        )
+        coarse = jnp.where(all_chosen, first_group + place, listed)
+        first = coarse * ratio + lax.rem(start, ratio)
+        found = load_maxima(1, first, exists)
+        return [jnp.where(rank >= low, rank, NOT_A_CANDIDATE) for rank in found], first
 
-    def score_token(place):
-        exists, position = token_at(place)
-        candidate = exists & (position >= plan.first) & (position < plan.last)
-        (score,) = add_entries(table_ref, codes_ref, row, [query], position, candidate)
-        return jnp.where(candidate, ordered(score), NOT_A_CANDIDATE), position
+    def choose_groups(level: int, ranks: Ranks, in_play: Array) -> tuple[Array, Array, Array]:
+        """Puts the best groups into scratch; how many, what all winners reach, what none does.
 
-    def read_token(place):
-        exists, position = token_at(place)
-        rank = backend.load(ranks_ref.at[row, query, place], mask=exists, other=NOT_A_CANDIDATE)
-        return rank, position
+        `in_play` is how many hold a candidate, or more than that where the budget is fewer.
+        """
+        ref = chosen_refs[level]
 
-    def list_token(best, place, position):
+        def keep(number, best, place):
+            into = jnp.where(best, place, ref.shape[2])
+            backend.store(ref.at[row, query, into], number, mask=best)
+
+        least, most = ranks.extremes()
+        wanted = jnp.minimum(plan.num_heavy, in_play)
+        slack = slack_of(config.heavy_size)
+        cut = find_cut(ranks, wanted, least, most + 1, in_play, slack)
+        emit_best(ranks, cut, keep)
+        backend.barrier(interpret)
+        # With fewer groups than the budget, tokens below all maxima are needed too.
+        low = jnp.where(in_play < plan.num_heavy, NAN_RANK, cut.lowest)
+        return cut.taken, low, most + 1
+
+    run = min(group, TOKEN_RUN)
+    runs_a_group = group // run
+    groups_a_step = threads // runs_a_group
+
+    def keep_tokens(i, kept, *, chosen, low):
+        thread = i * threads + jnp.arange(threads, dtype=jnp.int32)
+        place = lax.div(thread, runs_a_group)
+        exists = place < chosen
+        number = backend.load(chosen_refs[-1].at[row, query, place], mask=exists, other=0)
+        start = number * group + lax.rem(thread, runs_a_group) * run
+        ranks = ranks_of_runs(
+            lambda entry: table_ref[row, query, entry],
+            codes_ref,
+            config,
+            row=row,
+            start=start,
+            wanted=exists,
+            run=run,
+        )
+        stays = []
+        for offset, rank in enumerate(ranks):
+            position = start + offset
+            candidate = exists & (position >= plan.first) & (position < plan.last)
+            stays.append(candidate & (rank >= low))
+        own = sum(stay.astype(jnp.int32) for stay in stays)
+        until = jnp.cumsum(own)
+        into = kept + until - own
+        for offset, (rank, stay) in enumerate(zip(ranks, stays, strict=True)):
+            at = jnp.where(stay, into, most_tokens)
+            backend.store(ranks_ref.at[row, query, at], rank, mask=stay)
+            backend.store(positions_ref.at[row, query, at], start + offset, mask=stay)
+            into += stay.astype(jnp.int32)
+        return kept + jnp.max(until)
+
+    def read_ranks(start, *, run, kept):
+        ranks = [
+            backend.load(
+                ranks_ref.at[row, query, start + place],
+                mask=start + place < kept,
+                other=NOT_A_CANDIDATE,
+            )
+            for place in range(run)
+        ]
+        return ranks, start
+
+    def list_token(number, best, place):
+        position = backend.load(positions_ref.at[row, query, number], mask=best, other=0)
         slot = jnp.where(best, plan.num_sink + place, list_size)
         backend.store(indices_ref.at[row, query, slot], position, mask=best)
         if weights_ref is not None:
@@ -255,31 +214,73 @@ def threshold_select_kernel(
 
     @pl.when(plan.num_heavy > 0)
     def _():
-        groups = _List(read_group, chunk, end_group - first_group, num_groups)
-        _emit_best(groups, chosen, keep_group)
+        first_group = lax.div(plan.first, groups[0])
+        end = lax.div(plan.last + (groups[0] - 1), groups[0])
+        in_play = end - first_group
+
+        def choose_coarsest():
+            ranks = Ranks(read_maxima, threads, GROUP_RUN, end, maxima_refs[0].shape[2]).held()
+            return choose_groups(0, ranks, in_play)
+
+        if len(groups) == 1:
+            chosen, low, high = choose_coarsest()
+        else:
+            # A short context in a long cache has no more coarse groups than there is room for.
+            all_chosen = in_play <= chosen_refs[0].shape[2]
+            # Not the constant alone, which has no lowering as a branch's result.
+            lowest = jnp.minimum(in_play, NAN_RANK)
+            chosen, low = lax.cond(
+                all_chosen, lambda: (in_play, lowest), lambda: choose_coarsest()[:2]
+            )
+            read = functools.partial(
+                read_finer_maxima,
+                first_group=first_group,
+                all_chosen=all_chosen,
+                chosen=chosen,
+                low=low,
+            )
+            ratio = groups[0] // groups[1]
+            most = chosen_refs[0].shape[2] * ratio
+            ranks = Ranks(read, threads, GROUP_RUN, chosen * ratio, most).held()
+            # Exact if all were chosen; else too many, which the search finds out.
+            finer = lax.div(plan.last + (groups[1] - 1), groups[1]) - lax.div(plan.first, groups[1])
+            chosen, low, high = choose_groups(1, ranks, jnp.minimum(finer, chosen * ratio))
+
+        kept = lax.fori_loop(
+            0,
+            lax.div(chosen + (groups_a_step - 1), groups_a_step),
+            functools.partial(keep_tokens, chosen=chosen, low=low),
+            jnp.int32(0),
+        )
+        # So that pairs are compared by loads without a mask.
+        behind = kept + jnp.arange(PAIRS_AT_ONCE, dtype=jnp.int32)
+        ranks_ref[row, query, behind] = jnp.full(PAIRS_AT_ONCE, NOT_A_CANDIDATE)
         backend.barrier(interpret)
 
-        tokens = _List(score_token, chunk, chosen * group, budget * group)
-        if tokens.most > chunk:  # score them once, into scratch
+        # Few tokens are left unless more than usual tie or lie together.
+        @pl.when(kept <= threads)
+        def _():
+            read = functools.partial(read_ranks, run=1, kept=kept)
+            tokens = Ranks(read, threads, 1, kept, threads).held()
+            cut = cut_of_few(tokens, plan.num_heavy, lambda place: ranks_ref[row, query, place])
+            emit_best(tokens, cut, list_token)
 
-            def keep_rank(i, carry):
-                place = i * chunk + jnp.arange(chunk, dtype=jnp.int32)
-                there = jnp.where(place < tokens.most, place, tokens.most)
-                rank, _ = score_token(place)
-                backend.store(ranks_ref.at[row, query, there], rank, mask=place < tokens.most)
-                return carry
+        if threads < most_tokens:
 
-            lax.fori_loop(0, pl.cdiv(tokens.size, chunk), keep_rank, 0)
-            backend.barrier(interpret)
-            tokens = tokens._replace(read=read_token)
-        _emit_best(tokens, plan.num_heavy, list_token)
+            @pl.when(kept > threads)
+            def _():
+                read = functools.partial(read_ranks, run=LONG_RUN, kept=kept)
+                tokens = Ranks(read, threads, LONG_RUN, kept, most_tokens).held()
+                cut = find_cut(tokens, plan.num_heavy, low, high, kept, slack=0)
+                emit_best(tokens, cut, list_token)
 
 
 def select_threshold(
-    table: Float[Array, "R Q MC"],
+    tables: Tables,
     codes: UInt8[Array, "R M S"],
     lengths: Int32[Array, "B"],
     config: IndexerConfig,
+    num_queries: int,
     num_query_tokens: int,
     weights_dtype: np.dtype | None,
     *,
@@ -288,11 +289,12 @@ def select_threshold(
     """Everything of a selection that follows the table, in two kernels.
 
     Args:
-      table: look-up tables, grouped by kv head.
+      tables: look-up tables.
       codes: of all tokens; only their low bits count.
       lengths: tokens in the cache, clipped to 0..S.
       config: sizes.
-      num_query_tokens: T; queries of a row are ordered by token, then by head.
+      num_queries: Q; queries of a row are ordered by token, then by head.
+      num_query_tokens: T.
       weights_dtype: of the dense weights; None for none.
       interpret: run on the CPU.
 
@@ -301,61 +303,56 @@ def select_threshold(
 
     Source: CONTRACT.md, section 3.
     """
-    (rows, queries, _), capacity = table.shape, codes.shape[-1]
-    list_size = config.max_selected(num_query_tokens)
+    rows, _, capacity = codes.shape
     budget = max(min(config.heavy_size, capacity), 1)
-    group = group_size(capacity, budget)
-    num_groups = pl.cdiv(capacity, group)
-    shared = shared_queries(queries)
-    num_blocks = pl.cdiv(capacity, SCORE_BLOCK)
-    static = {"config": config, "num_query_tokens": num_query_tokens, "group": group}
-
-    def integers(*shape):
-        return jax.ShapeDtypeStruct((rows, queries, *shape), np.int32)
-
-    weights_shape = []
-    if weights_dtype is not None:
-        weights_shape = [jax.ShapeDtypeStruct((rows, queries, capacity), weights_dtype)]
-    maxima, *weights = backend.launch(
-        functools.partial(
-            group_maxima_kernel,
-            **static,
-            queries_per_program=shared,
-            block=SCORE_BLOCK,
-        ),
-        lengths,
-        table,
+    groups = group_sizes(capacity, budget)
+    maxima, weights = group_maxima(
+        tables,
         codes,
-        programs=rows * (queries // shared) * num_blocks,
-        out_shape=[integers(num_groups), *weights_shape],
-        num_warps=SCORE_WARPS,
+        lengths,
+        config,
+        num_queries,
+        num_query_tokens,
+        groups,
+        weights_dtype,
         interpret=interpret,
     )
-    chunk, num_warps = select_tuning(max(num_groups, budget * group))
-    scratch = budget * group if budget * group > chunk else 1
-    indices, counts, _, _, *weights = backend.launch(
+    num_warps = select_warps(maxima[0].shape[2], rows * num_queries)
+    # Rows of scratch start at a multiple of 16 bytes, or threads would hold scattered numbers.
+    most_chosen = pl.cdiv(budget + slack_of(budget), 16) * 16
+    most_tokens = most_chosen * groups[-1]
+
+    def integers(*shape):
+        return jax.ShapeDtypeStruct((rows, num_queries, *shape), np.int32)
+
+    after = [] if weights is None else [weights]
+    out_shape = [
+        integers(config.max_selected(num_query_tokens)),
+        integers(),
+        integers(most_tokens),
+        integers(most_tokens + PAIRS_AT_ONCE),
+        *(integers(most_chosen) for _ in groups),
+        *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in after),
+    ]
+    indices, counts, *_ = outputs = backend.launch(
         functools.partial(
             threshold_select_kernel,
-            **static,
-            chunk=chunk,
-            with_weights=bool(weights),
+            config=config,
+            num_query_tokens=num_query_tokens,
+            groups=groups,
+            threads=32 * num_warps,
+            with_weights=bool(after),
             interpret=interpret,
         ),
         lengths,
-        table,
+        tables.by_query,
         codes,
-        maxima,
-        *weights,
-        programs=rows * queries,
-        out_shape=[
-            integers(list_size),
-            integers(),
-            integers(budget),
-            integers(scratch),
-            *weights_shape,
-        ],
+        *maxima,
+        *after,
+        programs=rows * num_queries,
+        out_shape=out_shape,
         num_warps=num_warps,
-        aliases={4: 4} if weights else None,
+        aliases={3 + len(maxima): len(out_shape) - 1} if after else None,
         interpret=interpret,
     )
-    return indices, counts, weights[0] if weights else None
+    return indices, counts, outputs[-1] if after else None

@@ -8,6 +8,7 @@ from jax import Array, lax
 from jaxtyping import Float, Int32, UInt8
 
 from jax_indexer.config import IndexerConfig
+from jax_indexer.kernels.lookup_table import Tables
 from jax_indexer.kernels.scores import rankable_scores
 from jax_indexer.kernels.sparse_index import sparse_index
 
@@ -17,10 +18,11 @@ UNSTABLE = {"is_stable": False} if "is_stable" in inspect.signature(lax.top_k).p
 
 
 def select_top_k(
-    table: Float[Array, "R Q MC"],
+    tables: Tables,
     codes: UInt8[Array, "R M S"],
     lengths: Int32[Array, "B"],
     config: IndexerConfig,
+    num_queries: int,
     num_query_tokens: int,
     weights_dtype: np.dtype | None,
     *,
@@ -29,11 +31,12 @@ def select_top_k(
     """Everything of a selection that follows the table, around a library's top-k.
 
     Args:
-      table: look-up tables, grouped by kv head.
+      tables: look-up tables.
       codes: of all tokens; only their low bits count.
       lengths: tokens in the cache, clipped to 0..S.
       config: sizes.
-      num_query_tokens: T; queries of a row are ordered by token, then by head.
+      num_queries: Q; queries of a row are ordered by token, then by head.
+      num_query_tokens: T.
       weights_dtype: of the dense weights; None for none.
       interpret: run on the CPU.
 
@@ -42,7 +45,9 @@ def select_top_k(
 
     Source: CONTRACT.md, section 3.
     """
-    scores = rankable_scores(table, codes, lengths, config, num_query_tokens, interpret=interpret)
+    scores = rankable_scores(
+        tables, codes, lengths, config, num_queries, num_query_tokens, interpret=interpret
+    )
     budget = min(config.heavy_size, codes.shape[-1])
     if budget:
         cut, _ = lax.top_k(scores, budget, **UNSTABLE)

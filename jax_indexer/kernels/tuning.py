@@ -1,7 +1,5 @@
 """Block sizes and warps, chosen by measurement; benchmarks/NOTES.md has the alternatives tried."""
 
-from typing import Literal
-
 # A program's tile of a codebook, in elements: more of it does not fit into registers.
 CODEBOOK_TILE = 8192
 CODEBOOK_WARPS = 4
@@ -9,31 +7,27 @@ CODEBOOK_WARPS = 4
 # Tokens that one program of the append kernel encodes when there are many to encode.
 TOKENS_PER_ENCODER = 64
 
-# ADC scores: tokens a program scores, and query heads that share one load of their codes. Four
-# tokens a thread: with eight, sixteen subspaces spill (133 us became 650 at M=16, 8 bits).
-SCORE_BLOCK = 1024
-SCORE_WARPS = 8
-SCORE_QUERIES = 8
+# Bytes that one look-up loads at the most: queries that share codes share it.
+LOOKUP_BYTES = 16
 
-# Sparse index: tokens a program looks at.
+# Sparse index: tokens a program looks at, and those of a thread.
 INDEX_BLOCK = 1024
-INDEX_WARPS = 4
+INDEX_RUN = 4
+INDEX_WARPS = 8
 
 
-def select_tuning(size: int) -> tuple[int, int]:
-    """Numbers that a program of the threshold-select kernel holds at once, and its warps.
+def score_tuning(num_subspaces: int) -> tuple[int, int, int, int]:
+    """Threads' runs of tokens in a block, tokens of a run, warps, and programs, about."""
+    # 264 programs: two on each of an H100's 132 multiprocessors.
+    if num_subspaces <= 2:
+        return 128, 16, 4, 1056
+    if num_subspaces <= 8:
+        return 512, 16, 16, 264
+    return 512, 8, 16, 264
 
-    At 2048 numbers 4 / 8 / 16 warps took 24 / 18 / 18 us, at 4096 8 / 16 / 32 warps 28 / 27 / 31,
-    at 16384 8 / 16 / 32 warps 102 / 86 / 97.
-    """
-    chunk = min(max(1 << (size - 1).bit_length(), 128), 16384)
-    return chunk, min(max(chunk // 128, 1), 16)
 
-
-def default_selector(num_subspaces: int) -> Literal["threshold", "top_k"]:
-    """The faster selector, in kernel time on an H100.
-
-    "threshold" against "top_k": M = 2, 28 / 56 us at 32000 tokens, 48 / 225 at batch 4 and 131072;
-    M = 16, 350 / 330 there. Between these numbers of subspaces nothing was measured.
-    """
-    return "threshold" if num_subspaces <= 8 else "top_k"
+def select_warps(num_groups: int, programs: int) -> int:
+    """Warps of the threshold-select kernel, for lists of this many groups."""
+    if num_groups <= 1024:
+        return 4
+    return 8 if num_groups <= 2048 or programs > 264 else 16
