@@ -11,6 +11,8 @@ import numpy as np
 from jax_indexer import IndexerConfig, build_index
 from jax_indexer.data import load_sample
 
+SCORES = ("random", "equal", "ascending")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Workload:
@@ -30,6 +32,8 @@ class Workload:
       weights: whether the dense weight rows are asked for.
       sample: take queries and keys from the real sample that ships with jax_indexer; B, T, L and
         the config still hold, N, K and H must be the sample's.
+      scores: how the scores of the tokens lie, one of SCORES: "random"; "equal", all tie;
+        "ascending", so that all winners are neighbours.
       seed: of the inputs.
     """
 
@@ -45,9 +49,12 @@ class Workload:
     dtype: str = "bfloat16"
     weights: bool = False
     sample: bool = False
+    scores: str = "random"
     seed: int = 0
 
     def __post_init__(self):
+        if self.scores not in SCORES:
+            raise ValueError(f"scores: expected one of {', '.join(SCORES)}, got {self.scores}")
         if len(self.lengths) != self.B:
             raise ValueError(
                 f"L: expected one number or {self.B}, got {len(self.lengths)}; one a row"
@@ -139,13 +146,38 @@ def make_inputs(workload: Workload, *, integers: int | None = None) -> Inputs:
     augmented = config.metric == "ip"
     heads = (w.B, w.K, config.num_subspaces)
     codebooks = draw(*heads, config.num_centroids, subspace_dim + augmented)
-    return Inputs(
+    inputs = Inputs(
         query=draw(w.B, w.T, w.N, w.H),
         key_new=draw(w.B, w.T, w.K, w.H),
         codebooks=codebooks,
         codes=rng.integers(0, config.num_centroids, (*heads, w.capacity), np.uint8, endpoint=False),
         lengths=np.asarray(w.lengths, np.int32),
         phi=np.full(heads, 2 * subspace_dim, np.float32) if augmented else None,
+    )
+    if w.scores == "equal":
+        return dataclasses.replace(inputs, query=np.zeros_like(inputs.query))
+    if w.scores == "ascending":
+        return _ascending(w, inputs)
+    return inputs
+
+
+def _ascending(w: Workload, inputs: Inputs) -> Inputs:
+    """Inputs whose scores never fall from one position to the next, in steps of one.
+
+    The codes of the first two subspaces are the digits of a rank that grows with the position, and
+    the centroids are their value. All numbers are exact, in bfloat16 too.
+    """
+    centroids, subspace_dim = w.config.num_centroids, w.H // w.config.num_subspaces
+    digits = min(w.config.num_subspaces, 2)
+    rank = np.arange(w.capacity) * centroids**digits // w.capacity
+    codes, codebooks = np.zeros_like(inputs.codes), np.zeros_like(inputs.codebooks)
+    for m in range(digits):
+        place = centroids ** (digits - 1 - m)
+        codes[:, :, m] = rank // place % centroids
+        value = np.arange(centroids) * place / subspace_dim
+        codebooks[:, :, m, :, :subspace_dim] = value[:, None]
+    return dataclasses.replace(
+        inputs, query=np.ones_like(inputs.query), codes=codes, codebooks=codebooks
     )
 
 
@@ -191,6 +223,7 @@ def _spread(low: int, high: int, count: int) -> tuple[int, ...]:
 
 
 FINE = IndexerConfig(num_subspaces=16, num_bits=8)
+FINE_BF16 = dataclasses.replace(FINE, table_dtype=jnp.bfloat16)
 
 # What is measured.
 WORKLOADS = {
@@ -201,12 +234,15 @@ WORKLOADS = {
         Workload(name="llama-32k", N=32, K=8, L=32768),
         Workload(name="llama-128k-b4", B=4, N=32, K=8, L=131072),
         Workload(name="fine-128k-b4", B=4, N=32, K=8, L=131072, config=FINE),
+        Workload(name="fine-128k-b4-bf16", B=4, N=32, K=8, L=131072, config=FINE_BF16),
         Workload(name="million", N=32, K=8, L=1048576),
         Workload(name="wide", B=4, N=32, K=8, L=131072, config=IndexerConfig(heavy_size=2048)),
         Workload(name="ragged", B=16, N=32, K=8, L=_spread(100, 131072, 16)),
         Workload(
             name="real", B=8, N=3, K=1, H=64, L=_spread(1024, 8192, 8), dtype="float16", sample=True
         ),
+        Workload(name="ties", B=4, N=32, K=8, L=131072, scores="equal"),
+        Workload(name="sorted", B=4, N=32, K=8, L=131072, scores="ascending"),
     )
 }
 
@@ -239,6 +275,18 @@ SMALL = {
         Workload(
             name="small-offset", B=2, N=4, K=2, H=16, S=256, L=(200, 250), dtype="float32",
             config=IndexerConfig(num_bits=4, init_offset=20, **_SIZES),
+        ),
+        Workload(
+            name="small-ties", N=4, K=2, H=16, L=200, scores="equal",
+            config=IndexerConfig(num_bits=4, **_SIZES),
+        ),
+        Workload(
+            name="small-sorted", N=4, K=2, H=16, L=200, scores="ascending",
+            config=IndexerConfig(num_bits=4, **_SIZES),
+        ),
+        Workload(
+            name="small-bf16-table", N=4, K=2, H=16, L=200,
+            config=IndexerConfig(num_bits=4, table_dtype=jnp.bfloat16, **_SIZES),
         ),
     )
 }  # fmt: skip
