@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import pallas as pl
 
-from benchmarks.clock import KernelClock, amortised
+from benchmarks.clock import KernelClock, Stream, amortised, cut, no_garbage_collection
+from benchmarks.programs import NO_COMMAND_BUFFERS
 from benchmarks.workloads import Workload
 from jax_indexer.kernels import backend
 
@@ -75,8 +76,9 @@ class SmallestCall:
 def dispatch_us() -> float:
     """Wall-clock microseconds of the smallest jitted call, amortised."""
     call = SmallestCall()
-    amortised(call, 200)
-    return min(amortised(call, 1000) for _ in range(5))
+    with no_garbage_collection():
+        amortised(call, 200)
+        return min(amortised(call, 1000) for _ in range(5))
 
 
 def lookup_kernel(
@@ -128,17 +130,20 @@ def sum_of_lookups(
     return total
 
 
-def _kernel_us(clock: KernelClock, function, *arguments, cold: bool) -> float:
+def _kernel_us(clock: KernelClock, function, *arguments) -> float:
     """Best kernel time of a jitted function, in microseconds."""
-    compiled = jax.jit(function).lower(*arguments).compile()
+    compiled = jax.jit(function).lower(*arguments).compile(compiler_options=NO_COMMAND_BUFFERS)
+    found = None
 
-    def call():
-        jax.block_until_ready(compiled(*arguments))
+    def launch():
+        nonlocal found
+        found = compiled(*arguments)
 
-    for _ in range(3):
-        call()
-    calls = clock.measure([call] * REPEATS, cold=cold)
-    return min(sum(kernel.duration for kernel in kernels) for kernels in calls)
+    stream = Stream(launch, lambda: jax.block_until_ready(found), "jax", REPEATS)
+    (kernels,) = clock.record([stream], cold=False)
+    return min(
+        sum(kernel.duration for kernel in call) for call in cut(kernels, REPEATS, cold=False)
+    )
 
 
 def measure_ceilings(clock: KernelClock, dispatch_before: float) -> Ceilings:
@@ -153,7 +158,7 @@ def measure_ceilings(clock: KernelClock, dispatch_before: float) -> Ceilings:
     """
     source = jnp.ones(COPY_BYTES // 4, jnp.float32)
     # An addition, since XLA may hand a plain copy to a copy engine.
-    copy_us = _kernel_us(clock, lambda x: x + 1, source, cold=False)
+    copy_us = _kernel_us(clock, lambda x: x + 1, source)
     del source
 
     rng = np.random.default_rng(0)
@@ -161,14 +166,14 @@ def measure_ceilings(clock: KernelClock, dispatch_before: float) -> Ceilings:
     rates = []
     for together in (1, 4):
         table = jnp.asarray(rng.standard_normal((SUBSPACES * CENTROIDS, together), np.float32))
-        us = _kernel_us(clock, sum_of_lookups, table, codes, cold=False)
+        us = _kernel_us(clock, sum_of_lookups, table, codes)
         rates.append(codes.size * LOOKUPS_PER_CODE * together / us * 1e6)
 
     one = jnp.zeros(1, jnp.float32)
     return Ceilings(
         copy_bytes_per_second=2 * COPY_BYTES / copy_us * 1e6,
         lookups_per_second=max(rates),
-        kernel_us=_kernel_us(clock, lambda x: x + 1, one, cold=False),
+        kernel_us=_kernel_us(clock, lambda x: x + 1, one),
         dispatch_us=dispatch_before,
         dispatch_profiled_us=dispatch_us(),
     )

@@ -9,7 +9,7 @@ from benchmarks import machine
 from benchmarks.clock import RECORDERS
 from benchmarks.implementations import IMPLEMENTATIONS, Implementation
 from benchmarks.measure import QUICK, Repetitions
-from benchmarks.workloads import SMALL, WORKLOADS, Workload
+from benchmarks.workloads import SCORES, SMALL, WORKLOADS, Workload
 
 KNOWN = WORKLOADS | SMALL
 
@@ -24,6 +24,7 @@ WORKLOAD_FLAGS = {
     "S": ("S", int, "capacity in tokens"),
     "L": ("L", int, "tokens in the cache, the step's own included: one number or one a row"),
     "dtype": ("dtype", FLOATS, "of queries, keys and codebooks"),
+    "scores": ("scores", SCORES, "how the scores of the tokens lie"),
 }
 CONFIG_FLAGS = {
     "M": ("num_subspaces", int, "PQ subspaces"),
@@ -44,7 +45,14 @@ SWEEPS: dict[str, list[dict[str, Any]]] = {
     ],
 }
 SWEEP_BASE = "llama-32k"
-SWEEP_TORCH = ("torch:eager", "torch:iteration4")
+SWEEP_REPETITIONS = Repetitions(pipeline=100, warm=20, cold=20, rounds=2)
+SWEEP_IMPLEMENTATIONS = (
+    "jax:threshold",
+    "jax:top_k",
+    "torch:eager",
+    "torch:iteration4",
+    "jax.lax.top_k",
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -61,20 +69,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help=f"default: all that run here of {', '.join(IMPLEMENTATIONS)}",
     )
-    parser.add_argument("--sweep", choices=SWEEPS, help=f"vary a size, of {SWEEP_BASE} by default")
+    parser.add_argument(
+        "--sweep",
+        nargs="?",
+        const="all",
+        choices=["all", *SWEEPS],
+        help=f"vary a size, or each in turn, of {SWEEP_BASE} by default; kernel times only",
+    )
     parser.add_argument("--quick", action="store_true", help="few repetitions")
-    parser.add_argument("--repeats", type=int, metavar="COUNT", help="calls with kernels recorded")
     parser.add_argument(
         "--clock",
         choices=["auto", *RECORDERS],
         default="auto",
         help="profiler that records kernels",
     )
-    parser.add_argument("--output", type=Path, metavar="FILE", help="default: benchmarks/results/")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="default: benchmarks/local/")
     parser.add_argument("--commit", help="for a machine without the history; may end in -dirty")
     sizes = parser.add_argument_group("change the workloads")
     for flag, (_, kind, meaning) in (WORKLOAD_FLAGS | CONFIG_FLAGS).items():
-        values: dict[str, Any] = {"choices": kind} if kind is FLOATS else {"type": kind}
+        values: dict[str, Any] = {"choices": kind} if isinstance(kind, tuple) else {"type": kind}
         if flag == "L":
             values["nargs"] = "+"
         sizes.add_argument(f"--{flag}", help=meaning, **values)
@@ -83,7 +96,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def chosen_workloads(arguments: argparse.Namespace) -> list[Workload]:
+@dataclasses.dataclass(frozen=True)
+class Point:
+    """A workload, and the sweep that it is a point of, if any."""
+
+    workload: Workload
+    sweep: str | None = None
+
+
+def chosen_points(arguments: argparse.Namespace) -> list[Point]:
     """The workloads of a command line.
 
     Raises:
@@ -99,8 +120,15 @@ def chosen_workloads(arguments: argparse.Namespace) -> list[Workload]:
         for flag in (*WORKLOAD_FLAGS, *CONFIG_FLAGS, "weights")
         if (value := getattr(arguments, flag.replace("-", "_"))) is not None
     }
-    points = SWEEPS[arguments.sweep] if arguments.sweep else [{}]
-    return [changed(KNOWN[name], changes | point) for name in names for point in points]
+    if not arguments.sweep:
+        return [Point(changed(KNOWN[name], changes)) for name in names]
+    sweeps = list(SWEEPS) if arguments.sweep == "all" else [arguments.sweep]
+    return [
+        Point(changed(KNOWN[name], changes | point), sweep)
+        for name in names
+        for sweep in sweeps
+        for point in SWEEPS[sweep]
+    ]
 
 
 def changed(workload: Workload, changes: dict[str, Any]) -> Workload:
@@ -146,20 +174,19 @@ def chosen_implementations(arguments: argparse.Namespace, gpu: bool) -> list[Imp
             )
         return [IMPLEMENTATIONS[name] for name in dict.fromkeys(arguments.implementation)]
     chosen = [x for x in IMPLEMENTATIONS.values() if gpu or not (x.needs_gpu or x.peer)]
-    if arguments.sweep:
-        chosen = [x for x in chosen if x.name.startswith("jax:") or x.name in SWEEP_TORCH]
+    if arguments.sweep and gpu:
+        chosen = [IMPLEMENTATIONS[name] for name in SWEEP_IMPLEMENTATIONS]
     return [x for x in chosen if x.framework == "jax" or machine.version("torch")]
 
 
 def chosen_repetitions(arguments: argparse.Namespace) -> Repetitions:
-    """How often a command line wants things timed.
+    """How often a command line wants things timed."""
+    if arguments.quick:
+        return QUICK
+    return SWEEP_REPETITIONS if arguments.sweep else Repetitions()
 
-    Raises:
-      ValueError: for a number below 1.
-    """
-    repetitions = QUICK if arguments.quick else Repetitions()
-    if arguments.repeats is None:
-        return repetitions
-    if arguments.repeats < 1:
-        raise ValueError(f"--repeats: expected at least 1, got {arguments.repeats}")
-    return dataclasses.replace(repetitions, kernels=arguments.repeats, all_kernels=True)
+
+def timing_flags(arguments: argparse.Namespace) -> str:
+    """The flags of a command line that change how things are timed, for repeating a row."""
+    flags = " --quick" if arguments.quick else ""
+    return flags if arguments.clock == "auto" else f"{flags} --clock {arguments.clock}"

@@ -5,7 +5,6 @@ import dataclasses
 import functools
 import gc
 import importlib.util
-import json
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -16,10 +15,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-# Written between calls to empty the L2 cache: larger than that of any GPU so far.
+# Written before a call to empty the L2 cache: larger than that of any GPU so far.
 FLUSH_BYTES = 256 * 2**20
 
-CALLS_A_RECORDING = 200  # A record of thousands of kernels takes long to write and to read.
+# Calls at the head of a stream that are not counted: the first ones start on an idle GPU, where
+# every kernel takes about a microsecond more.
+LEAD = 3
 
 
 class ClockError(RuntimeError):
@@ -57,22 +58,20 @@ Recorder = Callable[[Callable[[], None]], list[Kernel]]
 
 def record_with_torch(run: Callable[[], None]) -> list[Kernel]:
     """Records by torch.profiler: CUPTI sees all of a process, JAX's kernels too."""
+    from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
 
-    with tempfile.TemporaryDirectory() as folder:
-        trace = Path(folder) / "trace.json"
-        with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-            # Activities outside of the recording are dropped, and the clocks of GPU and host are
-            # matched to some microseconds only: keep away from its edges.
-            time.sleep(0.01)
-            run()
-            time.sleep(0.01)
-        profiler.export_chrome_trace(str(trace))
-        events = json.loads(trace.read_text(errors="replace"))["traceEvents"]
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        # Activities outside of the recording are dropped, and the clocks of GPU and host are
+        # matched to some microseconds only: keep away from its edges.
+        time.sleep(0.01)
+        run()
+        time.sleep(0.01)
+    # The profiler's own records: its trace file says the same in a hundred times the time.
     return [
-        Kernel(event["name"], float(event["ts"]), float(event["dur"]))
-        for event in events
-        if event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")
+        Kernel(event.name(), event.start_ns() / 1e3, event.duration_ns() / 1e3)
+        for event in profiler.profiler.kineto_results.events()
+        if event.device_type() == DeviceType.CUDA
     ]
 
 
@@ -106,11 +105,29 @@ RECORDERS: dict[str, Recorder] = {
 }
 
 
+@dataclasses.dataclass(frozen=True)
+class Stream:
+    """Calls of one implementation in a row.
+
+    Attributes:
+      launch: launches one call and does not wait for it.
+      wait: blocks until the device has done what was launched.
+      framework: "jax" or "torch": the cache is flushed in the order of its own launches.
+      calls: how many to record.
+    """
+
+    launch: Callable[[], None]
+    wait: Callable[[], None]
+    framework: str
+    calls: int
+
+
 class KernelClock:
-    """Times calls by the kernels that run between two marks on the device.
+    """Records the kernels of streams of calls, each stream between two marks on the device.
 
     A mark is a kernel that nothing else launches. The device is idle before and after each, so
-    that order in time is enough to tell which call a kernel belongs to, on whatever stream it ran.
+    that order in time is enough to tell which stream a kernel belongs to. Within a stream nothing
+    waits: its calls all launch the same kernels, so their number cuts it.
 
     Attributes:
       name: of the recorder.
@@ -121,8 +138,7 @@ class KernelClock:
         self._record = record
         self._one = jnp.ones(1, jnp.float32)
         self._cube_root = jax.jit(jnp.cbrt)
-        self._increment = jax.jit(lambda x: x + 1, donate_argnums=0)
-        self._flushed = None
+        self._flushes: dict[str, Callable[[], None]] = {}
         self._mark()
         record(self._mark)  # The first recording loads CUPTI and may miss kernels.
         names = {kernel.name for kernel in record(self._mark)}
@@ -133,56 +149,106 @@ class KernelClock:
     def _mark(self) -> None:
         self._cube_root(self._one).block_until_ready()
 
-    def flush(self) -> None:
-        """Leaves nothing of earlier calls in the L2 cache."""
-        if self._flushed is None:
-            self._flushed = jnp.zeros(FLUSH_BYTES // 4, jnp.float32)
-        self._flushed = self._increment(self._flushed).block_until_ready()
-
-    def measure(self, calls: Sequence[Callable[[], None]], *, cold: bool) -> list[list[Kernel]]:
-        """Runs calls in order and returns the kernels of each, ordered by time.
+    def record(self, streams: Sequence[Stream], *, cold: bool) -> list[list[Kernel]]:
+        """Runs streams in order and returns the kernels of each, ordered by time, for `cut`.
 
         Args:
-          calls: each launches work and waits until it is done.
+          streams: what to run; each runs LEAD calls more than it has.
           cold: empty the L2 cache before each call.
 
         Returns:
-          For each call its kernels.
+          For each stream its kernels.
 
         Raises:
           ClockError: if marks were lost.
         """
-
-        recorded = []
-        for first in range(0, len(calls), CALLS_A_RECORDING):
-            some = calls[first : first + CALLS_A_RECORDING]
-            kernels = self._record(functools.partial(self._run, some, cold))
-            recorded += between_marks(kernels, self._mark_name, len(some))
-        return recorded
-
-    def _run(self, calls: Sequence[Callable[[], None]], cold: bool) -> None:
-        for call in calls:
-            if cold:
-                self.flush()
+        if cold:  # Their first launches compile and allocate.
+            for framework in {stream.framework for stream in streams}:
+                self._flush(framework)()
             self._mark()
-            call()
+        kernels = self._record(functools.partial(self._run, streams, cold))
+        return between_marks(kernels, self._mark_name, len(streams))
+
+    def _run(self, streams: Sequence[Stream], cold: bool) -> None:
+        for stream in streams:
+            flush = self._flush(stream.framework) if cold else None
+            self._mark()
+            for _ in range(LEAD + stream.calls):
+                if flush is not None:
+                    flush()
+                stream.launch()
+            stream.wait()
             self._mark()
 
+    def _flush(self, framework: str) -> Callable[[], None]:
+        if framework not in self._flushes:
+            self._flushes[framework] = {"jax": jax_flush, "torch": torch_flush}[framework]()
+        return self._flushes[framework]
 
-def between_marks(kernels: Sequence[Kernel], mark: str, calls: int) -> list[list[Kernel]]:
-    """Cuts a record into calls: the kernels between marks 2 i and 2 i + 1 are those of call i."""
+
+def jax_flush() -> Callable[[], None]:
+    """A function that launches one kernel, after which L2 holds nothing of earlier ones."""
+    increment = jax.jit(lambda x: x + 1, donate_argnums=0)
+    buffer = jnp.zeros(FLUSH_BYTES // 4, jnp.float32)
+
+    def flush():
+        nonlocal buffer
+        buffer = increment(buffer)
+
+    return flush
+
+
+def torch_flush() -> Callable[[], None]:
+    """The same for what PyTorch launches, which runs on another stream than JAX's."""
+    import torch
+
+    buffer = torch.zeros(FLUSH_BYTES // 4, dtype=torch.float32, device="cuda")
+    return lambda: buffer.add_(1)
+
+
+def between_marks(kernels: Sequence[Kernel], mark: str, streams: int) -> list[list[Kernel]]:
+    """Cuts a record into streams: those between marks 2 i and 2 i + 1 are stream i's."""
     segments: list[list[Kernel]] = [[]]
     for kernel in sorted(kernels, key=lambda kernel: kernel.start):
         if kernel.name == mark:
             segments.append([])
         else:
             segments[-1].append(kernel)
-    if len(segments) != 2 * calls + 1:
+    if len(segments) != 2 * streams + 1:
         raise ClockError(
-            f"expected {2 * calls} marks ({mark}) around {calls} calls, got {len(segments) - 1}: "
+            f"expected {2 * streams} marks ({mark}) around {streams} streams, "
+            f"got {len(segments) - 1}: "
             "the profiler lost records, or something else launches this kernel"
         )
     return segments[1::2]
+
+
+def cut(kernels: Sequence[Kernel], calls: int, *, cold: bool) -> list[list[Kernel]]:
+    """Cuts a stream into its calls, all of the same number of kernels, and drops the lead.
+
+    Args:
+      kernels: of LEAD + calls calls, ordered by time.
+      calls: how many calls are wanted.
+      cold: each call's first kernel is the flush, and is dropped too.
+
+    Returns:
+      For each call its kernels.
+
+    Raises:
+      ClockError: if calls did not have the same number of kernels, or none.
+    """
+    each, rest = divmod(len(kernels), LEAD + calls)
+    if rest or each <= cold:
+        raise ClockError(
+            f"recorded {len(kernels)} kernels of {LEAD + calls} calls{' and flushes' * cold}: "
+            "expected the same number for each, and at least one"
+        )
+    found = [list(kernels[i * each : (i + 1) * each]) for i in range(LEAD, LEAD + calls)]
+    if not cold:
+        return found
+    if len({call[0].name for call in found}) != 1:
+        raise ClockError("calls do not all begin with the kernel that flushes the cache")
+    return [call[1:] for call in found]
 
 
 def open_kernel_clock(choice: str = "auto") -> KernelClock:
@@ -220,8 +286,7 @@ def _torch_sees_gpu() -> bool:
 
 @contextlib.contextmanager
 def no_garbage_collection() -> Iterator[None]:
-    """Keeps Python's collector out of wall-clock times."""
-    gc.collect()
+    """Keeps Python's collector, which takes a fifth of a second here, out of what is timed."""
     gc.disable()
     try:
         yield
@@ -232,23 +297,21 @@ def no_garbage_collection() -> Iterator[None]:
 def synchronised(step: Timeable, calls: int) -> list[float]:
     """Wall-clock microseconds of each call, launch to result."""
     times = []
-    with no_garbage_collection():
-        for _ in range(calls):
-            start = time.perf_counter()
-            step.call()
-            step.wait()
-            times.append((time.perf_counter() - start) * 1e6)
+    for _ in range(calls):
+        start = time.perf_counter()
+        step.call()
+        step.wait()
+        times.append((time.perf_counter() - start) * 1e6)
     return times
 
 
 def amortised(step: Timeable, calls: int) -> float:
     """Wall-clock microseconds a call when the host waits after the last one only."""
-    with no_garbage_collection():
-        start = time.perf_counter()
-        for _ in range(calls):
-            step.call()
-        step.wait()
-        return (time.perf_counter() - start) / calls * 1e6
+    start = time.perf_counter()
+    for _ in range(calls):
+        step.call()
+    step.wait()
+    return (time.perf_counter() - start) / calls * 1e6
 
 
 def between_events(step: Timeable, calls: int) -> list[float]:
@@ -256,16 +319,15 @@ def between_events(step: Timeable, calls: int) -> list[float]:
     import torch
 
     times = []
-    with no_garbage_collection():
-        for _ in range(calls):
-            start = torch.cuda.Event(enable_timing=True)
-            end = torch.cuda.Event(enable_timing=True)
-            torch.cuda.synchronize()
-            start.record()
-            step.call()
-            end.record()
-            end.synchronize()
-            times.append(start.elapsed_time(end) * 1e3)
+    for _ in range(calls):
+        start = torch.cuda.Event(enable_timing=True)
+        end = torch.cuda.Event(enable_timing=True)
+        torch.cuda.synchronize()
+        start.record()
+        step.call()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) * 1e3)
     return times
 
 

@@ -15,6 +15,7 @@ from jax import lax
 
 from benchmarks.agreement import Lists, Reference, check_lists, check_top_k
 from benchmarks.ceilings import Work, step_work, top_k_work
+from benchmarks.programs import Forms, Program
 from benchmarks.workloads import Workload
 from jax_indexer import PQIndex, Selection, indexer_next
 
@@ -25,7 +26,7 @@ class Step:
     """One implementation on one workload, ready to be called again and again.
 
     Attributes:
-      compile_seconds: until the first result: tracing, compiling and tuning.
+      compile_seconds: to trace, compile and tune.
       memory_bytes: that a call needs beside its inputs, at most; None if not known.
     """
 
@@ -33,8 +34,12 @@ class Step:
     memory_bytes: int | None = None
 
     def call(self) -> None:
-        """Launches one call."""
+        """Launches one call, as a user does."""
         raise NotImplementedError
+
+    def call_recorded(self) -> None:
+        """Launches the same kernels in a way that a profiler names right."""
+        self.call()
 
     def wait(self) -> None:
         """Blocks until the device has done what was launched."""
@@ -56,36 +61,106 @@ class Implementation:
     Attributes:
       name: "framework:form", or a library function's own name.
       framework: "jax" or "torch".
-      build: makes the step.
+      build: makes the step from inputs and from what `programs` gave.
       bytes_needed: least device memory for its inputs, outputs and scores.
+      programs: starts to compile what the step needs; None where nothing can be compiled before.
       work: least work of a call.
       needs_gpu: whether there is nothing to run without one.
       peer: whether it is a top-k alone, given scores.
+      pipeline: whether it is one of our own pipelines, which are measured most often.
     """
 
     name: str
     framework: str
-    build: Callable[[Reference], Step]
+    build: Callable[[Reference, "Programs"], Step]
     bytes_needed: Callable[[Workload], int]
+    programs: Callable[[Workload, "Forms"], "Programs"] | None = None
     work: Callable[[Workload], Work] = step_work
     needs_gpu: bool = True
     peer: bool = False
+    pipeline: bool = False
+
+
+Programs = dict[str, Program]
 
 
 # JAX
 
 
+def _shapes(w: Workload) -> tuple[Any, Any, Any, PQIndex]:
+    """Shapes of a step's query, new keys, lengths and index."""
+    config, dtype = w.config, jnp.dtype(w.dtype)
+    heads = (w.B, w.K, config.num_subspaces)
+    augmented = config.metric == "ip"
+    lengths = jax.ShapeDtypeStruct((w.B,), np.int32)
+    dimensions = w.H // config.num_subspaces + augmented
+    trained = np.float32 if w.sample else dtype  # by build_index
+    index = PQIndex(
+        codebooks=jax.ShapeDtypeStruct((*heads, config.num_centroids, dimensions), trained),
+        codes=jax.ShapeDtypeStruct((*heads, w.capacity), np.uint8),
+        lengths=lengths,
+        phi=jax.ShapeDtypeStruct(heads, np.float32) if augmented else None,
+    )
+    query = jax.ShapeDtypeStruct((w.B, w.T, w.N, w.H), dtype)
+    key_new = jax.ShapeDtypeStruct((w.B, w.T, w.K, w.H), dtype)
+    return query, key_new, lengths, index
+
+
+def _chain_steps(w: Workload) -> int:
+    return min(CHAIN_STEPS, min(w.lengths) // w.T)
+
+
+def jax_programs(
+    w: Workload, forms: Forms, *, implementation: str, selector: str | None
+) -> Programs:
+    """`indexer_next` under jit, and many of it in a row, with the index donated."""
+
+    # The step's index arrives with the length it left; every call starts at L - T by taking this
+    # array instead, which costs no kernel.
+    def step(query, key_new, lengths, index):
+        return indexer_next(
+            query,
+            key_new,
+            dataclasses.replace(index, lengths=lengths),
+            config=w.config,
+            return_weights=w.weights,
+            implementation=implementation,
+            selector=selector,
+        )
+
+    traced_once = jax.jit(step)
+
+    def chain(query, keys_new, lengths, index):
+        selections = []
+        for key_new in keys_new:
+            selection, index = traced_once(query, key_new, lengths, index)
+            lengths = index.lengths
+            selections.append(selection)
+            # Never true, which XLA cannot know: without it all steps would share one table, and
+            # with an optimization_barrier instead they do. It costs a small kernel.
+            impossible = selection.indices[..., :1] < -1
+            query = jnp.where(impossible, jnp.zeros_like(query), query)
+        return selections, index
+
+    query, key_new, lengths, index = _shapes(w)
+    programs = {"step": Program(forms, step, (query, key_new, lengths, index), donate="index")}
+    if forms.chains:
+        keys_new = (key_new,) * _chain_steps(w)
+        arguments = (query, keys_new, lengths, index)
+        once = dataclasses.replace(forms, recorded=False)
+        programs["chain"] = Program(once, chain, arguments, donate="index")
+    return programs
+
+
 class JaxStep(Step):
     """`indexer_next` under jit, with the index donated."""
 
-    def __init__(self, reference: Reference, *, implementation: str, selector: str | None):
-        w, inputs = reference.workload, reference.inputs
-        self._workload = w
+    def __init__(self, reference: Reference, programs: Programs):
+        self._workload, inputs = reference.workload, reference.inputs
+        self._programs = programs
         self._query = jnp.asarray(inputs.query)
         self._key_new = jnp.asarray(inputs.key_new)
-        # The step's index arrives with the length it left; every call starts at L - T by taking
-        # this array instead, which costs no kernel.
-        self._lengths = jnp.asarray(inputs.lengths - np.int32(w.T))
+        self._lengths = jnp.asarray(inputs.lengths - np.int32(self._workload.T))
         self._index = PQIndex(
             # Copies: donated memory must not be numpy's.
             codebooks=jnp.array(inputs.codebooks),
@@ -93,34 +168,19 @@ class JaxStep(Step):
             lengths=jnp.array(inputs.lengths),
             phi=None if inputs.phi is None else jnp.array(inputs.phi),
         )
-        self._step = functools.partial(
-            indexer_next,
-            config=w.config,
-            return_weights=w.weights,
-            implementation=implementation,
-            selector=selector,
-        )
+        self.compile_seconds = programs["step"].seconds
+        self.memory_bytes = programs["step"].memory_bytes
 
-        def step(query, key_new, lengths, index):
-            return self._step(query, key_new, dataclasses.replace(index, lengths=lengths))
-
-        self._compiled = jax.jit(step, donate_argnames="index")
-        start = time.perf_counter()
-        executable = self._compiled.lower(
+    def _launch(self, function: Callable[..., Any]) -> None:
+        self._selection, self._index = function(
             self._query, self._key_new, self._lengths, self._index
-        ).compile()
-        self.call()
-        self.wait()
-        self.compile_seconds = time.perf_counter() - start
-        if memory := executable.memory_analysis():
-            self.memory_bytes = (
-                memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-            )
+        )
 
     def call(self):
-        self._selection, self._index = self._compiled(
-            self._query, self._key_new, self._lengths, self._index
-        )
+        self._launch(self._programs["step"].as_user)
+
+    def call_recorded(self):
+        self._launch(self._programs["step"].recorded)
 
     def wait(self):
         jax.block_until_ready((self._selection, self._index))
@@ -129,41 +189,27 @@ class JaxStep(Step):
         check_jax(reference, self._selection, self._index)
 
     def chain(self):
+        if "chain" not in self._programs:
+            return None
         w = self._workload
-        steps = min(CHAIN_STEPS, min(w.lengths) // w.T)
-
-        def chained(query, keys_new, lengths, index):
-            index = dataclasses.replace(index, lengths=lengths)
-            selections = []
-            for key_new in keys_new:
-                selection, index = self._step(query, key_new, index)
-                selections.append(selection)
-                # Never true, which XLA cannot know: without it all steps would share one table,
-                # and with an optimization_barrier instead they do. It costs a small kernel.
-                impossible = selection.indices[..., :1] < -1
-                query = jnp.where(impossible, jnp.zeros_like(query), query)
-            return selections, index
-
+        steps = _chain_steps(w)
         keys_new = tuple(jnp.array(self._key_new) for _ in range(steps))
         start = self._lengths - np.int32((steps - 1) * w.T)
-        return Chain(chained, steps, (self._query, keys_new, start), self._index)
+        arguments = (self._query, keys_new, start)
+        return Chain(self._programs["chain"], steps, arguments, self._index)
 
 
 class Chain(Step):
     """A jitted function of many decode steps in a row; the last one ends at the workload's L."""
 
-    def __init__(self, function, steps: int, arguments: tuple, index: PQIndex):
+    def __init__(self, program: Program, steps: int, arguments: tuple, index: PQIndex):
         self.steps = steps
-        self._arguments = arguments
+        self.compile_seconds = program.seconds
+        self._program, self._arguments = program, arguments
         self._index = jax.tree.map(jnp.copy, index)  # The step goes on with its own.
-        self._compiled = jax.jit(function, donate_argnames="index")
-        start = time.perf_counter()
-        self.call()
-        self.wait()
-        self.compile_seconds = time.perf_counter() - start
 
     def call(self):
-        self._selections, self._index = self._compiled(*self._arguments, self._index)
+        self._selections, self._index = self._program.as_user(*self._arguments, self._index)
 
     def wait(self):
         jax.block_until_ready((self._selections, self._index))
@@ -191,23 +237,27 @@ def check_jax(reference: Reference, selection: Selection, index: PQIndex) -> Non
         raise AssertionError(f"index.lengths: expected {expected}, got {lengths}")
 
 
+def top_k_programs(w: Workload, forms: Forms) -> Programs:
+    """`jax.lax.top_k` alone."""
+    k = _top_k_size(w)
+    scores = jax.ShapeDtypeStruct((w.B * w.T * w.N, _candidates(w)), np.float32)
+    return {"top_k": Program(forms, lambda scores: lax.top_k(scores, k), (scores,))}
+
+
 class JaxTopK(Step):
     """`jax.lax.top_k` alone, the scores given."""
 
-    def __init__(self, reference: Reference):
+    def __init__(self, reference: Reference, programs: Programs):
+        self._program = programs["top_k"]
         self._scores = jnp.asarray(reference.candidate_scores)
-        k = _top_k_size(reference.workload)
-        self._compiled = jax.jit(lambda scores: lax.top_k(scores, k))
-        start = time.perf_counter()
-        memory = self._compiled.lower(self._scores).compile().memory_analysis()
-        self.call()
-        self.wait()
-        self.compile_seconds = time.perf_counter() - start
-        if memory:
-            self.memory_bytes = memory.temp_size_in_bytes + memory.output_size_in_bytes
+        self.compile_seconds = self._program.seconds
+        self.memory_bytes = self._program.memory_bytes
 
     def call(self):
-        self._found = self._compiled(self._scores)
+        self._found = self._program.as_user(self._scores)
+
+    def call_recorded(self):
+        self._found = self._program.recorded(self._scores)
 
     def wait(self):
         jax.block_until_ready(self._found)
@@ -290,6 +340,8 @@ def _torch_calls(reference: Reference) -> list[TorchCall]:
     w, inputs, config = reference.workload, reference.inputs, reference.workload.config
     if w.T != 1:
         raise NotImplementedError("the original returns the list of the first query token only")
+    if config.table_dtype != np.float32:
+        raise NotImplementedError(f"the original has no {config.table_dtype.name} table")
     one_length = len(set(w.lengths)) == 1
     groups = [range(w.B)] if one_length else [range(b, b + 1) for b in range(w.B)]
     calls = []
@@ -339,7 +391,7 @@ def release() -> None:
 class TorchStep(Step):
     """One iteration of the original."""
 
-    def __init__(self, reference: Reference, *, name: str):
+    def __init__(self, reference: Reference, programs: Programs, *, name: str):
         import torch_reference
 
         self._calls = _torch_calls(reference)
@@ -380,7 +432,7 @@ class TorchStep(Step):
 class TorchGraphStep(TorchStep):
     """One iteration of the original, replayed as a CUDA graph."""
 
-    def __init__(self, reference: Reference, *, name: str):
+    def __init__(self, reference: Reference, programs: Programs, *, name: str):
         import torch_reference
 
         self._calls = _torch_calls(reference)
@@ -402,7 +454,7 @@ class TorchGraphStep(TorchStep):
 class TorchTopK(Step):
     """`torch.topk` alone, the scores given."""
 
-    def __init__(self, reference: Reference):
+    def __init__(self, reference: Reference, programs: Programs):
         self._scores = _tensor(reference.candidate_scores)
         self._k = _top_k_size(reference.workload)
         start = time.perf_counter()
@@ -464,9 +516,11 @@ def _peer_work(w: Workload) -> Work:
     return top_k_work(w.B * w.T * w.N, _candidates(w), _top_k_size(w))
 
 
-def _jax(name: str, implementation: str, selector: str | None, *, needs_gpu=True):
-    build = functools.partial(JaxStep, implementation=implementation, selector=selector)
-    return Implementation(f"jax:{name}", "jax", build, _jax_bytes, needs_gpu=needs_gpu)
+def _jax(name: str, implementation: str, selector: str | None, *, pipeline: bool = True):
+    programs = functools.partial(jax_programs, implementation=implementation, selector=selector)
+    return Implementation(
+        f"jax:{name}", "jax", JaxStep, _jax_bytes, programs, needs_gpu=pipeline, pipeline=pipeline
+    )
 
 
 def _torch(name: str, *, needs_gpu=True):
@@ -479,9 +533,9 @@ def _torch_graph(name: str):
     return Implementation(f"torch:{name}-graph", "torch", build, _torch_bytes)
 
 
-def _peer(name: str, framework: str, build: Callable[[Reference], Step]):
+def _peer(name: str, framework: str, build: Callable[[Reference, Programs], Step], programs=None):
     return Implementation(
-        name, framework, build, _peer_bytes, work=_peer_work, needs_gpu=False, peer=True
+        name, framework, build, _peer_bytes, programs, _peer_work, needs_gpu=False, peer=True
     )
 
 
@@ -490,7 +544,7 @@ IMPLEMENTATIONS = {
     for implementation in (
         _jax("threshold", "triton", "threshold"),
         _jax("top_k", "triton", "top_k"),
-        _jax("xla", "xla", None, needs_gpu=False),
+        _jax("xla", "xla", None, pipeline=False),
         _torch("eager", needs_gpu=False),
         _torch_graph("eager"),
         _torch("iteration1"),
@@ -498,7 +552,7 @@ IMPLEMENTATIONS = {
         _torch("iteration3"),
         _torch("iteration4"),
         _torch_graph("iteration4"),
-        _peer("jax.lax.top_k", "jax", JaxTopK),
+        _peer("jax.lax.top_k", "jax", JaxTopK, top_k_programs),
         _peer("torch.topk", "torch", TorchTopK),
     )
 }

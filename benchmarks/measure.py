@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import gc
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -15,14 +16,19 @@ from benchmarks import implementations as steps
 from benchmarks import machine
 from benchmarks.agreement import Reference
 from benchmarks.ceilings import Ceilings, floor
-from benchmarks.clock import KernelClock, summary
-from benchmarks.implementations import Implementation, Step
+from benchmarks.clock import Kernel, KernelClock, Stream, summary
+from benchmarks.implementations import Implementation, Programs, Step
+from benchmarks.programs import Forms, compilers
 from benchmarks.stages import breakdown
 from benchmarks.workloads import Workload, make_inputs
 
 WARM_UPS = 3  # XLA records command buffers in the first calls.
-SECONDS_A_MEASUREMENT = 0.3  # for each implementation; fewer repetitions of what is slow
+
+# Repetitions end where a measurement of one implementation would take longer than this; what is
+# so slow that FEWEST take longer has those.
+SECONDS_A_MEASUREMENT = 0.3
 FEWEST = 5
+SHORTEST_STREAM = 10  # calls: with fewer in a row the lead takes too large a part
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,25 +36,28 @@ class Repetitions:
     """How often things are timed; all of it in turns between the implementations.
 
     Attributes:
-      kernels: calls whose kernels are recorded, with cold and again with warm cache.
+      pipeline: calls of our pipelines whose kernels are recorded with a warm cache, however long
+        they take.
+      warm: calls of the others.
+      cold: calls whose kernels are recorded with a flushed cache.
       calls: synchronised calls.
       amortised: calls in all, for the amortised time.
-      rounds: turns that `calls` and `amortised` are divided into.
-      all_kernels: record as many calls as wanted, however long that takes.
+      rounds: turns that all of these are divided into.
     """
 
-    kernels: int = 30
+    pipeline: int = 1000
+    warm: int = 100
+    cold: int = 30
     calls: int = 50
     amortised: int = 200
-    rounds: int = 5
-    all_kernels: bool = False
+    rounds: int = 10
+
+
+QUICK = Repetitions(pipeline=20, warm=10, cold=5, calls=8, amortised=20, rounds=2)
 
 
 class WrongOutput(Exception):
     """An implementation did not select what it should."""
-
-
-QUICK = Repetitions(kernels=5, calls=8, amortised=20, rounds=2)
 
 
 @dataclasses.dataclass
@@ -58,16 +67,22 @@ class Row:
     Attributes:
       workload: what is run.
       implementation: what runs it.
+      options: flags of the command line that change how often and by what it is timed.
+      programs: what is compiled for it.
       step: while it is ready to be timed.
       status: "ok", "skipped" or "failed".
       reason: of the latter two, or what is missing from the first.
+      done: whether all of it was measured.
       seconds: one synchronised call, about.
       numbers: what was measured.
     """
 
     workload: Workload
     implementation: Implementation
+    options: str = ""
+    programs: Programs = dataclasses.field(default_factory=dict)
     step: Step | None = None
+    done: bool = False
     status: str = "ok"
     reason: str | None = None
     seconds: float = 0.0
@@ -78,12 +93,12 @@ class Row:
         """What repeats this row."""
         return (
             f"python -m benchmarks run --workload {self.workload.name} "
-            f"--implementation {self.implementation.name}"
+            f"--implementation {self.implementation.name}{self.options}"
         )
 
     def give_up(self, status: str, reason: str) -> None:
         """Takes the row out of what follows."""
-        self.status, self.reason, self.step = status, reason, None
+        self.status, self.reason, self.step, self.programs = status, reason, None, {}
         say(f"{status}: {self.workload.name}, {self.implementation.name}: {reason}")
         if status == "failed":
             say(f"  repeat it: {self.command}")
@@ -107,6 +122,16 @@ class Row:
                 return
             traceback.print_exc()
             self.give_up("failed", f"{doing}: {type(error).__name__}: {_first_line(error)}")
+
+    @contextlib.contextmanager
+    def keep(self, doing: str) -> Iterator[None]:
+        """Makes the row a failed one if something goes wrong inside, but lets it be timed on."""
+        try:
+            yield
+        except Exception as error:
+            if self.status == "ok":
+                self.status, self.reason = "failed", f"{doing}: {_first_line(error)}"
+                say(f"failed: {self.workload.name}, {self.implementation.name}: {self.reason}")
 
     def repetitions(self, wanted: int) -> int:
         """As many as wanted, or as time allows."""
@@ -174,6 +199,7 @@ class Settings:
       ceilings: of the GPU; None without a kernel clock.
       repetitions: how often to time.
       chains: whether to time steps inside one larger jit.
+      calls: whether to time calls by the wall clock.
       advance: tells the user what is being done.
       seconds: what each phase of each workload took, filled by `measure`.
     """
@@ -183,65 +209,102 @@ class Settings:
     ceilings: Ceilings | None
     repetitions: Repetitions
     chains: bool
+    calls: bool
     advance: Callable[[str], None]
     seconds: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
 
     @contextlib.contextmanager
-    def phase(self, workload: Workload, name: str) -> Iterator[None]:
+    def phase(self, workload: str, name: str) -> Iterator[None]:
         """Notes how long the inside takes."""
         start = time.perf_counter()
         yield
         took = round(time.perf_counter() - start, 2)
-        self.seconds.setdefault(workload.name, {})[name] = took
+        self.seconds.setdefault(workload, {})[name] = took
 
 
-def measure(
-    workload: Workload, implementations: Sequence[Implementation], settings: Settings
-) -> list[Row]:
-    """Checks and times implementations on one workload; what fails is in its row."""
-    rows = [Row(workload, implementation) for implementation in implementations]
+def look_at_sizes(rows: Sequence[Row], settings: Settings) -> None:
+    """Takes out rows that are not worth trying."""
     for row in rows:
         with row.attempt("looking at sizes"):
-            if reason := why_not(workload, row.implementation, settings.gpu):
+            if reason := why_not(row.workload, row.implementation, settings.gpu):
                 row.give_up("skipped", reason)
-    if not any(row.status == "ok" for row in rows):
-        return rows
+
+
+def compile_programs(rows: Sequence[Row], settings: Settings) -> None:
+    """Compiles all JAX programs of a run at once, on all cores, before anything is timed."""
+    compiled = [row for row in rows if row.status == "ok" and row.implementation.programs]
+    pool = compilers()
+    forms = Forms(
+        pool,
+        user=settings.calls,
+        recorded=settings.clock is not None,
+        chains=settings.chains,
+    )
     try:
-        with settings.phase(workload, "inputs"):
+        with settings.phase("all", "tracing"):
+            for row in compiled:
+                with row.attempt("tracing"):
+                    row.programs = row.implementation.programs(row.workload, forms)
+        with settings.phase("all", "compiling"):
+            for row in compiled:
+                settings.advance(f"compiling {row.workload.name}: {row.implementation.name}")
+                with row.attempt("compiling"):
+                    for program in row.programs.values():
+                        program.wait()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def measure(rows: Sequence[Row], settings: Settings) -> None:
+    """Checks and times the rows of one workload; what fails is in its row."""
+    rows = [row for row in rows if row.status == "ok"]
+    if not rows:
+        return
+    workload = rows[0].workload
+    try:
+        with settings.phase(workload.name, "inputs"):
             reference = Reference(workload, make_inputs(workload))
     except Exception as error:
         traceback.print_exc()
         for row in rows:
-            if row.status == "ok":
-                row.give_up("failed", f"making inputs: {type(error).__name__}: {error}")
-        return rows
-    with settings.phase(workload, "building and checking"):
+            row.give_up("failed", f"making inputs: {type(error).__name__}: {error}")
+        return
+    with settings.phase(workload.name, "building and checking"):
         for row in rows:
             settings.advance(f"{workload.name}: {row.implementation.name}")
-            if row.status == "ok":
-                with row.attempt("building"):
-                    prepare(row, reference, settings)
+            with row.attempt("building"):
+                prepare(row, reference, settings)
     settings.advance(f"{workload.name}: timing")
+    gc.collect()  # Once, since none is collected while times are taken.
     ready = [row for row in rows if row.step is not None]
-    if settings.clock is not None:
-        with settings.phase(workload, "kernels"):
-            time_kernels(ready, settings)
-    with settings.phase(workload, "calls"):
-        time_calls(ready, settings)
-    if settings.chains:
-        with settings.phase(workload, "chains"):
-            time_chains(ready, reference, settings)
+    with clocks.no_garbage_collection():
+        if settings.clock is not None:
+            with settings.phase(workload.name, "kernels"):
+                time_kernels(ready, settings.clock, settings.repetitions)
+        if settings.calls:
+            with settings.phase(workload.name, "calls"):
+                time_calls(ready, settings)
+        if settings.chains:
+            with settings.phase(workload.name, "chains"):
+                time_chains(ready, reference, settings)
     for row in rows:
-        row.step = None
+        row.step, row.programs, row.done = None, {}, True
     steps.release()
-    return rows
 
 
 def prepare(row: Row, reference: Reference, settings: Settings) -> None:
-    """Builds a step, warms it up and checks its output."""
-    step = row.implementation.build(reference)
-    row.seconds = min(clocks.synchronised(step, WARM_UPS)) / 1e6
-    check(step, reference)
+    """Builds a step, warms it up and checks its output, in both of its forms."""
+    step = row.implementation.build(reference, row.programs)
+    launches = [step.call_recorded] if settings.clock is not None else []
+    if settings.calls:  # Last, so that `seconds` is that of a user's call.
+        launches.append(step.call)
+    for launch in launches:
+        for _ in range(WARM_UPS):
+            start = time.perf_counter()
+            launch()
+            step.wait()
+            row.seconds = time.perf_counter() - start
+        check(step, reference)
     row.step = step
     row.numbers["compile_seconds"] = step.compile_seconds
     row.numbers["memory_bytes"] = step.memory_bytes
@@ -249,42 +312,29 @@ def prepare(row: Row, reference: Reference, settings: Settings) -> None:
         row.numbers["floor"] = floor(row.implementation.work(row.workload), settings.ceilings)
 
 
-def in_turns(rows: Sequence[Row], repetitions: Repetitions) -> list[Row]:
-    """The rows round-robin, each as often as it can afford."""
-    wanted = repetitions.kernels
-    counts = {
-        id(row): wanted if repetitions.all_kernels else row.repetitions(wanted) for row in rows
-    }
-    return [row for turn in range(wanted) for row in rows if turn < counts[id(row)]]
+def turns(wanted: int, rounds: int, shortest: int = 1) -> list[int]:
+    """How many calls of a row come in each round: fewer rounds rather than too short ones."""
+    rounds = max(min(rounds, wanted // shortest), 1)
+    each, more = divmod(wanted, rounds)
+    return [each + (turn < more) for turn in range(rounds)]
 
 
-def time_kernels(rows: Sequence[Row], settings: Settings) -> None:
+def time_kernels(rows: Sequence[Row], clock: KernelClock, repetitions: Repetitions) -> None:
     """Kernel times of all rows, with cold and with warm L2 cache."""
-
-    def call(row: Row) -> None:
-        with row.attempt("recording kernels"):
-            if row.step is not None:
-                row.step.call()
-                row.step.wait()
-
     for cache in ("cold", "warm"):
-        order = in_turns(rows, settings.repetitions)
-        calls = [functools.partial(call, row) for row in order]
-        try:
-            recorded = settings.clock.measure(calls, cold=cache == "cold")
-        except Exception as error:
-            traceback.print_exc()
-            for row in rows:
-                if row.step is not None:  # It can still be timed by the wall clock.
-                    row.status, row.reason = "failed", f"kernel times: {_first_line(error)}"
-            return
+        calls: dict[int, list[list[Kernel]]] = {id(row): [] for row in rows}
+        plans = {id(row): kernel_turns(row, cache, repetitions) for row in rows}
+        for turn in range(max(map(len, plans.values()), default=0)):
+            taking = [
+                (row, plans[id(row)][turn])
+                for row in rows
+                if row.step is not None and turn < len(plans[id(row)])
+            ]
+            record_turn(taking, clock, cache == "cold", calls)
         for row in rows:
-            of_row = [kernels for r, kernels in zip(order, recorded, strict=True) if r is row]
-            if row.step is None:
+            if row.step is None or not calls[id(row)]:
                 continue
-            if not all(of_row):
-                row.give_up("failed", f"{settings.clock.name} recorded a call without kernels")
-                continue
+            of_row = calls[id(row)]
             totals = [sum(kernel.duration for kernel in kernels) for kernels in of_row]
             row.numbers[cache] = summary(totals)
             if cache == "warm":
@@ -292,37 +342,86 @@ def time_kernels(rows: Sequence[Row], settings: Settings) -> None:
                 row.numbers["breakdown"] = breakdown(of_row, row.implementation.framework)
 
 
+def kernel_turns(row: Row, cache: str, repetitions: Repetitions) -> list[int]:
+    """Calls in each round whose kernels are recorded."""
+    if cache == "cold":
+        wanted = row.repetitions(repetitions.cold)
+    elif row.implementation.pipeline:
+        wanted = repetitions.pipeline
+    else:
+        wanted = row.repetitions(repetitions.warm)
+    return turns(wanted, repetitions.rounds, SHORTEST_STREAM)
+
+
+def record_turn(
+    taking: Sequence[tuple[Row, int]],
+    clock: KernelClock,
+    cold: bool,
+    calls: dict[int, list[list[Kernel]]],
+) -> None:
+    """Records one round of streams and adds the kernels of each row's calls to `calls`."""
+
+    def launch(row: Row) -> None:
+        with row.attempt("recording kernels"):
+            if row.step is not None:
+                row.step.call_recorded()
+
+    def wait(row: Row) -> None:
+        with row.attempt("recording kernels"):
+            if row.step is not None:
+                row.step.wait()
+
+    streams = [
+        Stream(
+            functools.partial(launch, row),
+            functools.partial(wait, row),
+            row.implementation.framework,
+            count,
+        )
+        for row, count in taking
+    ]
+    try:
+        recorded = clock.record(streams, cold=cold)
+        for (row, count), kernels in zip(taking, recorded, strict=True):
+            if row.step is not None:
+                with row.keep("kernel times"):
+                    calls[id(row)] += clocks.cut(kernels, count, cold=cold)
+    except Exception as error:
+        for row, _ in taking:
+            with row.keep("kernel times"):
+                raise error
+
+
 def time_calls(rows: Sequence[Row], settings: Settings) -> None:
     """Wall-clock times: synchronised, between CUDA events, and amortised."""
+    repetitions = settings.repetitions
     kinds: dict[str, tuple[int, Callable[[Step, int], list[float]]]] = {
-        "call": (settings.repetitions.calls, clocks.synchronised),
-        "amortised": (settings.repetitions.amortised, lambda step, n: [clocks.amortised(step, n)]),
+        "call": (repetitions.calls, clocks.synchronised),
+        "amortised": (repetitions.amortised, lambda step, n: [clocks.amortised(step, n)]),
     }
     if settings.gpu:
-        kinds["event"] = (settings.repetitions.calls, clocks.between_events)
+        kinds["event"] = (repetitions.calls, clocks.between_events)
     for kind, (wanted, timing) in kinds.items():
-        samples: dict[int, list[float]] = {id(row): [] for row in rows}
-        for _ in range(settings.repetitions.rounds):
-            for row in rows:
-                if kind == "event" and row.implementation.framework != "torch":
-                    continue
-                count = -(-row.repetitions(wanted) // settings.repetitions.rounds)
+        timed = [row for row in rows if kind != "event" or row.implementation.framework == "torch"]
+        samples: dict[int, list[float]] = {id(row): [] for row in timed}
+        plans = {id(row): turns(row.repetitions(wanted), repetitions.rounds) for row in timed}
+        for turn in range(repetitions.rounds):
+            for row in timed:
                 with row.attempt(f"timing ({kind})"):
-                    if row.step is not None:
-                        samples[id(row)] += timing(row.step, count)
-                        if kind == "amortised":
-                            calls = row.numbers.get("amortised_calls", 0)
-                            row.numbers["amortised_calls"] = calls + count
-        for row in rows:
+                    if row.step is not None and turn < len(plans[id(row)]):
+                        samples[id(row)] += timing(row.step, plans[id(row)][turn])
+        for row in timed:
             if row.step is not None and samples[id(row)]:
                 row.numbers[kind] = summary(samples[id(row)])
+                if kind == "amortised":
+                    row.numbers["amortised_calls"] = sum(plans[id(row)])
 
 
 def time_chains(rows: Sequence[Row], reference: Reference, settings: Settings) -> None:
     """Wall-clock time a step inside one larger jit."""
     chains = []
     for row in rows:
-        with row.attempt("compiling a chain of steps", needed=False):
+        with row.attempt("running a chain of steps", needed=False):
             # Where launches take no part of the time, a chain shows nothing new.
             slow = row.seconds * steps.CHAIN_STEPS > SECONDS_A_MEASUREMENT
             if row.step is None or slow:
@@ -341,5 +440,5 @@ def time_chains(rows: Sequence[Row], reference: Reference, settings: Settings) -
                     count = -(-row.repetitions(settings.repetitions.calls) // chain.steps)
                     samples.append(clocks.amortised(chain, count) / chain.steps)
     for row, chain, samples in chains:
-        if row.step is not None:
+        if row.step is not None and samples:
             row.numbers["in_jit"] = summary(samples) | {"steps": chain.steps}

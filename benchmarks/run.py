@@ -9,7 +9,7 @@ import re
 import shlex
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,21 +17,22 @@ import numpy as np
 
 from benchmarks import clock as clocks
 from benchmarks import machine
-from benchmarks.ceilings import dispatch_us, measure_ceilings
+from benchmarks.ceilings import Ceilings, dispatch_us, measure_ceilings
 from benchmarks.choice import (
     add_arguments,
     chosen_implementations,
+    chosen_points,
     chosen_repetitions,
-    chosen_workloads,
+    timing_flags,
 )
-from benchmarks.clock import ClockError
-from benchmarks.measure import Row, Settings, measure, say
-from benchmarks.report import print_results
+from benchmarks.clock import ClockError, KernelClock
+from benchmarks.measure import Row, Settings, compile_programs, look_at_sizes, measure, say
+from benchmarks.report import Results, print_results
 from benchmarks.workloads import Workload
 
 __all__ = ["add_arguments", "run"]
 
-RESULTS = Path(__file__).parent / "results"
+LOCAL = Path(__file__).parent / "local"  # not committed
 
 
 def shape_of(workload: Workload) -> dict[str, Any]:
@@ -52,8 +53,8 @@ def row_json(row: Row, sweep: str | None) -> dict[str, Any]:
         "implementation": row.implementation.name,
         "framework": row.implementation.framework,
         "peer": row.implementation.peer,
-        "status": row.status,
-        "reason": row.reason,
+        "status": row.status if row.done or row.status != "ok" else "skipped",
+        "reason": row.reason if row.done or row.status != "ok" else "not measured yet",
         "command": row.command,
         **row.numbers,
     }
@@ -92,30 +93,46 @@ def default_output(arguments: argparse.Namespace, device: str, stamp: str) -> Pa
     if arguments.quick:
         what = f"quick-{what}"
     slug = re.sub(r"[^a-z0-9]+", "-", f"{device} {what}".lower()).strip("-")[:80].strip("-")
-    return RESULTS / f"{slug}-{stamp}.json"
+    return LOCAL / f"{slug}-{stamp}.json"
 
 
 def repeatable_command(arguments: argparse.Namespace) -> str:
-    """The command line, less where its results went: that is no part of what was measured."""
-    argv = list(arguments.argv)
-    if "--output" in argv:
-        at = argv.index("--output")
-        del argv[at : at + 2]
-    return shlex.join(["python", "-m", "benchmarks", "run", *argv])
+    """The command line, less what is no part of the measurement: where results went, the commit."""
+    kept, words = [], iter(arguments.argv)
+    for word in words:
+        if word in ("--output", "--commit"):
+            next(words)
+        elif not word.startswith(("--output=", "--commit=")):
+            kept.append(word)
+    return shlex.join(["python", "-m", "benchmarks", "run", *kept])
+
+
+def open_clock(choice: str) -> tuple[KernelClock | None, Ceilings | None, int]:
+    """The kernel clock and the ceilings it measures; None for what failed, and how many did."""
+    clock = None
+    try:
+        before = dispatch_us()
+        clock = clocks.open_kernel_clock(choice)
+        return clock, measure_ceilings(clock, before), 0
+    except ClockError as error:
+        say(f"failed: no kernel times, since no profiler records this process: {error}")
+    except Exception as error:
+        traceback.print_exc()
+        say(f"failed: ceilings: {type(error).__name__}: {error}")
+    return clock, None, 1
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Runs what the command line asks for and writes a results file.
 
     Returns:
-      0, or 1 if anything failed.
+      0, or 1 if anything failed, or 130 if the user interrupted it.
     """
     started = time.perf_counter()
     gpu = machine.has_gpu()
     try:
-        workloads = chosen_workloads(arguments)
+        points = chosen_points(arguments)
         implementations = chosen_implementations(arguments, gpu)
-        repetitions = chosen_repetitions(arguments)
     except ValueError as error:
         arguments.parser.error(str(error))
 
@@ -124,27 +141,20 @@ def run(arguments: argparse.Namespace) -> int:
     commit = machine.find_commit(arguments.commit)
     if commit["commit"] is None:
         say("The commit is not known here: give it with --commit, or the results cannot name it.")
-    failures = 0
-    clock = ceilings = None
-    if not gpu:
-        say("No NVIDIA GPU: XLA and eager PyTorch only, by wall-clock time.")
-    else:
-        try:
-            before = dispatch_us()
-            clock = clocks.open_kernel_clock(arguments.clock)
-            ceilings = measure_ceilings(clock, before)
-        except ClockError as error:
-            failures += 1
-            say(f"failed: no kernel times, since no profiler records this process: {error}")
-        except Exception as error:
-            failures += 1
-            traceback.print_exc()
-            say(f"failed: ceilings: {type(error).__name__}: {error}")
-
     output = arguments.output or default_output(
         arguments, str(about["device"]), now.strftime("%Y%m%d-%H%M%S")
     )
-    results: dict[str, Any] = {
+    clock, ceilings, failures = None, None, 0
+    if gpu:
+        clock, ceilings, failures = open_clock(arguments.clock)
+    else:
+        say("No NVIDIA GPU: XLA and eager PyTorch only, by wall-clock time.")
+
+    options = timing_flags(arguments)
+    table = [
+        (point, [Row(point.workload, one, options) for one in implementations]) for point in points
+    ]
+    about_run: dict[str, Any] = {
         "kind": "sweep" if arguments.sweep else "named",
         "time": now.isoformat(timespec="seconds"),
         "command": repeatable_command(arguments),
@@ -153,23 +163,66 @@ def run(arguments: argparse.Namespace) -> int:
         "quick": arguments.quick,
         "kernel_clock": clock.name if clock else None,
         "ceilings": dataclasses.asdict(ceilings) if ceilings else None,
-        "rows": [],
     }
-    with progress(len(workloads) * (len(implementations) + 1)) as advance:
-        # A sweep is about kernels; a chain would be compiled anew for each of its points.
-        settings = Settings(gpu, clock, ceilings, repetitions, not arguments.sweep, advance)
-        for workload in workloads:
-            rows = measure(workload, implementations, settings)
-            failures += sum(row.status == "failed" for row in rows)
-            results["rows"] += [row_json(row, arguments.sweep) for row in rows]
-            results["seconds"] = round(time.perf_counter() - started, 1)
-            results["seconds_by_phase"] = settings.seconds
-            # After each workload, so that an interrupted run keeps what it has.
-            output.parent.mkdir(parents=True, exist_ok=True)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with progress(len(points) * (2 * len(implementations) + 1)) as advance:
+        # A sweep is about kernels, where they can be timed.
+        settings = Settings(
+            gpu,
+            clock,
+            ceilings,
+            chosen_repetitions(arguments),
+            chains=not arguments.sweep,
+            calls=not arguments.sweep or clock is None,
+            advance=advance,
+        )
+
+        def save() -> Results:
+            results = about_run | {
+                "seconds": round(time.perf_counter() - started, 1),
+                "seconds_by_phase": settings.seconds,
+                "rows": [row_json(row, point.sweep) for point, rows in table for row in rows],
+            }
             output.write_text(json.dumps(results, indent=1) + "\n")
+            return results
+
+        interrupted = measure_all([rows for _, rows in table], settings, save)
+        results = save()
 
     print_results(results)
     say(f"{output} ({results['seconds']:.0f} s)")
+    failures += sum(row["status"] == "failed" for row in results["rows"])
     if failures:
         say(f"{failures} failed")
+    if interrupted:
+        say("interrupted: what was measured until then is kept")
+        return 130
     return 1 if failures else 0
+
+
+def measure_all(
+    table: Sequence[Sequence[Row]], settings: Settings, save: Callable[[], object]
+) -> bool:
+    """Compiles and measures the rows of all workloads.
+
+    Args:
+      table: rows of each workload.
+      settings: of the run.
+      save: called after each workload, so that a run that is killed keeps what it has.
+
+    Returns:
+      Whether the user interrupted it.
+    """
+    rows = [row for of_workload in table for row in of_workload]
+    try:
+        look_at_sizes(rows, settings)
+        compile_programs(rows, settings)
+        for of_workload in table:
+            measure(of_workload, settings)
+            save()
+    except KeyboardInterrupt:
+        for row in rows:
+            if row.status == "ok" and not row.done:
+                row.status, row.reason = "skipped", "interrupted"
+        return True
+    return False

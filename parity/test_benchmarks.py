@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import functools
 import json
 import shlex
 import sys
@@ -18,12 +19,14 @@ from benchmarks import (
     implementations,
     machine,
     measure,
+    programs,
     report,
     run,
     stages,
 )
 from benchmarks.__main__ import main
 from benchmarks.clock import ClockError, Kernel
+from benchmarks.programs import Forms
 from benchmarks.workloads import SMALL, WORKLOADS, make_inputs
 
 CEILINGS = ceilings.Ceilings(
@@ -101,12 +104,12 @@ def test_lookup_kernel_sums_the_rows_it_claims_to_read():
 # The clock
 
 
-def test_kernels_belong_to_the_call_between_whose_marks_they_run():
+def test_kernels_belong_to_the_stream_between_whose_marks_they_run():
     mark = [Kernel("mark", start, 1.0) for start in (10.0, 20.0, 30.0, 40.0)]
-    flush = [Kernel("flush", 5.0, 1.0), Kernel("flush", 25.0, 1.0)]
+    between = [Kernel("other", 5.0, 1.0), Kernel("other", 25.0, 1.0)]
     first = [Kernel("a", 12.0, 2.0), Kernel("b", 15.0, 3.0)]
     second = [Kernel("a", 33.0, 2.0)]
-    found = clock.between_marks([*second, *mark, *first, *flush], "mark", 2)
+    found = clock.between_marks([*second, *mark, *first, *between], "mark", 2)
     assert found == [first, second]
 
 
@@ -115,18 +118,59 @@ def test_a_lost_mark_is_an_error():
         clock.between_marks([Kernel("mark", float(i), 1.0) for i in range(3)], "mark", 2)
 
 
-def test_torch_trace_gives_kernels_copies_and_fills(monkeypatch):
+def kernels_named(names):
+    return [Kernel(name, float(i), 1.0) for i, name in enumerate(names)]
+
+
+def test_a_stream_is_cut_by_the_number_of_kernels_and_its_lead_is_dropped():
+    assert clock.LEAD == 3
+    found = clock.cut(kernels_named("ababab" + "cdef"), 2, cold=False)
+    assert [[kernel.name for kernel in call] for call in found] == [["c", "d"], ["e", "f"]]
+
+
+def test_the_flush_before_a_call_is_no_part_of_it():
+    found = clock.cut(kernels_named("fabfabfab" + "fcdfgh"), 2, cold=True)
+    assert [[kernel.name for kernel in call] for call in found] == [["c", "d"], ["g", "h"]]
+    with pytest.raises(ClockError, match="begin with the kernel that flushes"):
+        clock.cut(kernels_named("fabfabfab" + "fcdcfd"), 2, cold=True)
+
+
+@pytest.mark.parametrize(("names", "cold"), [("ab" * 5 + "a", False), ("", False), ("f" * 5, True)])
+def test_a_stream_that_lost_kernels_is_an_error(names, cold):
+    with pytest.raises(ClockError, match="expected the same number for each, and at least one"):
+        clock.cut(kernels_named(names), 2, cold=cold)
+
+
+def test_torch_records_give_what_ran_on_the_device(monkeypatch):
+    torch = pytest.importorskip("torch")
+    on_device, on_host = torch.autograd.DeviceType.CUDA, torch.autograd.DeviceType.CPU
+
+    class Event:
+        def __init__(self, *values):
+            self.values = values
+
+        def name(self):
+            return self.values[0]
+
+        def start_ns(self):
+            return self.values[1]
+
+        def duration_ns(self):
+            return self.values[2]
+
+        def device_type(self):
+            return self.values[3]
+
     events = [
-        {"cat": "kernel", "name": "k", "ts": 1.0, "dur": 2.5},
-        {"cat": "gpu_memcpy", "name": "Memcpy DtoD", "ts": 4.0, "dur": 1.0},
-        {"cat": "gpu_memset", "name": "Memset", "ts": 6.0, "dur": 0.5},
-        {"cat": "cuda_runtime", "name": "cudaLaunchKernel", "ts": 0.0, "dur": 9.0},
-        {"name": "process_name", "ph": "M"},
+        Event("k", 1000, 2500, on_device),
+        Event("Memcpy DtoD", 4000, 1000, on_device),
+        Event("cudaLaunchKernel", 0, 9000, on_host),
     ]
 
     class Profile:
         def __init__(self, activities):
-            pass
+            self.profiler = self.kineto_results = self
+            self.events = lambda: events
 
         def __enter__(self):
             return self
@@ -134,20 +178,26 @@ def test_torch_trace_gives_kernels_copies_and_fills(monkeypatch):
         def __exit__(self, *_):
             pass
 
-        def export_chrome_trace(self, path):
-            with open(path, "w") as file:
-                json.dump({"traceEvents": events}, file)
-
-    profiler = pytest.importorskip("torch.profiler")
-    monkeypatch.setattr(profiler, "profile", Profile)
+    monkeypatch.setattr(torch.profiler, "profile", Profile)
     ran = []
     found = clock.record_with_torch(lambda: ran.append(1))
     assert ran == [1]
-    assert found == [
-        Kernel("k", 1.0, 2.5),
-        Kernel("Memcpy DtoD", 4.0, 1.0),
-        Kernel("Memset", 6.0, 0.5),
-    ]
+    assert found == [Kernel("k", 1.0, 2.5), Kernel("Memcpy DtoD", 4.0, 1.0)]
+
+
+def test_torch_keeps_the_records_that_are_read():
+    """Of a real profiler, whose records on a CPU have the same methods."""
+    pytest.importorskip("torch_reference")  # before the profiler imports Triton
+    torch = pytest.importorskip("torch")
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        torch.ones(3)
+    event = profiler.profiler.kineto_results.events()[0]
+    assert event.name()
+    assert event.duration_ns() >= 0
+    assert event.start_ns() > 0
+    assert event.device_type() == torch.autograd.DeviceType.CPU
 
 
 def test_a_profiler_that_sees_no_kernels_is_refused():
@@ -228,11 +278,12 @@ def test_a_run_without_a_gpu_times_xla_and_eager_torch_by_the_wall_clock(small_r
         assert "warm" not in row
     xla = results["rows"][0]
     assert xla["in_jit"]["steps"] == 2
+    assert results["seconds_by_phase"]["all"]["compiling"] > 0
     assert results["commit"] == "abc123"
     assert results["dirty"] is True
     assert results["machine"]["device"].startswith("CPU: ")
     assert results["ceilings"] is None
-    assert results["command"].startswith("python -m benchmarks run --quick --workload small")
+    assert results["command"] == "python -m benchmarks run --quick --workload small"
 
 
 def test_a_run_says_that_there_is_no_gpu(tmp_path, capsys):
@@ -304,11 +355,7 @@ class BrokenStep(implementations.JaxStep):
 def test_a_wrong_output_fails_the_run_and_spares_the_other_rows(tmp_path, monkeypatch, capsys):
     for name, step in (("wrong", WrongStep), ("broken", BrokenStep)):
         known = implementations.IMPLEMENTATIONS["jax:xla"]
-        build = dataclasses.replace(
-            known,
-            name=f"jax:{name}",
-            build=lambda reference, step=step: step(reference, implementation="xla", selector=None),
-        )
+        build = dataclasses.replace(known, name=f"jax:{name}", build=step)
         monkeypatch.setitem(implementations.IMPLEMENTATIONS, f"jax:{name}", build)
     output = tmp_path / "r.json"
     argv = ["run", "--quick", "--workload", "small", "--output", str(output), "--implementation"]
@@ -321,7 +368,7 @@ def test_a_wrong_output_fails_the_run_and_spares_the_other_rows(tmp_path, monkey
     assert good["status"] == "ok"
     assert good["call"]["median"] > 0
     printed = capsys.readouterr().out
-    assert "python -m benchmarks run --workload small --implementation jax:wrong" in printed
+    assert "python -m benchmarks run --workload small --implementation jax:wrong --quick" in printed
     assert "2 failed" in printed
 
 
@@ -350,7 +397,10 @@ def test_top_k_check_rejects_a_value_that_is_not_among_the_largest():
 def test_weights_that_do_not_match_the_list_are_rejected():
     workload = SMALL["small"]
     reference = agreement.Reference(workload, make_inputs(workload))
-    step = implementations.JaxStep(reference, implementation="xla", selector=None)
+    with programs.compilers() as pool:
+        compiled = implementations.IMPLEMENTATIONS["jax:xla"].programs(workload, Forms(pool))
+    step = implementations.JaxStep(reference, compiled)
+    step.call()
     step.check(reference)
     weights = step._selection.weights.at[0, 0, 1, 0].set(0)
     step._selection = step._selection._replace(weights=weights)
@@ -369,109 +419,167 @@ def parsed(words):
     [
         "--workload seed --L 64000 --no-weights --heavy 512 --dtype bfloat16",
         "--workload small-short --L 20 40 60 --bits 3 --table-dtype float16",
+        "--workload small --scores equal --quick --clock jax.profiler",
         "--sweep length",
         "--sweep subspaces --workload million",
     ],
 )
 def test_a_row_is_repeated_by_its_command(words):
-    for workload in choice.chosen_workloads(parsed(words.split())):
-        row = measure.Row(workload, implementations.IMPLEMENTATIONS["jax:xla"])
+    arguments = parsed(words.split())
+    for point in choice.chosen_points(arguments):
+        jax_xla = implementations.IMPLEMENTATIONS["jax:xla"]
+        row = measure.Row(point.workload, jax_xla, choice.timing_flags(arguments))
         python, module, name, command, *again = shlex.split(row.command)
         assert (python, module, name, command) == ("python", "-m", "benchmarks", "run")
-        assert choice.chosen_workloads(parsed(again)) == [workload]
+        again = parsed(again)
+        assert [found.workload for found in choice.chosen_points(again)] == [point.workload]
+        assert (again.quick, again.clock) == (arguments.quick, arguments.clock)
 
 
 def test_sweeps_cover_what_they_are_named_for():
-    lengths = choice.chosen_workloads(parsed(["--sweep", "length"]))
-    assert [w.L for w in lengths] == [2**n for n in range(12, 21)]
-    batches = choice.chosen_workloads(parsed(["--sweep", "batch"]))
-    assert [w.B for w in batches] == [1, 2, 4, 8, 16, 32, 64]
-    fine = choice.chosen_workloads(parsed(["--sweep", "subspaces"]))[-1]
-    assert (fine.config.num_subspaces, fine.config.num_bits) == (32, 8)
+    points = choice.chosen_points(parsed(["--sweep"]))
+    of = {name: [p.workload for p in points if p.sweep == name] for name in choice.SWEEPS}
+    assert [w.L for w in of["length"]] == [2**n for n in range(12, 21)]
+    assert [w.B for w in of["batch"]] == [1, 2, 4, 8, 16, 32, 64]
+    fine = of["subspaces"][-1].config
+    assert (fine.num_subspaces, fine.num_bits) == (32, 8)
 
 
 # Kernel times, by a clock that needs no GPU
 
 
 class FakeClock:
+    """Pretends that a call launches two kernels, of 3 or 4 and of 5 microseconds; twice if cold."""
+
     name = "fake"
 
-    def measure(self, calls, *, cold):
-        recorded = []
-        for number, call in enumerate(calls):
-            call()
+    def record(self, streams, *, cold):
+        return [self.stream(stream, cold) for stream in streams]
+
+    def stream(self, stream, cold):
+        kernels = []
+        for number in range(clock.LEAD + stream.calls):
+            stream.launch()
+            if cold:
+                kernels.append(Kernel("flush", 0.0, 100.0))
             slower = 2.0 if cold else 1.0
-            recorded.append(
-                [
-                    Kernel("score_kernel", 0.0, slower * (3.0 + number % 2)),
-                    Kernel("top_k", 9.0, 5.0),
-                ]
-            )
-        return recorded
+            kernels.append(Kernel("score_kernel", 0.0, slower * (3.0 + number % 2)))
+            kernels.append(Kernel("top_k", 9.0, slower * 5.0))
+        stream.wait()
+        return kernels
 
 
-def measured_with(fake):
-    repetitions = measure.Repetitions(kernels=4, calls=2, amortised=2, rounds=1)
-    settings = measure.Settings(False, fake, CEILINGS, repetitions, False, lambda what: None)
-    return measure.measure(
-        SMALL["small"], [implementations.IMPLEMENTATIONS["torch:eager"]], settings
+def settings_with(fake, *, repetitions=None, chains=False):
+    repetitions = repetitions or measure.Repetitions(
+        pipeline=4, warm=4, cold=4, calls=2, amortised=2, rounds=1
+    )
+    return measure.Settings(
+        False, fake, CEILINGS, repetitions, chains=chains, calls=True, advance=lambda what: None
     )
 
 
+def measured(implementation, settings):
+    row = measure.Row(SMALL["small"], implementation)
+    measure.compile_programs([row], settings)
+    measure.measure([row], settings)
+    return row
+
+
+def measured_with(fake):
+    return measured(implementations.IMPLEMENTATIONS["torch:eager"], settings_with(fake))
+
+
 def test_kernel_times_are_sums_over_a_call_cold_and_warm():
-    (row,) = measured_with(FakeClock())
+    row = measured_with(FakeClock())
     assert row.status == "ok"
     assert row.numbers["warm"]["median"] == 8.5  # calls of 3 + 5 and 4 + 5
-    assert row.numbers["cold"]["median"] == 12.0  # calls of 6 + 5 and 8 + 5
+    assert row.numbers["cold"]["median"] == 17.0
+    assert row.numbers["warm"]["count"] == 4
     assert row.numbers["launches"] == 2
     assert [part["kernel"] for part in row.numbers["breakdown"]] == ["top_k", "score_kernel"]
     work = ceilings.step_work(SMALL["small"])
     assert row.numbers["floor"] == ceilings.floor(work, CEILINGS)
 
 
-def test_a_call_without_kernels_fails_its_row():
-    class Blind(FakeClock):
-        def measure(self, calls, *, cold):
-            return [[] for _ in calls]
+def test_both_forms_of_a_jax_program_are_checked_and_the_one_without_graphs_recorded(monkeypatch):
+    launched = []
 
-    (row,) = measured_with(Blind())
-    assert (row.status, row.reason) == ("failed", "fake recorded a call without kernels")
+    class Watched(implementations.JaxStep):
+        def call(self):
+            launched.append("user")
+            super().call()
+
+        def call_recorded(self):
+            launched.append("recorded")
+            super().call_recorded()
+
+        def check(self, reference):
+            launched.append("check")
+            super().check(reference)
+
+    known = dataclasses.replace(implementations.IMPLEMENTATIONS["jax:xla"], build=Watched)
+    row = measured(known, settings_with(FakeClock()))
+    assert row.status == "ok"
+    assert launched[:8] == ["recorded"] * 3 + ["check"] + ["user"] * 3 + ["check"]
+    recorded = 2 * (clock.LEAD + 4)  # cold and warm
+    assert launched[8:] == ["recorded"] * recorded + ["user"] * 4
+
+
+def test_a_call_without_kernels_fails_its_row_but_keeps_its_other_times():
+    class Blind(FakeClock):
+        def stream(self, stream, cold):
+            return []
+
+    row = measured_with(Blind())
+    assert row.status == "failed"
+    assert row.reason.startswith("kernel times: recorded 0 kernels of 7 calls")
+    assert row.numbers["call"]["median"] > 0
 
 
 def test_a_clock_that_lost_marks_fails_rows_but_keeps_their_other_times():
     class Lossy(FakeClock):
-        def measure(self, calls, *, cold):
+        def record(self, streams, *, cold):
             raise ClockError("expected 8 marks")
 
-    (row,) = measured_with(Lossy())
+    row = measured_with(Lossy())
     assert (row.status, row.reason) == ("failed", "kernel times: expected 8 marks")
     assert row.numbers["call"]["median"] > 0
 
 
-class SerialDevice:
-    """Stands for a profiler: notes the marks and the kernels that calls pretend to launch."""
+def test_streams_lie_between_marks_and_are_flushed_call_by_call(monkeypatch):
+    launched = []
 
-    def __init__(self):
-        self.kernels = []
+    def launch(name):
+        launched.append(Kernel(name, float(len(launched)), 1.0))
 
-    def launch(self, name):
-        self.kernels.append(Kernel(name, float(len(self.kernels)), 1.0))
-
-    def record(self, function):
-        self.kernels = []
+    def record(function):
+        launched.clear()
         function()
-        return self.kernels
+        return launched
+
+    monkeypatch.setattr(clock.KernelClock, "_mark", lambda self: launch("mark"))
+    monkeypatch.setattr(clock, "jax_flush", lambda: lambda: launch("flush"))
+    streams = [
+        clock.Stream(lambda name=name: launch(name), lambda: None, "jax", calls)
+        for name, calls in (("a", 1), ("b", 2))
+    ]
+    device = clock.KernelClock("device", record)
+    first, second = device.record(streams, cold=True)
+    assert [kernel.name for kernel in first] == ["flush", "a"] * 4
+    assert [kernel.name for kernel in second] == ["flush", "b"] * 5
+    assert len(clock.cut(second, 2, cold=True)) == 2
 
 
-def test_long_measurements_are_split_into_recordings_and_flushed_outside_of_calls(monkeypatch):
-    device = SerialDevice()
-    monkeypatch.setattr(clock, "CALLS_A_RECORDING", 3)
-    monkeypatch.setattr(clock.KernelClock, "_mark", lambda self: device.launch("mark"))
-    monkeypatch.setattr(clock.KernelClock, "flush", lambda self: device.launch("flush"))
-    found = clock.KernelClock("device", device.record).measure(
-        [lambda name=name: device.launch(name) for name in "abcdefgh"], cold=True
+def test_repetitions_end_where_time_does_but_not_for_our_pipelines():
+    repetitions = measure.Repetitions()
+    ours, torch, slow = (
+        measure.Row(SMALL["small"], implementations.IMPLEMENTATIONS[name], seconds=seconds)
+        for name, seconds in (("jax:top_k", 0.01), ("torch:eager", 0.001), ("torch:eager", 0.02))
     )
-    assert [[kernel.name for kernel in kernels] for kernels in found] == [[x] for x in "abcdefgh"]
+    assert measure.kernel_turns(ours, "warm", repetitions) == [100] * 10
+    assert measure.kernel_turns(torch, "warm", repetitions) == [10] * 10
+    assert measure.kernel_turns(slow, "warm", repetitions) == [15]
+    assert measure.kernel_turns(slow, "cold", repetitions) == [15]
 
 
 def test_a_chain_that_does_not_fit_leaves_the_other_times():
@@ -480,13 +588,38 @@ def test_a_chain_that_does_not_fit_leaves_the_other_times():
             raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1 byte")
 
     known = implementations.IMPLEMENTATIONS["torch:eager"]
-    large = dataclasses.replace(known, build=lambda reference: NoMemory(reference, name="eager"))
-    repetitions = measure.Repetitions(calls=2, amortised=2, rounds=1)
-    settings = measure.Settings(False, None, None, repetitions, True, lambda what: None)
-    (row,) = measure.measure(SMALL["small"], [large], settings)
+    large = dataclasses.replace(known, build=functools.partial(NoMemory, name="eager"))
+    row = measured(large, settings_with(None, chains=True))
     assert row.status == "ok"
-    assert row.reason.startswith("out of memory while compiling a chain of steps: RESOURCE_EX")
+    assert row.reason.startswith("out of memory while running a chain of steps: RESOURCE_EX")
     assert row.numbers["call"]["count"] == 2
+
+
+def test_an_interrupted_run_keeps_what_it_has_and_says_so(tmp_path, monkeypatch, capsys):
+    class Interrupted(implementations.TorchStep):
+        def check(self, reference):
+            raise KeyboardInterrupt
+
+    known = implementations.IMPLEMENTATIONS["torch:eager"]
+    forms = iter([implementations.TorchStep, Interrupted])
+    changing = dataclasses.replace(known, build=lambda *inputs: next(forms)(*inputs, name="eager"))
+    monkeypatch.setitem(implementations.IMPLEMENTATIONS, "torch:eager", changing)
+    output = tmp_path / "r.json"
+    argv = ["run", "--quick", "--workload", "small", "small-offset", "--output", str(output)]
+    assert main([*argv, "--implementation", "torch:eager"]) == 130
+    assert "interrupted: what was measured until then is kept" in capsys.readouterr().out
+    first, second = rows_of(output)
+    assert (first["status"], second["status"]) == ("ok", "skipped")
+    assert first["call"]["count"] == 8
+    assert second["reason"] == "interrupted"
+
+
+def test_ascending_scores_never_fall():
+    workload = SMALL["small-sorted"]
+    reference = agreement.Reference(workload, make_inputs(workload))
+    scores = reference.scores(0, 0, 3)[: workload.L - 1]  # the last token is the step's own
+    assert (np.diff(scores) >= 0).all()
+    assert scores[-1] > scores[0]
 
 
 def test_without_rich_progress_and_tables_are_plain_lines(monkeypatch, capsys):
@@ -521,7 +654,8 @@ def gpu_row(workload, implementation, us, *, sweep=None):
         {"group": group, "kernel": group, "launches": 1.0, "us": share * us}
         for group, share in (("score", 0.5), ("top-k", 0.3), ("other", 0.2))
     ]
-    row = measure.Row(workload, implementations.IMPLEMENTATIONS[implementation], numbers=numbers)
+    known = implementations.IMPLEMENTATIONS[implementation]
+    row = measure.Row(workload, known, numbers=numbers, done=True)
     return run.row_json(row, sweep)
 
 
@@ -657,10 +791,10 @@ def test_results_of_a_cpu_are_reported_by_calls(folder, small_run):
 @pytest.mark.parametrize("sweep", choice.SWEEPS)
 def test_every_sweep_has_a_picture(folder, sweep):
     results = gpu_results(folder)
-    points = choice.chosen_workloads(parsed(["--sweep", sweep]))
+    points = choice.chosen_points(parsed(["--sweep", sweep]))
     rows = [
-        gpu_row(workload, implementation, us * (number + 1), sweep=sweep)
-        for number, workload in enumerate(points)
+        gpu_row(point.workload, implementation, us * (number + 1), sweep=sweep)
+        for number, point in enumerate(points)
         for implementation, us in (("jax:top_k", 5.0), ("torch:iteration4", 50.0))
     ]
     sweep_file = folder / "sweep.json"
