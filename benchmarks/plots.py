@@ -78,29 +78,31 @@ def pictures(results: Sequence[Results]) -> list[Picture]:
                     functools.partial(draw_breakdown, broken_down),
                 )
             )
-    for sweep in AXES:
-        latest = [one for one in results if one["kind"] == "sweep" and _sweep(one) == sweep][-1:]
-        for one in latest:
-            rows = [row for row in one["rows"] if time_of(row) is not None]
-            if rows:
-                found.append(
-                    Picture(
-                        f"time-against-{sweep}.png",
-                        f"Time of a step against {AXES[sweep][0]}",
-                        functools.partial(draw_sweep, rows, sweep),
-                    )
+    for sweep, (label, _) in AXES.items():
+        if rows := _latest_sweep(results, sweep):
+            found.append(
+                Picture(
+                    f"time-against-{sweep}.png",
+                    f"Time of a step against {label}",
+                    functools.partial(draw_sweep, rows, sweep),
                 )
+            )
     return found
+
+
+def _latest_sweep(results: Sequence[Results], sweep: str) -> list[Row]:
+    """Timed rows of the last results that have a sweep."""
+    for one in reversed(results):
+        rows = [row for row in one["rows"] if row.get("sweep") == sweep]
+        if rows := [row for row in rows if time_of(row) is not None]:
+            return rows
+    return []
 
 
 def _has_breakdown(row: Row, framework: str) -> bool:
     # XLA's bar would leave no room for ours.
     left_out = row["peer"] or row["implementation"] == "jax:xla"
     return row["framework"] == framework and not left_out and bool(row.get("breakdown"))
-
-
-def _sweep(one: Results) -> str | None:
-    return one["rows"][0]["sweep"] if one["rows"] else None
 
 
 def _as_list(value: Any) -> list:
@@ -123,8 +125,8 @@ def _save(figure, path: Path) -> None:
 
 
 def _unit(rows: Sequence[Row]) -> str:
-    if any(row.get("cold") for row in rows):
-        return "kernel time, cold L2"
+    if any(row.get("warm") for row in rows):
+        return "kernel time, warm L2"
     return "wall-clock time a call"
 
 
@@ -149,7 +151,7 @@ def draw_sweep(rows: Sequence[Row], sweep: str, path: Path) -> None:
     for number, name in enumerate(names):
         line = sorted(
             (
-                (place[size_of(row["shape"])], row.get("cold") or row["call"])
+                (place[size_of(row["shape"])], row.get("warm") or row["call"])
                 for row in rows
                 if row["implementation"] == name
             ),

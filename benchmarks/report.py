@@ -14,15 +14,24 @@ RESULTS = Path(__file__).parent / "results"
 BEGIN, END = "<!-- benchmark:begin -->", "<!-- benchmark:end -->"
 ITERATION_4 = "torch:iteration4"
 NOTHING = "-"
+KINDS = ("named", "sweep", "build")
 
 ABOUT_KERNELS = (
-    "Times are sums of kernel times by CUPTI, with the data of the call before in the L2 cache / "
-    "with an emptied one. *In one jit*: wall-clock time of a step in a chain of 20, launches "
-    "included, to compare with the *graph replay* of the fastest recorded PyTorch form. *Floor*: "
-    "each candidate's codes read once at the measured copy bandwidth, or its look-ups at the "
-    "measured rate, whichever takes longer, and one launch."
+    "A step's kernel time in microseconds: medians of calls in a row, by CUPTI, all "
+    "implementations in turns in one process after their outputs were found right. *p99*: of 1000 "
+    "calls of ours, over the median. *Floor*: each candidate's codes read once at the measured "
+    "copy bandwidth, or its look-ups at the measured rate, whichever takes longer, and one launch. "
+    "The last two columns are wall-clock times: a step of ours in one `jit` of 20, and a replay of "
+    "the fastest PyTorch form as a CUDA graph."
 )
-ABOUT_CALLS = "There was no GPU: times are wall-clock times of one call."
+ABOUT_CALLS = "There was no GPU: times are wall-clock times of one call, in microseconds."
+ABOUT_DETAILS = (
+    "Kernel times with the data of the call before in the L2 cache (*warm*) and with an emptied "
+    "one (*cold*), of programs compiled without command buffers, in which CUPTI misnames kernels; "
+    "wall-clock times of a *call* with its wait, *amortised* over calls in a row, and between CUDA "
+    "*events*, of programs as a user gets them. In brackets p20 to p80. What is slow was called "
+    "fewer times."
+)
 
 Results = dict[str, Any]  # one file
 Row = dict[str, Any]
@@ -36,11 +45,15 @@ class DifferentDevices(ValueError):
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command line of `report`."""
     parser.add_argument(
-        "files", nargs="*", type=Path, help="results; default: all in benchmarks/results/"
+        "files",
+        nargs="*",
+        type=Path,
+        help="results to show, and no more; without any, the README's section and its pictures "
+        "are made from those in benchmarks/results/",
     )
     parser.add_argument("--readme", type=Path, default=ROOT / "README.md", metavar="FILE")
     parser.add_argument(
-        "--pictures", type=Path, default=RESULTS, metavar="DIR", help="where pictures go"
+        "--pictures", type=Path, metavar="DIR", help="where pictures go; default: the results'"
     )
     parser.add_argument(
         "--check", action="store_true", help="change nothing; 1 if the README is stale"
@@ -57,7 +70,7 @@ def load(files: Iterable[Path]) -> list[Results]:
       DifferentDevices: if they were not all measured on one kind of device.
     """
     results = [json.loads(file.read_text()) | {"file": file.name} for file in files]
-    results = [one for one in results if one.get("kind") in ("named", "sweep")]
+    results = [one for one in results if one.get("kind") in KINDS]
     devices: dict[str, list[str]] = {}
     for one in results:
         devices.setdefault(one["machine"]["device"], []).append(one["file"])
@@ -140,22 +153,16 @@ def floor_ratio(row: Row) -> str:
     return f"{row['cold']['median'] / row['floor']['us']:.1f}x"
 
 
-def pair(row: Row | None) -> str:
-    """Kernel times with warm and with cold cache; a call where there is no GPU."""
-    if row is None:
+def tail(row: Row | None) -> str:
+    """How far the slowest hundredth of warm calls is from the median."""
+    if not row or not row.get("warm") or row["warm"]["count"] < 100:
         return NOTHING
-    if not row.get("warm"):
-        return us(median(row, "call"))
-    return f"{us(median(row, 'warm'))} / {us(median(row, 'cold'))}"
+    return f"{row['warm']['p99'] / row['warm']['median']:.2f}"
 
 
-def speed_up(old: Row | None, new: Row | None) -> str:
-    """How many times faster `new` is, by the times of `pair`."""
-    if old is None or new is None:
-        return NOTHING
-    kinds = ("warm", "cold") if new.get("warm") and old.get("warm") else ("call",)
-    factors = [(median(old, kind) or 0.0) / (median(new, kind) or 1.0) for kind in kinds]
-    return " / ".join(f"**{factor:.1f}x**" for factor in factors)
+def ratio(one: float | None, other: float | None, mark: str = "") -> str:
+    """How many times `other` goes into `one`."""
+    return f"{mark}{one / other:.1f}x{mark}" if one and other else NOTHING
 
 
 def graph_replay(rows: Sequence[Row]) -> float | None:
@@ -164,40 +171,82 @@ def graph_replay(rows: Sequence[Row]) -> float | None:
     return min((t for row in graphs if (t := median(row, "amortised"))), default=None)
 
 
+def short(row: Row | None) -> str:
+    """An implementation and its time."""
+    if row is None:
+        return NOTHING
+    return f"{us(time_of(row))} `{row['implementation'].partition(':')[2]}`"
+
+
 def summary_table(workloads: dict[str, tuple[Results, list[Row]]]) -> Table:
     """One line a workload: ours, the fastest PyTorch form, Iteration 4, the floor."""
     heads = [
         "workload",
-        "ours, fastest",
-        "time, warm / cold",
-        "in one jit",
+        "ours",
+        "p99",
         "PyTorch, fastest",
-        "time, warm / cold",
-        "graph replay",
         "speed-up",
         "Iteration 4",
         "speed-up",
         "floor",
-        "cold / floor",
+        "ours / floor",
+        "in one jit",
+        "graph replay",
     ]
     lines = []
     for name, (_, rows) in workloads.items():
-        ours, torch = fastest(rows, "jax"), fastest(rows, "torch")
-        last = iteration_4(rows)
+        ours, torch, last = fastest(rows, "jax"), fastest(rows, "torch"), iteration_4(rows)
+        time = time_of(ours) if ours else None
+        least = ours["floor"]["us"] if ours and ours.get("floor") else None
         lines.append(
             [
                 f"`{name}`",
-                f"`{ours['implementation']}`" if ours else NOTHING,
-                pair(ours),
+                short(ours),
+                tail(ours),
+                short(torch),
+                ratio(time_of(torch) if torch else None, time, "**"),
+                us(time_of(last) if last else None),
+                ratio(time_of(last) if last else None, time, "**"),
+                us(least),
+                ratio(time, least),
                 us(median(ours or {}, "in_jit")),
-                f"`{torch['implementation']}`" if torch else NOTHING,
-                pair(torch),
                 us(graph_replay(rows)),
-                speed_up(torch, ours),
-                pair(last),
-                speed_up(last, ours),
-                us(ours["floor"]["us"]) if ours and ours.get("floor") else NOTHING,
-                floor_ratio(ours or {}),
+            ]
+        )
+    return without_empty_columns((heads, lines))
+
+
+def milliseconds(row: Row, kind: str) -> str:
+    """Median of one kind of time in milliseconds."""
+    found = median(row, kind)
+    return NOTHING if found is None else us(found / 1e3)
+
+
+def build_table(rows: Sequence[Row]) -> Table:
+    """What was measured of build_index, in milliseconds and MiB."""
+    heads = [
+        "workload", "implementation", "kernels", "append's", "a build", "launches", "MiB",
+        "of the keys", "error", "note",
+    ]  # fmt: skip
+    lines = []
+    for row in rows:
+        name = [f"`{row['workload']}`", f"`{row['implementation']}`"]
+        if row["status"] != "ok":
+            lines.append([*name, *[NOTHING] * 7, f"{row['status']}: {row['reason']}"])
+            continue
+        memory = row["memory_bytes"]
+        lines.append(
+            [
+                *name,
+                *(
+                    us((median(row, kind) or 0) / 1e3 or None)
+                    for kind in ("warm", "append", "call")
+                ),
+                str(row.get("launches", NOTHING)),
+                NOTHING if memory is None else f"{memory / 2**20:.0f}",
+                NOTHING if memory is None else f"{memory / row['key_bytes']:.2f}x",
+                f"{row['error']:.3f}",
+                NOTHING,
             ]
         )
     return without_empty_columns((heads, lines))
@@ -207,8 +256,10 @@ def detail_table(rows: Sequence[Row]) -> Table:
     """All that was measured of one workload."""
     heads = [
         "implementation",
-        "kernels, cold",
         "kernels, warm",
+        "p99",
+        "calls",
+        "kernels, cold",
         "launches",
         "a call",
         "events",
@@ -231,8 +282,10 @@ def detail_table(rows: Sequence[Row]) -> Table:
         lines.append(
             [
                 name,
-                spread(row, "cold"),
                 spread(row, "warm"),
+                tail(row),
+                str(row["warm"]["count"]) if row.get("warm") else NOTHING,
+                spread(row, "cold"),
                 str(row.get("launches", NOTHING)),
                 spread(row, "call"),
                 spread(row, "event"),
@@ -348,12 +401,23 @@ def provenance(one: Results) -> str:
         for label, name in (("JAX", "jax"), ("PyTorch", "torch"), ("Triton", "triton"))
         if about[name]
     )
-    quick = ", few repetitions (`--quick`)" if one["quick"] else ""
+    quick = ", few repetitions" if one["quick"] else ""
     return (
-        f"{about['device']}{driver}; {versions}, Python {about['python']}; "
-        f"commit {commit[:12]}{dirty}; {one['time'][:10]}; "
-        f"[{one['file']}](benchmarks/results/{one['file']}){quick}; `{one['command']}`"
+        f"`{one['command']}`, {one['seconds']:.0f} s{quick}: {about['device']}{driver}; "
+        f"{versions}, Python {about['python']}; commit {commit[:12]}{dirty}; {one['time'][:10]}; "
+        f"[{one['file']}](benchmarks/results/{one['file']})"
     )
+
+
+def folded(summary: str, *blocks: str) -> list[str]:
+    """Lines of Markdown that are shown when asked for."""
+    inside = [line for block in blocks for line in (block, "")]
+    return [f"<details><summary>{summary}</summary>", "", *inside, "</details>", ""]
+
+
+def code(lines: Iterable[str]) -> str:
+    """A block of commands."""
+    return "\n".join(["```", *lines, "```"])
 
 
 def section(results: Sequence[Results], pictures: Sequence[tuple[str, str]]) -> str:
@@ -368,45 +432,43 @@ def section(results: Sequence[Results], pictures: Sequence[tuple[str, str]]) -> 
     """
     workloads = by_workload(results)
     gpu = any(one["machine"]["gpu"] for one in results)
-    used = list({one["file"]: one for one, _ in workloads.values()}.values())
-    sweeps = [one for one in results if one["kind"] == "sweep"]
+    used = {one["file"]: one for one, _ in workloads.values()}
+    used |= {one["file"]: one for one in results if one["kind"] != "named"}
+    shown = {caption: f"![{caption}]({link})" for link, caption in pictures}
+    breakdowns = [shown.pop(caption) for caption in list(shown) if "Kernel time" in caption]
     lines = [
-        "Microseconds, medians; all implementations interleaved in one process after their outputs "
-        "were found right. " + (ABOUT_KERNELS if gpu else ABOUT_CALLS),
+        ABOUT_KERNELS if gpu else ABOUT_CALLS,
         "",
         markdown(summary_table(workloads)),
         "",
-        *(f"- {provenance(one)}" for one in used),
+        *(f"- {provenance(one)}" for one in used.values()),
         "",
     ]
-    for link, caption in pictures:
-        lines += [f"![{caption}]({link})", ""]
+    for picture in shown.values():
+        lines += [picture, ""]
+    if breakdowns:
+        lines += folded("Kernels of a step, by what they are for", *breakdowns)
     if "seed" in workloads and named(workloads["seed"][1], ITERATION_4):
-        lines += [
-            "The four iterations of the original, as the document reports them (its GPU is not "
-            "known) and as they run here: microseconds between CUDA events around a call, then of "
-            "kernels.",
-            "",
+        lines += folded(
+            "The four iterations of the original, as reported and here",
+            "Microseconds between CUDA events around a call, then of kernels. The document does "
+            "not name its GPU.",
             markdown(seed_table(workloads["seed"][1])),
-            "",
-        ]
+        )
+    for one in [one for one in results if one["kind"] == "build"][-1:]:
+        lines += folded(
+            "Building an index: <code>build_index</code>",
+            "Milliseconds for all keys of a prompt; memory beside the keys; squared error of the "
+            "codes' reconstruction, of normal keys. The original's k-means is beside it.",
+            markdown(build_table(one["rows"])),
+        )
     for name, (_, rows) in workloads.items():
-        lines += [
-            f"<details><summary><code>{name}</code>: all implementations</summary>",
-            "",
+        lines += folded(
+            f"<code>{name}</code>: all implementations, and the command of each row",
+            ABOUT_DETAILS if gpu else ABOUT_CALLS,
             markdown(detail_table(rows)),
-            "",
-            "Each row again:",
-            "",
-            "```",
-            *(row["command"] for row in rows if row["status"] != "skipped"),
-            "```",
-            "",
-            "</details>",
-            "",
-        ]
-    if sweeps:
-        lines += ["Sweeps:", "", *(f"- {provenance(one)}" for one in sweeps), ""]
+            code(row["command"] for row in rows if row["status"] != "skipped"),
+        )
     return "\n".join(lines).rstrip("\n")
 
 
@@ -428,22 +490,22 @@ def rewritten(readme: str, section: str) -> str:
 
 
 def report(arguments: argparse.Namespace) -> int:
-    """Shows results, draws pictures and rewrites the README's section.
+    """Shows results; of the committed ones, also draws pictures and rewrites the README's section.
 
     Returns:
       0, or 1 if `--check` finds the README stale, or results cannot be compared.
     """
-    files = arguments.files or sorted(RESULTS.glob("*.json"))
     try:
-        results = load(files)
+        results = load(arguments.files or sorted(RESULTS.glob("*.json")))
         if not results:
-            print(f"no results yet: python -m benchmarks run writes them to {RESULTS}")
+            print(f"no results in {RESULTS}; show those of a run: python -m benchmarks report FILE")
             return 0
-        from benchmarks import plots
-
-        wanted = plots.pictures(results)
+        if arguments.files:
+            return show_all(results, arguments.pictures)
+        folder = arguments.pictures or RESULTS
+        wanted = pictures_of(results)
         links = [
-            (_relative(arguments.pictures / picture.file, arguments.readme), picture.caption)
+            (_relative(folder / picture.file, arguments.readme), picture.caption)
             for picture in wanted
         ]
         old = arguments.readme.read_text()
@@ -452,7 +514,7 @@ def report(arguments: argparse.Namespace) -> int:
         print(f"report: {error}")
         return 1
     if arguments.check:
-        missing = [p.file for p in wanted if not (arguments.pictures / p.file).is_file()]
+        missing = [p.file for p in wanted if not (folder / p.file).is_file()]
         if new == old and not missing:
             print(f"{arguments.readme} is up to date")
             return 0
@@ -462,14 +524,35 @@ def report(arguments: argparse.Namespace) -> int:
             print(f"pictures are missing: {', '.join(missing)}")
         print("make it again: python -m benchmarks report")
         return 1
-    for name, (_, rows) in by_workload(results).items():
-        show(f"{name}, microseconds, median (p20..p80)", detail_table(rows))
-    show("all workloads, microseconds", summary_table(by_workload(results)))
-    arguments.pictures.mkdir(parents=True, exist_ok=True)
-    for picture in wanted:
-        picture.draw(arguments.pictures / picture.file)
+    show_all(results, folder)
     arguments.readme.write_text(new)
-    print(f"{arguments.readme} rewritten; {len(wanted)} pictures in {arguments.pictures}")
+    print(f"{arguments.readme} rewritten")
+    return 0
+
+
+def pictures_of(results: Sequence[Results]) -> list[Any]:
+    """The pictures that results allow; matplotlib is not imported before it is needed."""
+    from benchmarks import plots
+
+    return plots.pictures(results)
+
+
+def show_all(results: Sequence[Results], folder: Path | None) -> int:
+    """Prints all tables and, into a folder, draws all pictures; returns 0."""
+    workloads = by_workload(results)
+    for name, (_, rows) in workloads.items():
+        show(f"{name}, microseconds, median (p20..p80)", detail_table(rows))
+    if workloads:
+        show("all workloads, microseconds", summary_table(workloads))
+    for one in results:
+        if one["kind"] == "build":
+            show("build_index, milliseconds", build_table(one["rows"]))
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        wanted = pictures_of(results)
+        for picture in wanted:
+            picture.draw(folder / picture.file)
+        print(f"{len(wanted)} pictures in {folder}")
     return 0
 
 

@@ -96,15 +96,15 @@ def default_output(arguments: argparse.Namespace, device: str, stamp: str) -> Pa
     return LOCAL / f"{slug}-{stamp}.json"
 
 
-def repeatable_command(arguments: argparse.Namespace) -> str:
+def repeatable_command(argv: Sequence[str], module: str) -> str:
     """The command line, less what is no part of the measurement: where results went, the commit."""
-    kept, words = [], iter(arguments.argv)
+    kept, words = [], iter(argv)
     for word in words:
         if word in ("--output", "--commit"):
             next(words)
         elif not word.startswith(("--output=", "--commit=")):
             kept.append(word)
-    return shlex.join(["python", "-m", "benchmarks", "run", *kept])
+    return shlex.join(["python", "-m", *module.split(), *kept])
 
 
 def open_clock(choice: str) -> tuple[KernelClock | None, Ceilings | None, int]:
@@ -157,7 +157,7 @@ def run(arguments: argparse.Namespace) -> int:
     about_run: dict[str, Any] = {
         "kind": "sweep" if arguments.sweep else "named",
         "time": now.isoformat(timespec="seconds"),
-        "command": repeatable_command(arguments),
+        "command": repeatable_command(arguments.argv, "benchmarks run"),
         **commit,
         "machine": about,
         "quick": arguments.quick,

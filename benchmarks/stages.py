@@ -10,15 +10,22 @@ from benchmarks.clock import Kernel
 
 # The first pattern that is found in a kernel's name counts. PyTorch's gather and scatter share a
 # kernel, and differ in what it is instantiated with.
-TORCH_GROUPS = tuple(
-    (group, re.compile(pattern, re.IGNORECASE))
-    for group, pattern in (
+PATTERNS = {
+    "torch": (
         ("top-k", r"top_?k|radixfind|devicescan|blockwise"),
         ("index generation", r"sparse_ind|scatter_fill|scatter_gather_internal_kernel<true"),
         ("score", r"score_kernel|gemm|gemv|cutlass|gather"),
         ("sort", r"sort"),
-    )
-)
+    ),
+    "jax": (
+        ("append, look-up table", r"append_kernel|lookup_table_kernel"),
+        ("group maxima", r"group_maxima_kernel"),
+        ("threshold select", r"threshold_select_kernel"),
+        ("scores", r"score_kernel"),
+        ("sparse index", r"count_kernel|sparse_index_kernel"),
+        ("top-k", r"sort|top_?k|radix|raft|select_k"),
+    ),
+}
 
 
 def short_name(name: str) -> str:
@@ -29,15 +36,17 @@ def short_name(name: str) -> str:
 
 
 def groups_of(kernels: Sequence[Kernel], framework: str) -> list[str]:
-    """What each kernel of a call is for: the stages of the original; JAX's by their names.
+    """What each kernel of a call is for: the stages of the original, or of our pipelines.
 
     A sort right after a top-k is part of it: torch.topk sorts what it found.
     """
-    if framework == "jax":
-        return [short_name(kernel.name) for kernel in kernels]
     groups: list[str] = []
     for kernel in kernels:
-        found = (group for group, pattern in TORCH_GROUPS if pattern.search(kernel.name))
+        found = (
+            group
+            for group, pattern in PATTERNS[framework]
+            if re.search(pattern, kernel.name, re.IGNORECASE)
+        )
         group = next(found, "other")
         if group == "sort" and groups and groups[-1] == "top-k":
             group = "top-k"

@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import functools
 import json
+import re
 import shlex
 import sys
 
@@ -13,6 +14,7 @@ import pytest
 
 from benchmarks import (
     agreement,
+    build,
     ceilings,
     choice,
     clock,
@@ -224,17 +226,34 @@ def test_torch_kernels_are_grouped_by_stage_and_a_sort_after_top_k_is_part_of_it
     assert stages.groups_of(kernels, "torch") == list(stage_of.values())
 
 
-def test_jax_kernels_are_grouped_by_their_function():
-    names = ["score_kernel", "loop_add_fusion_2", "void cub::Sort<float, 4>(float*)"]
-    kernels = [Kernel(name, float(i), 1.0) for i, name in enumerate(names)]
-    assert stages.groups_of(kernels, "jax") == ["score_kernel", "loop_add_fusion", "cub::Sort"]
+def test_our_kernels_are_grouped_by_stage_and_whatever_xla_adds_is_other():
+    stage_of = {
+        "append_kernel_and_lookup_table_kernel": "append, look-up table",
+        "lookup_table_kernel": "append, look-up table",
+        "group_maxima_kernel": "group maxima",
+        "threshold_select_kernel": "threshold select",
+        "score_kernel": "scores",
+        "count_kernel": "sparse index",
+        "sparse_index_kernel": "sparse index",
+        "raft::matrix::detail::select::warpsort::block_kernel": "top-k",
+        "void cub::DeviceSegmentedRadixSortKernel<float, 4>(float*)": "top-k",
+        "loop_add_fusion_2": "other",
+    }
+    assert stages.groups_of(kernels_named(stage_of), "jax") == list(stage_of.values())
+    assert stages.short_name("loop_add_fusion_2") == "loop_add_fusion"
+
+
+@pytest.mark.parametrize("path", sorted((report.ROOT / "jax_indexer/kernels").glob("*.py")))
+def test_every_kernel_of_ours_has_a_stage(path):
+    names = re.findall(r"^def (\w+_kernel)\(", path.read_text(), flags=re.MULTILINE)
+    assert "other" not in stages.groups_of(kernels_named(names), "jax")
 
 
 def test_breakdown_adds_the_launches_of_a_call():
     calls = [[Kernel("a", 0.0, 1.0), Kernel("a", 1.0, 2.0), Kernel("b", 3.0, 5.0)]] * 3
     assert stages.breakdown(calls, "jax") == [
-        {"group": "b", "kernel": "b", "launches": 1.0, "us": 5.0},
-        {"group": "a", "kernel": "a", "launches": 2.0, "us": 3.0},
+        {"group": "other", "kernel": "b", "launches": 1.0, "us": 5.0},
+        {"group": "other", "kernel": "a", "launches": 2.0, "us": 3.0},
     ]
 
 
@@ -355,8 +374,8 @@ class BrokenStep(implementations.JaxStep):
 def test_a_wrong_output_fails_the_run_and_spares_the_other_rows(tmp_path, monkeypatch, capsys):
     for name, step in (("wrong", WrongStep), ("broken", BrokenStep)):
         known = implementations.IMPLEMENTATIONS["jax:xla"]
-        build = dataclasses.replace(known, name=f"jax:{name}", build=step)
-        monkeypatch.setitem(implementations.IMPLEMENTATIONS, f"jax:{name}", build)
+        changed = dataclasses.replace(known, name=f"jax:{name}", build=step)
+        monkeypatch.setitem(implementations.IMPLEMENTATIONS, changed.name, changed)
     output = tmp_path / "r.json"
     argv = ["run", "--quick", "--workload", "small", "--output", str(output), "--implementation"]
     assert main([*argv, "jax:wrong", "jax:broken", "torch:eager"]) == 1
@@ -640,7 +659,7 @@ README = f"# Title\n\nbefore\n\n{report.BEGIN}\nstale section\n{report.END}\n\na
 
 
 def stats(us):
-    return clock.summary([us * factor for factor in (0.9, 1.0, 1.0, 1.1)])
+    return clock.summary([us * factor for factor in (0.9, 1.0, 1.0, 1.1)] * 25)
 
 
 def gpu_row(workload, implementation, us, *, sweep=None):
@@ -684,7 +703,7 @@ def gpu_results(folder, *, device="NVIDIA H100", time="2026-01-02", us=20.0, fil
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """A project with a README, and no results yet."""
+    """A project with a README, and no committed results yet."""
     monkeypatch.setattr(report, "RESULTS", tmp_path)
     (tmp_path / "README.md").write_text(README)
     return tmp_path
@@ -714,9 +733,7 @@ def test_report_rewrites_its_section_of_the_readme_and_nothing_else(folder):
     for told in ("NVIDIA H100", "driver 1.2", "0123456789ab", "python -m benchmarks run`"):
         assert told in text
     summary = next(line for line in text.splitlines() if line.startswith("| `llama-32k`"))
-    assert "| 20.0 / 25.0 |" in summary
-    assert "| `torch:eager-graph` | 100 / 125 |" in summary
-    assert "| **5.0x** / **5.0x** | 160 / 200 | **8.0x** / **8.0x** |" in summary
+    assert "| 20.0 `top_k` | 1.10 | 100 `eager-graph` | **5.0x** | 160 | **8.0x** |" in summary
     assert "python -m benchmarks run --workload seed --implementation jax:top_k" in text
 
 
@@ -741,7 +758,7 @@ def test_the_latest_run_of_a_workload_counts(folder):
     gpu_results(folder, file="a.json", time="2026-01-02", us=20.0)
     assert run_report(folder) == 0
     text = (folder / "README.md").read_text()
-    assert "20.0 / 25.0" in text
+    assert "20.0 `top_k`" in text
     assert "77.0" not in text
 
 
@@ -754,7 +771,16 @@ def test_numbers_of_different_devices_are_not_compared(folder, capsys):
     assert "NVIDIA H100: a.json" in printed
     assert "NVIDIA H200: b.json" in printed
     assert (folder / "README.md").read_text() == README
-    assert run_report(folder, str(folder / "b.json")) == 0
+
+
+def test_results_that_are_named_are_shown_and_leave_the_readme_alone(folder, capsys):
+    gpu_results(folder)
+    own = folder / "own"
+    own.mkdir()
+    gpu_results(own, us=77.0)
+    assert run_report(folder, str(own / "a.json")) == 0
+    assert "77.0" in capsys.readouterr().out
+    assert (folder / "README.md").read_text() == README
 
 
 def test_a_readme_without_markers_is_refused(folder, capsys):
@@ -784,7 +810,7 @@ def test_results_of_a_cpu_are_reported_by_calls(folder, small_run):
     assert run_report(folder) == 0
     text = (folder / "README.md").read_text()
     assert "There was no GPU" in text
-    assert "| `small` | `jax:xla` |" in text
+    assert re.search(r"\| `small` \| [0-9.]+ `xla` \|", text)
     assert "floor" not in text.partition("</details>")[0]
 
 
@@ -803,6 +829,49 @@ def test_every_sweep_has_a_picture(folder, sweep):
     picture = folder / f"time-against-{sweep}.png"
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert f"(time-against-{sweep}.png)" in (folder / "README.md").read_text()
+
+
+def test_a_build_is_checked_timed_and_reported(folder, monkeypatch, capsys):
+    small = dataclasses.replace(SMALL["small"], name="seed", L=64, S=None)
+    monkeypatch.setitem(build.WORKLOADS, "seed", small)
+    argv = ["--workload", "seed", "--tokens", "128", "--output", str(folder / "build.json")]
+    assert build.main(argv) == 0
+    ours, original = rows_of(folder / "build.json")
+    assert ours["command"] == "python -m benchmarks.build --workload seed --tokens 128"
+    for row in (ours, original):
+        assert row["status"] == "ok"
+        assert row["shape"]["L"] == 128
+        assert row["call"]["count"] == build.CALLS
+        assert 0 < row["error"] < 1
+    assert ours["error"] == pytest.approx(original["error"], rel=0.3)  # other random starts
+    assert ours["memory_bytes"] > 0
+    assert "wall-clock times only" in capsys.readouterr().out
+    gpu_results(folder, device=machine.describe_machine()["device"])
+    assert run_report(folder) == 0
+    text = (folder / "README.md").read_text()
+    assert "| `seed` | `torch:indexer_first` |" in text
+    assert "python -m benchmarks.build --workload seed --tokens 128" in text
+
+
+def test_a_build_on_a_cpu_is_made_smaller_only_if_asked(capsys):
+    with pytest.raises(SystemExit):
+        build.main([])
+    assert "no NVIDIA GPU: give fewer tokens" in capsys.readouterr().err
+
+
+def test_codes_that_are_not_the_nearest_fail_a_build(folder, monkeypatch):
+    small = dataclasses.replace(SMALL["small"], name="seed", L=64, S=None)
+    monkeypatch.setitem(build.WORKLOADS, "seed", small)
+    monkeypatch.setattr(build, "WITH_ORIGINAL", ())
+    encode = build.oracle.encode
+    monkeypatch.setattr(
+        build.oracle, "encode", lambda *inputs: (encode(*inputs)[0] ^ 1, encode(*inputs)[1])
+    )
+    output = folder / "build.json"
+    assert build.main(["--workload", "seed", "--tokens", "128", "--output", str(output)]) == 1
+    (row,) = rows_of(output)
+    assert row["status"] == "failed"
+    assert "kv head 0, subspace 0, token" in row["reason"]
 
 
 def test_the_readme_shows_the_committed_results(capsys):
