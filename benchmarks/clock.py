@@ -68,10 +68,12 @@ def record_with_torch(run: Callable[[], None]) -> list[Kernel]:
         run()
         time.sleep(0.01)
     # The profiler's own records: its trace file says the same in a hundred times the time.
+    events = profiler.profiler.kineto_results.events()
+    events = [event for event in events if event.device_type() == DeviceType.CUDA]
+    first = min((event.start_ns() for event in events), default=0)
     return [
-        Kernel(event.name(), event.start_ns() / 1e3, event.duration_ns() / 1e3)
-        for event in profiler.profiler.kineto_results.events()
-        if event.device_type() == DeviceType.CUDA
+        Kernel(event.name(), (event.start_ns() - first) / 1e3, event.duration_ns() / 1e3)
+        for event in events
     ]
 
 

@@ -316,7 +316,7 @@ def turns(wanted: int, rounds: int, shortest: int = 1) -> list[int]:
     """How many calls of a row come in each round: fewer rounds rather than too short ones."""
     rounds = max(min(rounds, wanted // shortest), 1)
     each, more = divmod(wanted, rounds)
-    return [each + (turn < more) for turn in range(rounds)]
+    return [each + (turn < more) for turn in range(rounds)] if wanted else []
 
 
 def time_kernels(rows: Sequence[Row], clock: KernelClock, repetitions: Repetitions) -> None:

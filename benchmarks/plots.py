@@ -186,7 +186,7 @@ def draw_sweep(rows: Sequence[Row], sweep: str, path: Path) -> None:
     ax.set_xlabel(label)
     ax.set_ylabel(f"{_unit(rows)}, µs")
     ax.grid(alpha=0.3)
-    ax.legend()
+    figure.legend(loc="outside lower center", ncols=3, fontsize=9)
     _save(figure, path)
 
 

@@ -184,7 +184,7 @@ def test_torch_records_give_what_ran_on_the_device(monkeypatch):
     ran = []
     found = clock.record_with_torch(lambda: ran.append(1))
     assert ran == [1]
-    assert found == [Kernel("k", 1.0, 2.5), Kernel("Memcpy DtoD", 4.0, 1.0)]
+    assert found == [Kernel("k", 0.0, 2.5), Kernel("Memcpy DtoD", 3.0, 1.0)]
 
 
 def test_torch_keeps_the_records_that_are_read():
@@ -631,6 +631,12 @@ def test_an_interrupted_run_keeps_what_it_has_and_says_so(tmp_path, monkeypatch,
     assert (first["status"], second["status"]) == ("ok", "skipped")
     assert first["call"]["count"] == 8
     assert second["reason"] == "interrupted"
+
+
+def test_a_sweep_leaves_the_cold_cache_out():
+    row = measure.Row(SMALL["small"], implementations.IMPLEMENTATIONS["jax:top_k"], seconds=1e-3)
+    assert measure.kernel_turns(row, "cold", choice.SWEEP_REPETITIONS) == []
+    assert measure.kernel_turns(row, "warm", choice.SWEEP_REPETITIONS) == [50, 50]
 
 
 def test_ascending_scores_never_fall():

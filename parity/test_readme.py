@@ -1,7 +1,11 @@
 """The README's example runs as pasted."""
 
+import argparse
 import re
+import shlex
 from pathlib import Path
+
+from benchmarks import choice
 
 README = Path(__file__).parents[1] / "README.md"
 
@@ -20,3 +24,16 @@ def test_the_example_runs_as_pasted(capsys):
 def test_the_pictures_exist():
     for path in re.findall(r"!\[.*?\]\((.*?)\)", README.read_text()):
         assert (README.parent / path).is_file(), path
+
+
+def test_the_benchmark_commands_can_be_pasted():
+    parser = argparse.ArgumentParser()
+    choice.add_arguments(parser)
+    commands = re.findall(
+        r"^(?:\| `)?python -m benchmarks run(.*?)(?:`|$)", README.read_text(), re.M
+    )
+    assert len(commands) > 5
+    for command in commands:
+        arguments = parser.parse_args(shlex.split(command))
+        assert choice.chosen_points(arguments)
+        assert choice.chosen_implementations(arguments, gpu=True)
