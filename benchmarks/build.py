@@ -13,7 +13,6 @@ import json
 import sys
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -211,9 +210,10 @@ def measure(
         say(f"{w.name}: {name}")
         try:
             builder = build()
-            builder.call()
-            builder.wait()
-            row["error"] = check(w, key, builder)
+            for launch in (builder.call, builder.call_recorded):
+                launch()
+                builder.wait()
+                row["error"] = check(w, key, builder)
             row["compile_seconds"] = builder.compile_seconds
             row["memory_bytes"] = builder.memory_bytes
             row |= time_builder(builder, row["framework"], clock)
@@ -232,40 +232,50 @@ def chosen(arguments: argparse.Namespace) -> list[Workload]:
     return [dataclasses.replace(w, L=arguments.tokens, S=None) for w in workloads]
 
 
+def parsed(argv: Sequence[str]) -> argparse.Namespace:
+    """The command line; wrong usage exits with 2."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.build", description=__doc__)
+    parser.add_argument(
+        "--workload",
+        nargs="+",
+        choices=BUILT,
+        default=BUILT,
+        metavar="NAME",
+        help=f"default: {', '.join(BUILT)}",
+    )
+    parser.add_argument("--tokens", type=int, help="of each prompt, instead of the workload's")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="default: benchmarks/local/")
+    parser.add_argument("--commit", help="for a machine without the history; may end in -dirty")
+    arguments = parser.parse_args(argv)
+    if arguments.tokens is None and not machine.has_gpu():
+        parser.error("no NVIDIA GPU: give fewer tokens to build on the CPU, as in --tokens 2048")
+    return arguments
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line.
+    """Builds what the command line asks for and writes a results file.
 
     Returns:
       0, or 1 if anything failed.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.build", description=__doc__)
-    parser.add_argument("--workload", nargs="+", choices=BUILT, default=BUILT, metavar="NAME",
-                        help=f"default: {', '.join(BUILT)}")  # fmt: skip
-    parser.add_argument("--tokens", type=int, help="of each prompt, instead of the workload's")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="default: benchmarks/local/")
-    parser.add_argument("--commit", help="for a machine without the history; may end in -dirty")
-    arguments = parser.parse_args(argv)
-    arguments.argv = argv
+    arguments = parsed(argv)
     started = time.perf_counter()
     now = datetime.datetime.now(datetime.UTC)
     clock, failures = None, 0
-    if machine.has_gpu():
+    if not machine.has_gpu():
+        say("No NVIDIA GPU: wall-clock times only.")
+    else:
         try:
             clock = clocks.open_kernel_clock()
         except ClockError as error:
             failures += 1
             say(f"failed: no kernel times, since no profiler records this process: {error}")
-    elif arguments.tokens is None:
-        parser.error("no NVIDIA GPU: give fewer tokens to build on the CPU, as in --tokens 2048")
-    else:
-        say("No NVIDIA GPU: wall-clock times only.")
 
     workloads = chosen(arguments)
     options = "" if arguments.tokens is None else f" --tokens {arguments.tokens}"
-    with compilers() as pool:
-        programs = compiled(workloads, pool, clock is not None)
-        rows = [row for w in workloads for row in measure(w, programs, clock, options)]
+    programs = compiled(workloads, recorded=clock is not None)
+    rows = [row for w in workloads for row in measure(w, programs, clock, options)]
     results = {
         "kind": "build",
         "time": now.isoformat(timespec="seconds"),
@@ -286,12 +296,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 1 if failures else 0
 
 
-def compiled(
-    workloads: Sequence[Workload], pool: ThreadPoolExecutor, recorded: bool
-) -> dict[str, Program]:
-    """The program of each workload; all compile at the same time."""
-    forms = Forms(pool, recorded=recorded)
-    return {w.name: jax_program(w, forms) for w in workloads}
+def compiled(workloads: Sequence[Workload], *, recorded: bool) -> dict[str, Program]:
+    """The program of each workload, compiled side by side before anything is timed."""
+    with compilers() as pool:
+        forms = Forms(pool, recorded=recorded)
+        return {w.name: jax_program(w, forms) for w in workloads}
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ WARM_UPS = 3  # XLA records command buffers in the first calls.
 
 # Repetitions end where a measurement of one implementation would take longer than this; what is
 # so slow that FEWEST take longer has those.
-SECONDS_A_MEASUREMENT = 0.3
+SECONDS_A_MEASUREMENT = 0.2
 FEWEST = 5
 SHORTEST_STREAM = 10  # calls: with fewer in a row the lead takes too large a part
 
@@ -46,7 +46,7 @@ class Repetitions:
     """
 
     pipeline: int = 1000
-    warm: int = 100
+    warm: int = 50
     cold: int = 30
     calls: int = 50
     amortised: int = 200
