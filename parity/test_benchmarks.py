@@ -21,6 +21,7 @@ from benchmarks import (
     implementations,
     machine,
     measure,
+    plots,
     programs,
     report,
     run,
@@ -637,6 +638,25 @@ def test_a_sweep_leaves_the_cold_cache_out():
     row = measure.Row(SMALL["small"], implementations.IMPLEMENTATIONS["jax:top_k"], seconds=1e-3)
     assert measure.kernel_turns(row, "cold", choice.SWEEP_REPETITIONS) == []
     assert measure.kernel_turns(row, "warm", choice.SWEEP_REPETITIONS) == [50, 50]
+
+
+def test_a_sweep_with_a_kernel_clock_times_kernels_only(tmp_path, monkeypatch):
+    monkeypatch.setattr(machine, "has_gpu", lambda: True)
+    monkeypatch.setattr(run, "open_clock", lambda choice: (FakeClock(), CEILINGS, 0))
+    monkeypatch.setitem(choice.SWEEPS, "batch", [{"B": 1}, {"B": 2}])
+    output = tmp_path / "r.json"
+    argv = ["run", "--sweep", "batch", "--workload", "small-grouped", "--L", "200"]
+    argv += ["--implementation", "jax:xla", "torch:eager", "jax.lax.top_k"]
+    assert main([*argv, "--output", str(output)]) == 0
+    rows = rows_of(output)
+    assert [(row["shape"]["B"], row["sweep"]) for row in rows] == [(1, "batch")] * 3 + [
+        (2, "batch")
+    ] * 3
+    for row in rows:
+        assert row["status"] == "ok"
+        assert row["warm"]["median"] == 8.5
+        assert not row.keys() & {"cold", "call", "amortised", "in_jit"}
+    assert plots.pictures(report.load([output]))[-1].file == "time-against-batch.png"
 
 
 def test_ascending_scores_never_fall():
