@@ -26,8 +26,8 @@ from benchmarks.clock import ClockError, KernelClock, Stream, summary
 from benchmarks.implementations import TorchMemory
 from benchmarks.measure import say
 from benchmarks.programs import Forms, Program, compilers
-from benchmarks.report import build_table, show
 from benchmarks.run import LOCAL, repeatable_command, shape_of
+from benchmarks.tables import build_table, show
 from benchmarks.workloads import WORKLOADS, Workload
 from jax_indexer import PQIndex, build_index
 from parity import oracle

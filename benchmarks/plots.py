@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.report import (
+from benchmarks.tables import (
     Results,
     Row,
     by_workload,

@@ -27,7 +27,7 @@ from benchmarks.choice import (
 )
 from benchmarks.clock import ClockError, KernelClock
 from benchmarks.measure import Row, Settings, compile_programs, look_at_sizes, measure, say
-from benchmarks.report import Results, print_results
+from benchmarks.tables import Results, print_results
 from benchmarks.workloads import Workload
 
 __all__ = ["add_arguments", "run"]
