@@ -3,8 +3,9 @@
 import dataclasses
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 
@@ -112,9 +113,13 @@ class Reference:
 
 def _for_each_row(workload: Workload, function: Callable[[int, int, int], None]) -> None:
     """Calls function(b, t, n) for every query head, in threads; the first failed row raises."""
-    rows = list(np.ndindex(workload.B, workload.T, workload.N))
+    rows = np.ndindex(workload.B, workload.T, workload.N)
+    _for_each(rows, lambda row: function(*row))
+
+
+def _for_each(rows: Iterable[Any], function: Callable[[Any], None]) -> None:
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for _ in pool.map(lambda row: function(*row), rows):
+        for _ in pool.map(function, rows):
             pass
 
 
@@ -176,9 +181,13 @@ def check_top_k(scores: np.ndarray, values: np.ndarray, indices: np.ndarray) -> 
       AssertionError: naming the first row that is wrong.
     """
     k = values.shape[1]
-    for row, (score, value, index) in enumerate(zip(scores, values, indices, strict=True)):
+
+    def check(row: int) -> None:
+        score, value, index = scores[row], values[row], indices[row]
         wanted = np.sort(np.partition(score, len(score) - k)[-k:])
         if not np.array_equal(np.sort(value), wanted):
             raise AssertionError(f"row {row}: values differ from the {k} largest scores")
         if len(np.unique(index)) != k or not np.array_equal(score[index], value):
             raise AssertionError(f"row {row}: positions do not name {k} tokens with these scores")
+
+    _for_each(range(len(scores)), check)
