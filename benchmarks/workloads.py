@@ -241,6 +241,9 @@ WORKLOADS = {
         Workload(
             name="real", B=8, N=3, K=1, H=64, L=_spread(1024, 8192, 8), dtype="float16", sample=True
         ),
+        # The same context in a cache of its size and in one for a million tokens.
+        Workload(name="short", N=32, K=8, L=4096),
+        Workload(name="short-in-million", N=32, K=8, S=1048576, L=4096),
         Workload(name="ties", B=4, N=32, K=8, L=131072, scores="equal"),
         Workload(name="sorted", B=4, N=32, K=8, L=131072, scores="ascending"),
     )
