@@ -2,7 +2,7 @@
 
 from jax_indexer.attend import sparse_attention
 from jax_indexer.config import IndexerConfig
-from jax_indexer.index import PQIndex, append, build_index
+from jax_indexer.index import PQIndex, append, build_index, rebuild, rebuild_gain, reset
 from jax_indexer.select import Selection, indexer_next, select
 
 __all__ = [
@@ -12,6 +12,9 @@ __all__ = [
     "append",
     "build_index",
     "indexer_next",
+    "rebuild",
+    "rebuild_gain",
+    "reset",
     "select",
     "sparse_attention",
 ]

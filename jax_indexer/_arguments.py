@@ -12,6 +12,7 @@ from jax_indexer.config import FLOAT_DTYPES, IndexerConfig
 from jax_indexer.layout import KVLayout
 
 INT32 = (np.dtype(jnp.int32),)
+BOOL = (np.dtype(bool),)
 UINT8 = (np.dtype(jnp.uint8),)
 FLOAT32 = (np.dtype(jnp.float32),)
 

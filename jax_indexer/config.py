@@ -31,7 +31,9 @@ class IndexerConfig:
       metric: "euclidean", or "ip" for codebooks trained on keys augmented by one coordinate, which
         turns the largest inner product into the nearest neighbour. Scores are inner products of
         the H real dimensions for both.
-      kmeans_iters: Lloyd iterations of `build_index`.
+      kmeans_iters: the most Lloyd iterations of `build_index` and `rebuild`, which end earlier
+        where one changes nothing.
+      train_tokens: train on a strided sample of at most this many tokens of a row; None for all.
       table_dtype: float32, bfloat16 or float16: what look-up table entries are rounded to, once.
       cells: keep the state that the "cells" selector needs.
 
@@ -49,6 +51,7 @@ class IndexerConfig:
     init_offset: int | None = None
     metric: Metric = "euclidean"
     kmeans_iters: int = 10
+    train_tokens: int | None = None
     table_dtype: Any = jnp.float32
     cells: bool = False
 
@@ -67,6 +70,9 @@ class IndexerConfig:
         else:
             init_offset = _integer("init_offset", self.init_offset, 0, None)
         object.__setattr__(self, "init_offset", init_offset)
+        if self.train_tokens is not None:
+            train_tokens = _integer("train_tokens", self.train_tokens, 1, None)
+            object.__setattr__(self, "train_tokens", train_tokens)
         if not isinstance(self.metric, str) or self.metric not in get_args(Metric):
             raise ValueError(
                 f"metric: expected one of {get_args(Metric)}, got {self.metric!r}; "

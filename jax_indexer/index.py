@@ -1,4 +1,4 @@
-"""PQIndex, the state of the indexer, and what makes it and makes it grow."""
+"""PQIndex, the state of the indexer, and its life: built, grown, trained again, started again."""
 
 import dataclasses
 import functools
@@ -13,7 +13,7 @@ from jax_indexer import _arguments, kmeans, reference
 from jax_indexer.config import IndexerConfig
 from jax_indexer.kernels import append as kernels
 from jax_indexer.kernels import backend
-from jax_indexer.layout import KVLayout, head_major, subvectors, token_axis
+from jax_indexer.layout import KVLayout, head_major, token_axis
 
 
 @jax.tree_util.register_dataclass
@@ -51,9 +51,9 @@ def build_index(
     """Trains codebooks on the keys of a prompt and encodes all of them.
 
     Codebooks are trained by k-means for every (batch row, kv head, subspace) on the tokens in
-    [init_offset, lengths[b]), and are float32. A subvector that is not finite, or whose squared
-    norm is not, is not trained on; one that is not finite gets code 0. A row with fewer trainable
-    keys than centroids uses these, repeated.
+    [init_offset, lengths[b]), or on a sample of `config.train_tokens` of them, and are float32. A
+    subvector that is not finite, or whose squared norm is not, is not trained on; one that is not
+    finite gets code 0. A row with fewer trainable keys than centroids uses these, repeated.
 
     Args:
       key: [B, S, K, H] ("BSKH") or [B, K, S, H] ("BKSH"), float32, bfloat16 or float16: the cache
@@ -77,11 +77,105 @@ def build_index(
     _arguments.check_key("key", key, "S", kv_layout, sizes)
     _arguments.check_subspaces("key", config, sizes)
     _arguments.check_array("lengths", lengths, "B", sizes, _arguments.INT32)
-    if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or not 0 <= seed < 2**32:
-        raise ValueError(f"seed: expected an int in 0..2**32 - 1, got {seed!r}; use seed=0")
+    _check_seed(seed)
     if config.cells:
         raise NotImplementedError('config.cells: the "cells" selector is not there yet')
     return _build(key, lengths, np.uint32(seed), config=config, kv_layout=kv_layout)
+
+
+def rebuild(
+    index: PQIndex,
+    key: Array,
+    config: IndexerConfig,
+    rows: Array,
+    *,
+    lengths: Array | None = None,
+    seed: int = 0,
+    kv_layout: KVLayout = "BSKH",
+) -> PQIndex:
+    """Trains new codebooks for some rows and encodes their tokens again; nothing else changes.
+
+    For between decode steps: when a short prompt has grown, when the keys have drifted away from
+    the codebooks (`rebuild_gain` tells), or, with `lengths`, to put a new prompt into a row. A row
+    so built equals what `build_index` makes of it, bit for bit.
+
+    Args:
+      index: the index; donate it to have it updated in place.
+      key: [B, S, K, H] ("BSKH") or [B, K, S, H] ("BKSH"), the cache; of rows that are not rebuilt
+        it may hold anything.
+      config: what the index was built with.
+      rows: bool[B], the rows to rebuild. The others cost little.
+      lengths: int32[B], the tokens these rows have from now on, clipped to 0..S; None for those
+        they have.
+      seed: of the random numbers.
+      kv_layout: order of the token and head axes of `key`.
+
+    Returns:
+      A PQIndex of the same shapes.
+
+    Raises:
+      ValueError: for arguments of wrong type, shape or dtype.
+
+    Source: CONTRACT.md, section 4.
+    """
+    sizes = _check_with_cache(index, key, config, kv_layout)
+    _arguments.check_array("rows", rows, "B", sizes, _arguments.BOOL)
+    if lengths is None:
+        lengths = index.lengths
+    else:
+        _arguments.check_array("lengths", lengths, "B", sizes, _arguments.INT32)
+    _check_seed(seed)
+    return _rebuild(index, key, lengths, rows, np.uint32(seed), config=config, kv_layout=kv_layout)
+
+
+def rebuild_gain(
+    index: PQIndex, key: Array, config: IndexerConfig, *, kv_layout: KVLayout = "BSKH"
+) -> Array:
+    """Says which rows `rebuild` would help: the share of their error that a first step removes.
+
+    The squared quantization error of the trainable keys, less what it is when every centroid moves
+    to the mean of the keys nearest to it, over that error. It is near 0 after training and grows
+    with tokens that the codebooks do not fit. One k-means iteration over the cache, or over
+    `config.train_tokens` tokens of it, is what it costs.
+
+    Args:
+      index: the index.
+      key: [B, S, K, H] ("BSKH") or [B, K, S, H] ("BKSH"), the cache.
+      config: what the index was built with.
+      kv_layout: order of the token and head axes of `key`.
+
+    Returns:
+      float32[B], in 0..1; 0 for rows without an error.
+
+    Raises:
+      ValueError: for arguments of wrong type, shape or dtype.
+
+    Source: CONTRACT.md, section 4.
+    """
+    _check_with_cache(index, key, config, kv_layout)
+    return _rebuild_gain(index, key, config=config, kv_layout=kv_layout)
+
+
+def reset(index: PQIndex, rows: Array) -> PQIndex:
+    """Empties some rows: their length becomes 0, and their codebooks stay until rebuilt.
+
+    Args:
+      index: the index.
+      rows: bool[B], the rows to empty.
+
+    Returns:
+      A PQIndex of the same shapes.
+
+    Raises:
+      ValueError: for arguments of wrong type, shape or dtype.
+
+    Source: CONTRACT.md, section 4.
+    """
+    _check_type(index)
+    sizes: dict[str, int] = {}
+    _arguments.check_array("index.lengths", index.lengths, "B", sizes, _arguments.INT32)
+    _arguments.check_array("rows", rows, "B", sizes, _arguments.BOOL)
+    return dataclasses.replace(index, lengths=jnp.where(rows, 0, index.lengths))
 
 
 def append(
@@ -125,20 +219,44 @@ def check_append(index, key_new, config, counts, kv_layout) -> dict[str, int]:
     check_index(index, config, sizes)
     if counts is not None:
         _arguments.check_array("counts", counts, "B", sizes, _arguments.INT32)
+    _check_phi(index, config)
+    return sizes
+
+
+def _check_with_cache(index, key, config, kv_layout) -> dict[str, int]:
+    """Checks an index and the cache it is of; returns the sizes of the axes."""
+    _arguments.check_config(config)
+    sizes: dict[str, int] = {}
+    _arguments.check_key("key", key, "S", kv_layout, sizes)
+    _arguments.check_subspaces("key", config, sizes)
+    check_index(index, config, sizes)
+    _check_phi(index, config)
+    return sizes
+
+
+def _check_phi(index: PQIndex, config: IndexerConfig) -> None:
     if config.metric == "ip" and index.phi is None:
         raise ValueError(
             'index.phi: expected float32[B, K, M] for metric="ip", got None; '
             "build the index with build_index, or pass phi=..."
         )
-    return sizes
 
 
-def check_index(index: Any, config: IndexerConfig, sizes: dict[str, int]) -> None:
-    """Checks the arrays of a PQIndex against the config and the head dimension H in `sizes`."""
+def _check_seed(seed: Any) -> None:
+    if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or not 0 <= seed < 2**32:
+        raise ValueError(f"seed: expected an int in 0..2**32 - 1, got {seed!r}; use seed=0")
+
+
+def _check_type(index: Any) -> None:
     if not isinstance(index, PQIndex):
         raise ValueError(
             f"index: expected a PQIndex, got {type(index).__name__}; make one with build_index"
         )
+
+
+def check_index(index: Any, config: IndexerConfig, sizes: dict[str, int]) -> None:
+    """Checks the arrays of a PQIndex against the config and the head dimension H in `sizes`."""
+    _check_type(index)
     augmented = config.metric == "ip"
     sizes |= {
         "M": config.num_subspaces,
@@ -169,39 +287,61 @@ def check_index(index: Any, config: IndexerConfig, sizes: dict[str, int]) -> Non
 def _build(
     key: Array, lengths: Array, seed: Array, *, config: IndexerConfig, kv_layout: KVLayout
 ) -> PQIndex:
-    key = head_major(key, kv_layout)
-    batch, kv_heads, capacity = key.shape[:3]
-    lengths = jnp.clip(lengths, 0, capacity)
-    position = jnp.arange(capacity, dtype=jnp.int32)
-
-    def train_row(row: tuple[Array, Array]) -> tuple[Array, Array]:
-        key, length = row
-        parts = jnp.moveaxis(subvectors(key.astype(jnp.float32), config.num_subspaces), 2, 1)
-        wanted = (position >= config.first_trained) & (position < length)
-        trainable = wanted & jnp.isfinite(jnp.sum(parts * parts, axis=-1))
-        parts = jnp.where(trainable[..., None], parts, 0)
-        phi = jnp.max(jnp.sum(parts * parts, axis=-1), axis=-1)
-        if config.metric == "ip":
-            parts = reference.augment(parts, phi[..., None])
-        codebooks = kmeans.train_codebooks(
-            parts,
-            trainable,
-            length,
-            seed,
-            num_centroids=config.num_centroids,
-            iterations=config.kmeans_iters,
-        )
-        return codebooks, phi
-
-    # Row by row, which bounds memory and keeps a row's bits from depending on the batch.
-    codebooks, phi = lax.map(train_row, (key, lengths))
-    index = PQIndex(
-        codebooks=codebooks,
-        codes=jnp.zeros((batch, kv_heads, config.num_subspaces, capacity), jnp.uint8),
-        lengths=jnp.zeros_like(lengths),
-        phi=phi if config.metric == "ip" else None,
+    batch, capacity = key.shape[0], key.shape[token_axis(kv_layout)]
+    kv_heads, augmented = head_major(key, kv_layout).shape[1], config.metric == "ip"
+    of_subspaces = (batch, kv_heads, config.num_subspaces)
+    size = key.shape[-1] // config.num_subspaces + augmented
+    empty = PQIndex(
+        codebooks=jnp.zeros((*of_subspaces, config.num_centroids, size), jnp.float32),
+        codes=jnp.zeros((*of_subspaces, capacity), jnp.uint8),
+        lengths=jnp.zeros(batch, jnp.int32),
+        phi=jnp.zeros(of_subspaces, jnp.float32) if augmented else None,
     )
-    return _append(index, key, lengths, config=config, kv_layout="BKSH")
+    every_row = jnp.ones(batch, bool)
+    return _rebuild(empty, key, lengths, every_row, seed, config=config, kv_layout=kv_layout)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "kv_layout"))
+def _rebuild(
+    index: PQIndex,
+    key: Array,
+    lengths: Array,
+    rows: Array,
+    seed: Array,
+    *,
+    config: IndexerConfig,
+    kv_layout: KVLayout,
+) -> PQIndex:
+    key, index = lax.stop_gradient((key, index))
+    # The other rows have no token to train on and none to encode.
+    lengths = jnp.where(rows, jnp.clip(lengths, 0, index.codes.shape[-1]), 0)
+    keys = kmeans.training_set(key, lengths, config, kv_layout)
+    trained = kmeans.train(keys, lengths, seed, config, kv_layout)
+
+    codebooks = jnp.where(
+        jnp.expand_dims(rows, (1, 2, 3, 4)),
+        trained.astype(index.codebooks.dtype),
+        index.codebooks,
+    )
+    phi = index.phi
+    if phi is not None and keys.phi is not None:
+        phi = jnp.where(jnp.expand_dims(rows, (1, 2)), keys.phi, phi)
+    started = dataclasses.replace(
+        index, codebooks=codebooks, phi=phi, lengths=jnp.where(rows, 0, index.lengths)
+    )
+    return _append(started, key, lengths, config=config, kv_layout=kv_layout)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "kv_layout"))
+def _rebuild_gain(
+    index: PQIndex, key: Array, *, config: IndexerConfig, kv_layout: KVLayout
+) -> Array:
+    key, index = lax.stop_gradient((key, index))
+    lengths = jnp.clip(index.lengths, 0, index.codes.shape[-1])
+    keys = kmeans.training_set(key, lengths, config, kv_layout)
+    if config.metric == "ip":  # distances are to the centroids as they were trained
+        keys = keys._replace(phi=index.phi)
+    return kmeans.first_step_gain(keys, index.codebooks.astype(jnp.float32), kv_layout)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "kv_layout"))
@@ -222,7 +362,7 @@ def _append(
 
     def xla(key_new, index, phi, start, taken):
         new = reference.encode_tokens(
-            head_major(key_new, kv_layout), index.codebooks, phi, config.metric
+            head_major(key_new, kv_layout), index.codebooks, phi, taken, config.metric
         )
         return reference.write_codes(index.codes, new, start, taken)
 
@@ -232,9 +372,5 @@ def _append(
         )
 
     phi = index.phi if config.metric == "ip" else None
-    arguments = (key_new, index, phi, start, taken)
-    if backend.unaddressable(*jax.tree.leaves(arguments)):
-        codes = xla(*arguments)
-    else:
-        codes = lax.platform_dependent(*arguments, cuda=triton, default=xla)
+    codes = backend.dispatch(xla, triton, key_new, index, phi, start, taken)
     return dataclasses.replace(index, codes=codes, lengths=lengths)

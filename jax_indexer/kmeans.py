@@ -1,107 +1,244 @@
-"""Codebook training: k-means over the subvectors of one batch row, every subspace at once."""
+"""Codebook training: k-means over subvectors, for all rows, kv heads and subspaces at once."""
 
-import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array, lax
 from jaxtyping import Bool, Float, Int32, UInt32
 
-# Distances held at once: chunks of tokens are cut so that no more than this many exist.
-DISTANCES_IN_MEMORY = 2**24
+from jax_indexer import reference
+from jax_indexer.config import IndexerConfig
+from jax_indexer.kernels import backend
+from jax_indexer.kernels import centroid_sums as kernels
+from jax_indexer.layout import KVLayout, subvectors, token_axis
+
+# Tokens counted at once to find the n-th trainable one; their number fits into a uint8.
+COUNTED_TOKENS = 128
 
 
-def train_codebooks(
-    parts: Float[Array, "K M S D_"],
-    trainable: Bool[Array, "K M S"],
-    length: Int32[Array, ""],
-    seed: UInt32[Array, ""],
-    *,
-    num_centroids: int,
-    iterations: int,
-) -> Float[Array, "K M C D_"]:
-    """Lloyd's algorithm from randomly chosen keys, one codebook a (kv head, subspace).
+class TrainingSet(NamedTuple):
+    """The keys that codebooks are trained on, where they lie.
 
-    Random numbers depend on (seed, kv head, subspace, length) and the token's position only: not
-    on the row's place in a batch, nor on the capacity S. A cluster left empty takes up a random
-    trainable key. With fewer trainable keys than centroids those keys,
-    in their order and repeated, are the codebook; with none it is zero.
+    Attributes:
+      key: [B, S, K, H] ("BSKH") or [B, K, S, H] ("BKSH"): the cache, or a sample of it.
+      trainable: which subvectors count: finite ones of the row's tokens from `init_offset` on.
+      stop: tokens of each row behind which none is trainable.
+      phi: for the inner-product metric the largest squared norm of a trainable subvector, else
+        None.
+    """
+
+    key: Float[Array, "B _ _ H"]
+    trainable: Bool[Array, "B K M S"]
+    stop: Int32[Array, "B"]
+    phi: Float[Array, "B K M"] | None
+
+
+def training_set(
+    key: Float[Array, "B _ _ H"],
+    lengths: Int32[Array, "B"],
+    config: IndexerConfig,
+    kv_layout: KVLayout,
+) -> TrainingSet:
+    """Which keys to train on: those in [init_offset, lengths[b]), or a strided sample of them.
 
     Args:
-      parts: float32 subvectors, augmented for the inner-product metric, zero where not trainable.
-      trainable: which of them to train on.
-      length: tokens in the row.
-      seed: of the random numbers.
-      num_centroids: C.
-      iterations: assignments and updates, none for the starting points themselves.
+      key: [B, S, K, H] ("BSKH") or [B, K, S, H] ("BKSH").
+      lengths: tokens in each row, in 0..S.
+      config: `init_offset`, `train_tokens` and `metric` count.
+      kv_layout: of `key`.
 
     Returns:
-      float32 centroids.
+      A TrainingSet without `phi`, which `train` finds.
     """
-    kv_heads, num_subspaces, capacity, _ = parts.shape
+    axis, first = token_axis(kv_layout), config.first_trained
+    sample = config.train_tokens
+    if sample is None or sample >= key.shape[axis] - first:
+        position = jnp.arange(key.shape[axis], dtype=jnp.int32)
+        exists = (position >= first) & (position < lengths[:, None])
+        stop = lengths
+    else:
+        count = jnp.maximum(lengths - first, 0)
+        stride = jnp.maximum((count + sample - 1) // sample, 1)
+        stop = (count + stride - 1) // stride
+        position = jnp.arange(sample, dtype=jnp.int32)
+        exists = position < stop[:, None]
+        taken = jnp.where(exists, first + position * stride[:, None], 0)
+        taken = taken[:, :, None, None] if kv_layout == "BSKH" else taken[:, None, :, None]
+        key = jnp.take_along_axis(key, taken, axis=axis)
 
-    def generator(kv_head, subspace):
-        key = jax.random.key(seed)
-        for number in (kv_head, subspace, length):
-            key = jax.random.fold_in(key, number)
-        return key
+    def inspect(row) -> tuple[Bool[Array, "K M S"], Float[Array, "K M"]]:
+        key, exists = row
+        parts = subvectors(key.astype(jnp.float32), config.num_subspaces)
+        norms = jnp.moveaxis(jnp.sum(parts * parts, axis=-1), axis - 1, -1)
+        trainable = exists & jnp.isfinite(norms)
+        return trainable, jnp.max(jnp.where(trainable, norms, 0), axis=-1)
 
-    generators = jax.vmap(jax.vmap(generator, (None, 0)), (0, None))(
-        jnp.arange(kv_heads), jnp.arange(num_subspaces)
+    # Row by row, which keeps a row's bits from depending on the batch.
+    trainable, phi = lax.map(inspect, (key, exists))
+    return TrainingSet(key, trainable, stop, phi if config.metric == "ip" else None)
+
+
+def train(
+    keys: TrainingSet,
+    lengths: Int32[Array, "B"],
+    seed: UInt32[Array, ""],
+    config: IndexerConfig,
+    kv_layout: KVLayout,
+) -> Float[Array, "B K M C D_"]:
+    """Lloyd's algorithm from keys drawn evenly over the context, one codebook a subspace.
+
+    Random numbers depend on (seed, kv head, subspace, length) only: not on the row's place in a
+    batch, nor on the capacity. Iterations end for a codebook when one changes nothing. A cluster
+    left empty takes up a random trainable key. With fewer trainable keys than centroids those
+    keys, in their order and repeated, are the codebook; with none it is zero.
+
+    Args:
+      keys: what to train on.
+      lengths: tokens in each row.
+      seed: of the random numbers.
+      config: `num_bits` and `kmeans_iters` count.
+      kv_layout: of the keys.
+
+    Returns:
+      float32 centroids, augmented for the inner-product metric.
+    """
+    num_centroids = config.num_centroids
+    count = jnp.sum(keys.trainable, axis=-1, dtype=jnp.int32)  # [B, K, M]
+    rank = _draw_ranks(count, lengths, seed, num_centroids)
+    drawn = _subvectors_at(keys, _nth_trainable(keys.trainable, rank), kv_layout)
+    start = jnp.where((count > 0)[..., None, None], drawn[..., :num_centroids, :], 0)
+    spare = drawn[..., num_centroids:, :]
+
+    def update(state):
+        iteration, centroids, moving = state
+        stop = jnp.where(moving, keys.stop[:, None, None], 0)
+        sums = centroid_sums(keys, centroids, stop, kv_layout)
+        sizes = sums[..., -1:]
+        another = jnp.take(spare, (jnp.arange(num_centroids) + iteration) % num_centroids, axis=-2)
+        new = jnp.where(sizes > 0, sums[..., :-1] / jnp.maximum(sizes, 1), another)
+        new = jnp.where(moving[..., None, None], new, centroids)
+        return iteration + 1, new, jnp.any(new != centroids, axis=(-2, -1))
+
+    def is_moving(state):
+        iteration, _, moving = state
+        return (iteration < config.kmeans_iters) & jnp.any(moving)
+
+    _, centroids, _ = lax.while_loop(is_moving, update, (0, start, count >= num_centroids))
+    return centroids
+
+
+def centroid_sums(
+    keys: TrainingSet,
+    centroids: Float[Array, "B K M C D_"],
+    stop: Int32[Array, "B K M"],
+    kv_layout: KVLayout,
+) -> Float[Array, "B K M C E"]:
+    """`reference.centroid_sums` by what the platform has for it."""
+    dimensions = keys.key.shape[-1] // centroids.shape[2]
+    arguments = (keys.key, keys.trainable, centroids, keys.phi, stop)
+
+    def xla(*arguments):
+        return reference.centroid_sums(*arguments, kv_layout=kv_layout)
+
+    def triton(*arguments):
+        return kernels.centroid_sums(*arguments, kv_layout=kv_layout)
+
+    if kernels.unsupported(centroids.shape[3], dimensions):
+        return xla(*arguments)
+    return backend.dispatch(xla, triton, *arguments)
+
+
+def first_step_gain(
+    keys: TrainingSet, centroids: Float[Array, "B K M C D_"], kv_layout: KVLayout
+) -> Float[Array, "B"]:
+    """The share of each row's quantization error that one iteration from these centroids removes.
+
+    Args:
+      keys: the keys whose error it is.
+      centroids: float32, augmented for the inner-product metric.
+      kv_layout: of the keys.
+
+    Returns:
+      A number in 0..1; 0 where the error is below the rounding of the keys' variance.
+    """
+    stop = jnp.broadcast_to(keys.stop[:, None, None], centroids.shape[:3])
+    sums = centroid_sums(keys, centroids, stop, kv_layout)
+    sums, sizes = sums[..., :-1], sums[..., -1:]
+    means = sums / jnp.maximum(sizes, 1)
+    mean = jnp.sum(sums, axis=-2, keepdims=True) / jnp.maximum(
+        jnp.sum(sizes, axis=-2, keepdims=True), 1
     )
-    per_step = DISTANCES_IN_MEMORY // (kv_heads * num_subspaces * num_centroids)
-    chunk = min(max(per_step, 256), capacity)
-    train = functools.partial(
-        _train_one, num_centroids=num_centroids, iterations=iterations, chunk=chunk
-    )
-    return jax.vmap(jax.vmap(train))(parts, trainable, generators)
+    parts = subvectors(keys.key.astype(jnp.float32), centroids.shape[2])
+    parts = jnp.moveaxis(parts, token_axis(kv_layout), -2)  # [B, K, M, S, D]
+    if keys.phi is not None:
+        parts = reference.augment(parts, keys.phi[..., None])
+    distances = jnp.where(keys.trainable[..., None], jnp.square(parts - mean), 0)
+
+    def over_row(x):
+        return jnp.sum(x, axis=(1, 2, 3, 4))
+
+    variance = over_row(distances)
+    left = variance - over_row(sizes * jnp.square(means - mean))
+    removed = over_row(sizes * jnp.square(means - centroids))
+    least = 1e-5 * variance
+    return jnp.where(removed + left > least, removed / (removed + jnp.maximum(left, least)), 0)
 
 
-def _train_one(
-    parts: Float[Array, "S D_"],
-    trainable: Bool[Array, "S"],
-    generator: Array,
-    *,
-    num_centroids: int,
-    iterations: int,
-    chunk: int,
-) -> Float[Array, "C D_"]:
-    capacity = parts.shape[0]
-    count = jnp.sum(trainable, dtype=jnp.int32)
-    few = count < num_centroids
+def _draw_ranks(
+    count: Int32[Array, "B K M"], lengths: Int32[Array, "B"], seed: UInt32[Array, ""], number: int
+) -> Int32[Array, "B K M R"]:
+    """Twice `number` ranks of trainable keys, each `number` one from every equal share of them.
 
-    # A random order of the trainable tokens (their own order where all are used): the first C are
-    # the starting points, the next C stand in for clusters that become empty.
-    shuffled = jax.random.uniform(generator, (capacity,))
-    by_position = -jnp.arange(capacity, dtype=jnp.float32)
-    priority = jnp.where(trainable, jnp.where(few, by_position, shuffled), -jnp.inf)
-    _, order = lax.top_k(priority, min(2 * num_centroids, capacity))
-    usable = jnp.clip(count, 1, len(order))
+    So the first keys drawn are distinct. Where there are fewer keys, all of them over and over.
+    """
 
-    def drawn(first):
-        return parts[order[(first + jnp.arange(num_centroids)) % usable]]
+    _, kv_heads, num_subspaces = count.shape
 
-    start = jnp.where(count > 0, drawn(0), 0)
+    def uniform(length):
+        key = jax.random.fold_in(jax.random.key(seed), length)
+        return jax.random.uniform(key, (kv_heads, num_subspaces, 2, number))
 
-    padding = -capacity % chunk
-    chunks = jnp.pad(parts, ((0, padding), (0, 0))).reshape(-1, chunk, parts.shape[1])
-    weights = jnp.pad(trainable, (0, padding)).astype(jnp.float32).reshape(-1, chunk)
-    highest = lax.Precision.HIGHEST
+    fractions = jax.vmap(uniform)(lengths)
+    share = jnp.arange(number, dtype=jnp.int32)
+    count = count[..., None]
+    # Integers: a float32 does not count the tokens of a long context.
+    begin = share * (count // number) + share * (count % number) // number
+    end = (share + 1) * (count // number) + (share + 1) * (count % number) // number
+    width = (end - begin)[..., None, :]
+    within = (fractions * width.astype(jnp.float32)).astype(jnp.int32)
+    spread = begin[..., None, :] + jnp.minimum(within, width - 1)
+    all_keys = share % jnp.maximum(count, 1)
+    rank = jnp.where((count < number)[..., None, :], all_keys[..., None, :], spread)
+    return rank.reshape(*rank.shape[:3], 2 * number)
 
-    def lloyd(iteration, centroids):
-        half_norms = jnp.sum(centroids * centroids, axis=1) / 2
 
-        def assign(batch):
-            x, weight = batch
-            nearest = jnp.argmax(jnp.dot(x, centroids.T, precision=highest) - half_norms, axis=1)
-            member = nearest[:, None] == np.arange(num_centroids)
-            member = jnp.where(member, weight[:, None], 0)
-            return jnp.dot(member.T, x, precision=highest), jnp.sum(member, axis=0)
+def _nth_trainable(
+    trainable: Bool[Array, "B K M S"], rank: Int32[Array, "B K M R"]
+) -> Int32[Array, "B K M R"]:
+    """Positions of the trainable keys of these ranks, in two steps: by block, then within it."""
 
-        sums, sizes = (jnp.sum(x, axis=0) for x in lax.map(assign, (chunks, weights)))
-        means = sums / jnp.maximum(sizes, 1)[:, None]
-        return jnp.where(sizes[:, None] > 0, means, drawn(num_centroids + iteration))
+    def find(trainable: Bool[Array, "S"], rank: Int32[Array, "R"]) -> Int32[Array, "R"]:
+        blocks = jnp.pad(trainable, (0, -len(trainable) % COUNTED_TOKENS))
+        blocks = blocks.reshape(-1, COUNTED_TOKENS)
+        sizes = jnp.sum(blocks, axis=1, dtype=jnp.int32)
+        ends = jnp.cumsum(sizes)
+        block = jnp.minimum(jnp.searchsorted(ends, rank, side="right"), len(ends) - 1)
+        before = rank - (ends - sizes)[block]
+        so_far = jnp.cumsum(blocks[block], axis=1, dtype=jnp.uint8)
+        within = jnp.sum(so_far.astype(jnp.int32) <= before[:, None], axis=1, dtype=jnp.int32)
+        return jnp.minimum(block * COUNTED_TOKENS + within, len(trainable) - 1).astype(jnp.int32)
 
-    trained = lax.fori_loop(0, iterations, lloyd, start)
-    return jnp.where(few, start, trained)
+    return jax.vmap(jax.vmap(jax.vmap(find)))(trainable, rank)
+
+
+def _subvectors_at(
+    keys: TrainingSet, position: Int32[Array, "B K M R"], kv_layout: KVLayout
+) -> Float[Array, "B K M R D_"]:
+    batch, kv_heads, num_subspaces, _ = position.shape
+    parts = subvectors(keys.key, num_subspaces)
+    b, k, m = jnp.ogrid[:batch, :kv_heads, :num_subspaces]
+    b, k, m = b[..., None], k[..., None], m[..., None]
+    at = (b, position, k, m) if kv_layout == "BSKH" else (b, k, position, m)
+    taken = parts[at].astype(jnp.float32)
+    return taken if keys.phi is None else reference.augment(taken, keys.phi[..., None])

@@ -10,9 +10,9 @@ from jax import Array, lax
 from jaxtyping import Bool, Float, Int32, UInt8
 
 from jax_indexer.config import IndexerConfig, Metric
-from jax_indexer.layout import KVLayout, by_kv_head, by_query_head, subvectors
+from jax_indexer.layout import KVLayout, by_kv_head, by_query_head, subvectors, token_axis
 
-# Tokens encoded at once, in distances held in memory (tokens times K * M * C).
+# Tokens encoded or assigned at once, in distances held in memory (tokens times K * M * C).
 DISTANCES_IN_MEMORY = 2**22
 
 # Of the ordered integers that stand for scores: what is no candidate, then NaN, then -inf.
@@ -218,9 +218,13 @@ def encode_tokens(
     key: Float[Array, "B K t H"],
     codebooks: Float[Array, "B K M C D_"],
     phi: Float[Array, "B K M"] | None,
+    taken: Int32[Array, "B"],
     metric: Metric,
 ) -> UInt8[Array, "B K M t"]:
-    """Codes of all the tokens of a batch, in chunks that bound the distances held in memory."""
+    """Codes of each row's tokens, in chunks that bound the distances held in memory.
+
+    Of a row that takes none of several new tokens nothing is encoded, and its codes mean nothing.
+    """
     kv_heads, tokens = key.shape[1:3]
     num_subspaces, num_centroids = codebooks.shape[2:4]
 
@@ -242,7 +246,81 @@ def encode_tokens(
 
     if tokens == 1:  # a decode step: all rows at once
         return jax.vmap(lambda *row: encode_row(row))(key, codebooks, phi)
-    return lax.map(encode_row, (key, codebooks, phi))
+
+    def none(row) -> UInt8[Array, "K M t"]:
+        return jnp.zeros_like(row[1], np.uint8, shape=(kv_heads, num_subspaces, tokens))
+
+    def wanted(row):
+        taken, *row = row
+        return lax.cond(taken > 0, encode_row, none, tuple(row))
+
+    return lax.map(wanted, (taken, key, codebooks, phi))
+
+
+def centroid_sums(
+    key: Float[Array, "B _ _ H"],
+    trainable: Bool[Array, "B K M S"],
+    centroids: Float[Array, "B K M C D_"],
+    phi: Float[Array, "B K M"] | None,
+    stop: Int32[Array, "B K M"],
+    kv_layout: KVLayout,
+) -> Float[Array, "B K M C E"]:
+    """One pass of k-means: assigns trainable subvectors to centroids and sums each one's members.
+
+    Distances are matrix products, |c|^2 / 2 - x.c, in chunks of tokens.
+
+    Args:
+      key: [B, S, K, H] ("BSKH") or [B, K, S, H] ("BKSH").
+      trainable: which subvectors count.
+      centroids: float32, augmented for the inner-product metric.
+      phi: largest squared norm of a training subvector, for the inner-product metric, else None.
+      stop: 0 for codebooks whose sums are not wanted; a row without any is skipped.
+      kv_layout: of `key`.
+
+    Returns:
+      Sums of the members of every cluster and, in the last column, their number.
+    """
+    _, kv_heads, num_subspaces, capacity = trainable.shape
+    num_centroids = centroids.shape[3]
+    chunk = max(DISTANCES_IN_MEMORY // (kv_heads * num_subspaces * num_centroids), 64)
+    chunk = min(chunk, capacity)
+    axis = token_axis(kv_layout) - 1
+    highest = lax.Precision.HIGHEST
+
+    def sum_row(row) -> Float[Array, "K M C E"]:
+        key, trainable, centroids, phi, _ = row
+        bias = jnp.sum(centroids * centroids, axis=-1) / 2
+
+        def sum_chunk(first):
+            start = jnp.minimum(first, capacity - chunk)  # the last chunk may overlap
+            parts = lax.dynamic_slice_in_dim(key, start, chunk, axis).astype(jnp.float32)
+            parts = subvectors(parts, num_subspaces)
+            parts = jnp.moveaxis(parts, axis, 2)  # [K, M, n, D]
+            counts = lax.dynamic_slice_in_dim(trainable, start, chunk, 2)
+            counts &= start + jnp.arange(chunk, dtype=jnp.int32) >= first
+            parts = jnp.where(counts[..., None], parts, 0)
+            if phi is not None:
+                parts = augment(parts, phi[..., None])
+            scores = jnp.einsum("kmnd,kmcd->kmnc", parts, centroids, precision=highest)
+            nearest = jnp.argmax(scores - bias[:, :, None], axis=-1)
+            member = (nearest[..., None] == np.arange(num_centroids)) & counts[..., None]
+            parts = jnp.concatenate([parts, jnp.ones_like(parts[..., :1])], axis=-1)
+            return jnp.einsum(
+                "kmnc,kmnd->kmcd", member.astype(jnp.float32), parts, precision=highest
+            )
+
+        firsts = jnp.arange(0, capacity, chunk, dtype=jnp.int32)
+        return jnp.sum(lax.map(sum_chunk, firsts), axis=0)
+
+    def none(row) -> Float[Array, "K M C E"]:
+        centroids = row[2]
+        return jnp.zeros_like(jnp.concatenate([centroids, centroids[..., :1]], axis=-1))
+
+    # Row by row, which bounds memory and keeps a row's bits from depending on the batch.
+    def wanted(row):
+        return lax.cond(jnp.any(row[-1] > 0), sum_row, none, row)
+
+    return lax.map(wanted, (key, trainable, centroids, phi, stop))
 
 
 def make_room(

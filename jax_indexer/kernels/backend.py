@@ -191,6 +191,13 @@ def unaddressable(*arrays: Any) -> str | None:
     return None
 
 
+def dispatch(xla: Callable[..., Any], triton: Callable[..., Any], *arguments: Any) -> Any:
+    """Calls what suits the platform that the program is compiled for, and the arrays' sizes."""
+    if unaddressable(*jax.tree.leaves(arguments)):
+        return xla(*arguments)
+    return lax.platform_dependent(*arguments, cuda=triton, default=xla)
+
+
 def no_gpu() -> str | None:
     """Says that JAX's default device is no NVIDIA GPU, or None if it is one."""
     device = jax.devices()[0]

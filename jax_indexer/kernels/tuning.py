@@ -7,6 +7,12 @@ CODEBOOK_WARPS = 4
 # Tokens that one program of the append kernel encodes when there are many to encode.
 TOKENS_PER_ENCODER = 64
 
+# k-means: tokens that one program sums, those it takes at a time, and sums that one adds up. The
+# bits of a codebook depend on the first, and memory: C / 4096 floats for each dimension of a key.
+TOKENS_PER_PART = 4096
+TOKENS_PER_TILE = 64
+SUMS_BLOCK = 1024
+
 # Bytes that one look-up loads at the most: queries that share codes share it.
 LOOKUP_BYTES = 16
 
@@ -24,6 +30,11 @@ def score_tuning(num_subspaces: int) -> tuple[int, int, int, int]:
     if num_subspaces <= 8:
         return 512, 16, 16, 264
     return 512, 8, 16, 264
+
+
+def centroid_sums_warps(num_centroids: int) -> int:
+    """Warps of the k-means kernel."""
+    return 4 if num_centroids <= 64 else 8
 
 
 def select_warps(num_groups: int, programs: int) -> int:
