@@ -160,7 +160,7 @@ def first_step_gain(
       kv_layout: of the keys.
 
     Returns:
-      A number in 0..1; 0 where the error is below the rounding of the keys' variance.
+      A number in 0..1; 0 where the error is no more than rounding makes of equal keys.
     """
     stop = jnp.broadcast_to(keys.stop[:, None, None], centroids.shape[:3])
     sums = centroid_sums(keys, centroids, stop, kv_layout)
@@ -181,7 +181,7 @@ def first_step_gain(
     variance = over_row(distances)
     left = variance - over_row(sizes * jnp.square(means - mean))
     removed = over_row(sizes * jnp.square(means - centroids))
-    least = 1e-5 * variance
+    least = 1e-5 * variance + 1e-10 * over_row(sizes * jnp.square(mean))
     return jnp.where(removed + left > least, removed / (removed + jnp.maximum(left, least)), 0)
 
 

@@ -15,6 +15,9 @@ from jax_indexer import (
     append,
     build_index,
     indexer_next,
+    rebuild,
+    rebuild_gain,
+    reset,
     select,
     sparse_attention,
 )
@@ -48,6 +51,15 @@ IP_INDEX = INDEX | {"codebooks": f32(B, K, M, C, H // M + 1), "phi": f32(B, K, M
 SELECTION = {"indices": i32(B, T, N, P), "counts": i32(B, T, N), "weights": None}
 ARGUMENTS = {
     "build_index": {"key": f32(B, S, K, H), "lengths": i32(B), "config": CONFIG},
+    "rebuild": {
+        "index": INDEX,
+        "key": f32(B, S, K, H),
+        "config": CONFIG,
+        "rows": np.ones(B, bool),
+        "lengths": i32(B),
+    },
+    "rebuild_gain": {"index": INDEX, "key": f32(B, S, K, H), "config": CONFIG},
+    "reset": {"index": INDEX, "rows": np.ones(B, bool)},
     "append": {"index": INDEX, "key_new": f32(B, 3, K, H), "config": CONFIG, "counts": i32(B)},
     "select": {"query": f32(B, T, N, H), "index": INDEX, "config": CONFIG},
     "indexer_next": {
@@ -63,7 +75,19 @@ ARGUMENTS = {
         "selection": SELECTION,
     },
 }
-FUNCTIONS = {f.__name__: f for f in (build_index, append, select, indexer_next, sparse_attention)}
+FUNCTIONS = {
+    f.__name__: f
+    for f in (
+        build_index,
+        rebuild,
+        rebuild_gain,
+        reset,
+        append,
+        select,
+        indexer_next,
+        sparse_attention,
+    )
+}
 
 # The function, the argument by the name that the message must use, its wrong value, and what the
 # message must say about what was expected and what came.
@@ -109,6 +133,10 @@ CASES = [
     ("sparse_attention", "key", f32(B, S, K, H).astype(np.float64), "float32", "float64"),
     ("sparse_attention", "value", f32(B, S, K, H).astype(np.float64), "float32", "float64"),
     ("sparse_attention", "selection.indices", i32(B, T, N, P).astype(np.int64), "int32", "int64"),
+    ("rebuild", "rows", i32(B), "bool", "int32"),
+    ("reset", "rows", u8(B), "bool", "uint8"),
+    ("rebuild", "lengths", i32(B).astype(np.int64), "int32", "int64"),
+    ("rebuild", "key", f32(B, S, K, H).astype(np.float64), "float32", "float64"),
     # No arrays at all.
     ("build_index", "key", [[1.0]], "float32", "list"),
     ("build_index", "lengths", [4, 5], "int32", "list"),
@@ -118,6 +146,10 @@ CASES = [
     ("select", "query", None, "float32", "NoneType"),
     ("select", "index", (1, 2, 3), "PQIndex", "tuple"),
     ("select", "index.codes", None, "uint8", "NoneType"),
+    ("rebuild", "rows", [True, False], "bool", "list"),
+    ("rebuild", "index", None, "PQIndex", "NoneType"),
+    ("reset", "index", (), "PQIndex", "tuple"),
+    ("rebuild_gain", "config", 6, "IndexerConfig", "int"),
     ("select", "config", {"num_bits": 6}, "IndexerConfig", "dict"),
     ("build_index", "config", None, "IndexerConfig", "NoneType"),
     ("append", "config", "euclidean", "IndexerConfig", "str"),
@@ -134,6 +166,10 @@ CASES = [
     ("select", "query", f32(B, T, N, 7), "num_subspaces=2", "H=7"),
     # Sizes that contradict each other.
     ("build_index", "lengths", i32(B + 1), "B=2", "int32[3]"),
+    ("rebuild", "rows", np.ones(B + 1, bool), "B=2", "bool[3]"),
+    ("reset", "rows", np.ones((B, 1), bool), "B=2", "bool[2, 1]"),
+    ("rebuild", "key", f32(B, S + 1, K, H), "", ""),
+    ("rebuild_gain", "key", f32(B, S, K + 1, H), "", ""),
     ("append", "counts", i32(B + 1), "B=2", "int32[3]"),
     ("append", "key_new", f32(B + 1, 3, K, H), "", ""),
     ("append", "key_new", f32(B, 3, K + 1, H), "", ""),
@@ -171,6 +207,8 @@ CASES = [
     ("select", "return_weights", "yes", "True", "yes"),
     ("build_index", "seed", "zero", "int", "zero"),
     ("build_index", "seed", -1, "0", "-1"),
+    ("rebuild", "seed", 2**32, "2**32 - 1", "4294967296"),
+    ("rebuild", "kv_layout", "BHSK", "BSKH", "BHSK"),
     ("build_index", "seed", 1.5, "int", "1.5"),
     ("sparse_attention", "scale", "auto", "", "auto"),
 ]  # fmt: skip
@@ -178,6 +216,7 @@ IP_CASES = [
     ("select", "index.codebooks", f32(B, K, M, C, H // M), "=5]", "[2, 2, 2, 4, 4]"),
     ("append", "index.codebooks", f32(B, K, M, C, H // M), "=5]", "[2, 2, 2, 4, 4]"),
     ("append", "index.phi", None, "float32", "None"),
+    ("rebuild", "index.phi", None, "float32", "None"),
     ("append", "index.phi", f32(B, K), "B=2, K=2, M=2", "[2, 2]"),
     ("append", "index.phi", f32(B, K, M).astype(np.float64), "float32", "float64"),
     ("indexer_next", "index.phi", f32(B, K, M + 1), "M=2", "[2, 2, 3]"),
@@ -219,7 +258,7 @@ def name_of(case):
 @pytest.mark.parametrize("function", ARGUMENTS)
 def test_the_good_arguments_are_good(function):
     jax.block_until_ready(call(function))
-    if function in ("append", "select", "indexer_next"):
+    if function in ("rebuild", "rebuild_gain", "append", "select", "indexer_next"):
         jax.block_until_ready(call(function, config=IP))
 
 

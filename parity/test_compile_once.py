@@ -8,7 +8,17 @@ import numpy as np
 import pytest
 from jax import lax
 
-from jax_indexer import IndexerConfig, PQIndex, append, build_index, indexer_next, select
+from jax_indexer import (
+    IndexerConfig,
+    PQIndex,
+    append,
+    build_index,
+    indexer_next,
+    rebuild,
+    rebuild_gain,
+    reset,
+    select,
+)
 
 B, N, K, H, S, STEPS = 3, 4, 2, 8, 128, 100
 # Steps pass through the short rule's end at 31 tokens, and one row fills up.
@@ -95,7 +105,7 @@ def test_donated_state_is_updated_in_place():
     assert index.lengths.tolist() == [2, 22, START[2] + 2]
 
 
-@pytest.mark.parametrize("function", ["select", "append", "build_index"])
+@pytest.mark.parametrize("function", ["select", "append", "build_index", "rebuild", "gain"])
 def test_other_lengths_and_data_compile_nothing(function, compilations):
     index, query, key_new = inputs()
     key = np.random.default_rng(1).standard_normal((B, S, K, H)).astype(np.float32)
@@ -106,6 +116,11 @@ def test_other_lengths_and_data_compile_nothing(function, compilations):
             return select(query[t], state, CONFIG, return_weights=True)
         if function == "append":
             return append(state, key_new[t], CONFIG, counts=lengths % 2)
+        if function == "rebuild":
+            state = reset(state, lengths == 31)
+            return rebuild(state, key, CONFIG, lengths > t, lengths=lengths, seed=t)
+        if function == "gain":
+            return rebuild_gain(state, key * (t + 1), CONFIG)
         return build_index(key * (t + 1), lengths, CONFIG)
 
     jax.block_until_ready(call(START, 0))

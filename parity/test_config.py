@@ -19,6 +19,7 @@ def test_defaults():
     assert config.init_offset == 128
     assert (config.metric, config.kmeans_iters, config.cells) == ("euclidean", 10, False)
     assert config.table_dtype == jnp.float32
+    assert config.train_tokens is None
 
 
 def test_init_offset_none_means_sink_size():
@@ -105,6 +106,8 @@ def test_every_code_width_is_accepted(num_bits):
         ("init_offset", -1),
         ("init_offset", 2.0),
         ("kmeans_iters", -1),
+        ("train_tokens", 0),
+        ("train_tokens", "all"),
         ("metric", "cosine"),
         ("metric", None),
         ("table_dtype", jnp.float64),

@@ -14,7 +14,17 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
-from jax_indexer import IndexerConfig, PQIndex, Selection, append, indexer_next, select
+from jax_indexer import (
+    IndexerConfig,
+    PQIndex,
+    Selection,
+    append,
+    build_index,
+    indexer_next,
+    rebuild,
+    rebuild_gain,
+    select,
+)
 from jax_indexer.kernels import backend
 
 COMMON = {"append_kernel_and_lookup_table_kernel"}
@@ -115,6 +125,54 @@ def test_append_is_one_kernel(tokens, kv_layout, counts):
     with an_h100():
         text = lowered(run, index, shaped(key_new, jnp.float32), counts)
     assert text.count("custom_call @__gpu$xla.gpu.triton") == 1
+    assert kernels(text) == {"append_kernel"}
+
+
+TRAINING = {"centroid_sums_kernel", "add_parts_kernel"}
+TRAINED = {
+    "seed": ({"H": 128, "S": 32000}, {}),
+    "fine": ({"H": 128, "dtype": jnp.bfloat16}, {"num_subspaces": 16, "num_bits": 8}),
+    "odd sizes": ({"H": 96, "K": 3, "S": 777, "B": 2}, {"num_subspaces": 3, "num_bits": 5}),
+    "inner product": (
+        {"H": 4, "dtype": jnp.float16},
+        {"num_bits": 1, "metric": "ip", "train_tokens": 100},
+    ),
+    "the largest codebook": ({"H": 64}, {"num_subspaces": 1, "num_bits": 8}),
+}
+
+
+@pytest.mark.parametrize("kv_layout", ["BSKH", "BKSH"])
+@pytest.mark.parametrize("name", TRAINED)
+def test_training_is_kernels_and_so_is_what_measures_its_gain(name, kv_layout):
+    shape, fields = TRAINED[name]
+    config = IndexerConfig(**fields)
+    _, key, index = arguments(T=5000, **{"S": 5000, **shape}, config=config)
+    B, _, K, H = key.shape
+    S = index.codes.shape[-1]
+    key = shaped((B, S, K, H) if kv_layout == "BSKH" else (B, K, S, H), key.dtype)
+    options = {"config": config, "kv_layout": kv_layout}
+    with an_h100():
+        built = lowered(functools.partial(build_index, **options), key, index.lengths)
+        again = lowered(
+            lambda index, key, rows: rebuild(index, key, rows=rows, **options),
+            index,
+            key,
+            shaped((B,), bool),
+        )
+        gain = lowered(functools.partial(rebuild_gain, **options), index, key)
+    assert kernels(built) == kernels(again) == TRAINING | {"append_kernel"}
+    assert kernels(gain) == TRAINING
+    assert not any("f64" in text for text in (built, again, gain))
+
+
+def test_codebooks_too_large_for_a_program_are_trained_by_xla():
+    config = IndexerConfig(num_subspaces=1, num_bits=8)
+    with an_h100():
+        text = lowered(
+            functools.partial(build_index, config=config),
+            shaped((1, 5000, 2, 128), jnp.float32),
+            shaped((1,), jnp.int32),
+        )
     assert kernels(text) == {"append_kernel"}
 
 
