@@ -1,0 +1,360 @@
+"""`python -m benchmarks.quality --real-keys DIR`: how good the lists are, on a model's own keys.
+
+Layers are batch rows. Errors are those of the attention output, |sparse - full| / |full|, recall is
+the share of the heavy tokens by exact score that is selected; both over the model's last queries.
+"""
+
+import argparse
+import dataclasses
+import datetime
+import functools
+import json
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+from benchmarks import machine
+from jax_indexer import (
+    IndexerConfig,
+    PQIndex,
+    Selection,
+    append,
+    build_index,
+    rebuild,
+    rebuild_gain,
+    reference,
+    select,
+    sparse_attention,
+)
+
+Row = dict[str, Any]
+
+LAYERS = (4, 15, 27)
+QUANTIZERS = ((2, 6), (4, 8), (8, 8), (16, 4))  # (subspaces, bits)
+BUDGETS = (128, 512)
+SEEDS = (0, 1, 2)
+EVERY = 16  # of the last 128 queries
+DEFAULT_OUTPUT = Path(__file__).parent / "results" / "quality-smollm2.json"
+
+
+class Layers(NamedTuple):
+    """Attention of some layers; the queries are those of the last tokens.
+
+    Attributes:
+      query: [B, Q, N, H].
+      key, value: [B, S, K, H].
+    """
+
+    query: Array
+    key: Array
+    value: Array
+
+
+def read_layers(folder: Path) -> Layers:
+    """The layers of `smollm2_8k.npz`, as `python -m parity.real_keys` writes it."""
+    with np.load(folder / "smollm2_8k.npz") as arrays:
+        parts = (
+            jnp.stack([jnp.asarray(arrays[f"layer{layer}_{name}"]) for layer in LAYERS])
+            for name in Layers._fields
+        )
+        return Layers(*parts)
+
+
+def config_of(num_subspaces: int, num_bits: int, **fields) -> IndexerConfig:
+    """What everything here is measured with: 64 sinks, a window of 64."""
+    sizes = {"sink_size": 64, "window_size": 64, **fields}
+    return IndexerConfig(num_subspaces=num_subspaces, num_bits=num_bits, **sizes)
+
+
+def full_lengths(layers: Layers, length: int | None = None) -> Array:
+    """The same length for every row; the capacity unless given."""
+    batch, capacity = layers.key.shape[:2]
+    return jnp.full(batch, capacity if length is None else length, jnp.int32)
+
+
+# k-means: ours and that of faiss.
+
+
+def faiss_codebooks(key: Array, config: IndexerConfig, seed: int) -> np.ndarray:
+    """Codebooks [B, K, M, C, D] of faiss's product quantizer, trained on what ours are."""
+    import faiss
+
+    batch, length, kv_heads, size = key.shape
+    shape = (config.num_subspaces, config.num_centroids, size // config.num_subspaces)
+    codebooks = np.empty((batch, kv_heads, *shape), np.float32)
+    for b, k in np.ndindex(batch, kv_heads):
+        quantizer = faiss.ProductQuantizer(size, config.num_subspaces, config.num_bits)
+        quantizer.cp.niter, quantizer.cp.seed = config.kmeans_iters, seed
+        quantizer.cp.max_points_per_centroid = length  # or it would train on a sample
+        quantizer.cp.min_points_per_centroid = 1  # or it would warn
+        points = np.asarray(key[b, config.first_trained :, k], np.float32)
+        quantizer.train(np.ascontiguousarray(points))
+        codebooks[b, k] = faiss.vector_to_array(quantizer.centroids).reshape(shape)
+    return codebooks
+
+
+def our_index(layers: Layers, config: IndexerConfig, seed: int) -> PQIndex:
+    return build_index(layers.key, full_lengths(layers), config, seed=seed)
+
+
+def index_of(layers: Layers, codebooks: np.ndarray, config: IndexerConfig) -> PQIndex:
+    """An index of given codebooks, with our codes."""
+    batch, kv_heads, num_subspaces = codebooks.shape[:3]
+    index = PQIndex(
+        codebooks=jnp.asarray(codebooks),
+        codes=jnp.zeros((batch, kv_heads, num_subspaces, layers.key.shape[1]), jnp.uint8),
+        lengths=full_lengths(layers, 0),
+    )
+    return append(index, layers.key, config)
+
+
+def inertia(key: Array, codebooks: Array | np.ndarray, config: IndexerConfig) -> np.ndarray:
+    """Squared distances [B, K, M] of the keys to their centroids, summed in float64."""
+    points = np.asarray(key, np.float64)[:, config.first_trained :]
+    total = np.empty(codebooks.shape[:3])
+    for b, k, m in np.ndindex(*total.shape):
+        centroids = np.asarray(codebooks[b, k, m], np.float64)
+        part = points[b, :, k].reshape(points.shape[1], total.shape[2], -1)[:, m]
+        distances = np.square(centroids).sum(-1) - 2 * part @ centroids.T
+        total[b, k, m] = np.square(part).sum() + distances.min(-1).sum()
+    return total
+
+
+# Attention and recall.
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def measure_lists(
+    layers: Layers, index: PQIndex | None, config: IndexerConfig
+) -> tuple[Array, Array]:
+    """Mean (error of the attention output, recall of heavy tokens); index None: exact top-k."""
+    capacity, num_queries = layers.key.shape[1], layers.query.shape[1]
+    key = layers.key.astype(jnp.float32)
+    value = layers.value.astype(jnp.float32)
+    groups = layers.query.shape[2] // key.shape[2]
+
+    def one(query_and_length):
+        query, length = query_and_length  # [B, 1, N, H]
+        lengths = full_lengths(layers, length)
+        scores = jnp.einsum(
+            "btnh,bsnh->btns", query, jnp.repeat(key, groups, axis=2), precision="highest"
+        )
+        exact, counts = reference.select_from_scores(scores, lengths, config)
+        selection = Selection(exact, counts, None)
+        if index is not None:
+            now = dataclasses.replace(index, lengths=lengths)
+            selection = select(query, now, config)
+        out = sparse_attention(query, key, value, selection)
+        visible = jnp.where(
+            jnp.arange(capacity) < length, scores * query.shape[-1] ** -0.5, -jnp.inf
+        )
+        weights = jax.nn.softmax(visible, axis=-1)
+        full = jnp.einsum(
+            "btns,bsnh->btnh", weights, jnp.repeat(value, groups, axis=2), precision="highest"
+        )
+        norm = functools.partial(jnp.linalg.norm, axis=-1)
+        candidates = reference.candidates(
+            reference.visible_tokens(lengths, capacity, 1)[..., None], capacity, config
+        )
+        chosen, best = (
+            reference.dense_weights(x, capacity, np.dtype(np.float32)) * candidates
+            for x in (selection.indices, exact)
+        )
+        recall = jnp.sum(chosen * best, axis=-1) / jnp.sum(best, axis=-1)
+        return norm(out - full) / norm(full), recall
+
+    taken = slice(EVERY - 1, None, EVERY)
+    query = layers.query[:, taken].astype(jnp.float32)
+    lengths = capacity - num_queries + 1 + jnp.arange(num_queries, dtype=jnp.int32)[taken]
+    error, recall = lax.map(one, (jnp.moveaxis(query, 1, 0)[:, :, None], lengths))
+    return jnp.mean(error), jnp.mean(recall)
+
+
+def mean_quality(
+    layers: Layers, indices: Iterable[PQIndex | None], config: IndexerConfig
+) -> tuple[float, float]:
+    """(error, recall), the mean over some indices."""
+    return tuple(np.mean([measure_lists(layers, index, config) for index in indices], axis=0))
+
+
+# What is measured.
+
+
+def quantizers(
+    layers: Layers,
+    shapes: Sequence[tuple[int, int]] = QUANTIZERS,
+    budgets: Sequence[int] = BUDGETS,
+    seeds: Sequence[int] = SEEDS,
+    advance: Callable[[], None] = lambda: None,
+) -> Iterator[tuple[str, Row]]:
+    """Rows of the tables "inertia", "attention" and "table dtype"."""
+    for num_subspaces, num_bits in shapes:
+        config = config_of(num_subspaces, num_bits)
+        about = {"num_subspaces": num_subspaces, "num_bits": num_bits}
+        ours = [our_index(layers, config, seed) for seed in seeds]
+        theirs = [faiss_codebooks(layers.key, config, 1234 + seed) for seed in seeds]
+        of_ours = np.stack([inertia(layers.key, x.codebooks, config) for x in ours])
+        of_theirs = np.stack([inertia(layers.key, x, config) for x in theirs])
+        yield (
+            "inertia",
+            about
+            | {
+                "ours": of_ours.min(0).sum(),
+                "faiss": of_theirs.min(0).sum(),
+                "ratio, best of seeds": of_ours.min(0).sum() / of_theirs.min(0).sum(),
+                "ratio, mean of seeds": of_ours.mean(0).sum() / of_theirs.mean(0).sum(),
+                "largest ratio of a layer": (
+                    of_ours.min(0).sum((1, 2)) / of_theirs.min(0).sum((1, 2))
+                ).max(),
+            },
+        )
+        theirs = [index_of(layers, x, config) for x in theirs]
+        for budget in budgets:
+            sized = config_of(num_subspaces, num_bits, heavy_size=budget)
+            error, recall = mean_quality(layers, ours, sized)
+            faiss_error, faiss_recall = mean_quality(layers, theirs, sized)
+            exact_error, _ = mean_quality(layers, [None], sized)
+            yield (
+                "attention",
+                about
+                | {
+                    "budget": budget,
+                    "error": error,
+                    "with faiss": faiss_error,
+                    "ratio": error / faiss_error,
+                    "exact top-k": exact_error,
+                    "recall": recall,
+                    "recall with faiss": faiss_recall,
+                },
+            )
+            row = about | {"budget": budget, "error, float32": error, "recall, float32": recall}
+            for dtype in ("bfloat16", "float16"):
+                rounded = dataclasses.replace(sized, table_dtype=dtype)
+                error, recall = mean_quality(layers, ours, rounded)
+                row |= {f"error, {dtype}": error, f"recall, {dtype}": recall}
+            yield "table dtype", row
+        advance()
+
+
+def drift(
+    layers: Layers,
+    shapes: Sequence[tuple[int, int]] = QUANTIZERS,
+    budgets: Sequence[int] = BUDGETS,
+    steps: int = 4,
+    advance: Callable[[], None] = lambda: None,
+) -> Iterator[tuple[str, Row]]:
+    """Rows of the tables "drift" and "drift, attention".
+
+    Codebooks of the first half of the tokens meet the other half, a few hundred at a time.
+    """
+    capacity = layers.key.shape[1]
+    half = capacity // 2
+    for num_subspaces, num_bits in shapes:
+        config = config_of(num_subspaces, num_bits)
+        about = {"num_subspaces": num_subspaces, "num_bits": num_bits}
+        every_row = jnp.ones(len(layers.key), bool)
+        old = build_index(layers.key, full_lengths(layers, half), config)
+        for length in range(half, capacity + 1, half // steps):
+            end = int(old.lengths[0])
+            if length > end:
+                old = append(old, layers.key[:, end:length], config)
+            new = rebuild(old, layers.key, config, every_row)
+            seen = layers.key[:, :length]
+            before = inertia(seen, old.codebooks, config).sum((1, 2))
+            after = inertia(seen, new.codebooks, config).sum((1, 2))
+            yield (
+                "drift",
+                about
+                | {
+                    "tokens": length,
+                    "gain": np.asarray(rebuild_gain(old, layers.key, config)),
+                    "gain after rebuild": np.asarray(rebuild_gain(new, layers.key, config)),
+                    "error that rebuild removes": 1 - after / before,
+                },
+            )
+        for budget in budgets:
+            sized = config_of(num_subspaces, num_bits, heavy_size=budget)
+            error, recall = mean_quality(layers, [old], sized)
+            new_error, new_recall = mean_quality(layers, [new], sized)
+            yield (
+                "drift, attention",
+                about
+                | {
+                    "budget": budget,
+                    "error": error,
+                    "error, rebuilt": new_error,
+                    "recall": recall,
+                    "recall, rebuilt": new_recall,
+                },
+            )
+        advance()
+
+
+# The command line.
+
+
+def as_json(value: Any) -> Any:
+    if isinstance(value, np.ndarray):
+        return [as_json(x) for x in value.tolist()]
+    return float(f"{value:.5g}") if isinstance(value, (float, np.floating)) else value
+
+
+def print_table(title: str, rows: Sequence[Row]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title)
+    for name in rows[0]:
+        table.add_column(name, justify="right")
+    for row in rows:
+        values = (x if isinstance(x, list) else [x] for x in row.values())
+        table.add_row(*(" ".join(f"{x:.4g}" for x in value) for value in values))
+    Console(width=140).print(table)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns 0."""
+    from rich.progress import Progress
+
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.quality", description=__doc__)
+    parser.add_argument("--real-keys", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--output", type=Path, default=DEFAULT_OUTPUT, metavar="FILE")
+    parser.add_argument("--commit", help="what is measured, where there is no history")
+    arguments = parser.parse_args(argv)
+
+    started = time.perf_counter()
+    layers = read_layers(arguments.real_keys)
+    tables: dict[str, list[Row]] = {}
+    with Progress() as progress:
+        task = progress.add_task("quantizers", total=2 * len(QUANTIZERS))
+        advance = functools.partial(progress.advance, task)
+        for part in (quantizers, drift):
+            for name, row in part(layers, advance=advance):
+                row = {column: as_json(value) for column, value in row.items()}
+                tables.setdefault(name, []).append(row)
+    results = {
+        "kind": "quality",
+        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": "python -m benchmarks.quality --real-keys DIR",
+        **machine.find_commit(arguments.commit),
+        "machine": machine.describe_machine() | {"faiss": machine.version("faiss-cpu")},
+        "seconds": round(time.perf_counter() - started, 1),
+        "tables": tables,
+    }
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    arguments.output.write_text(json.dumps(results, indent=1) + "\n")
+    for name, rows in tables.items():
+        print_table(name, rows)
+    print(f"{arguments.output} ({results['seconds']:.0f} s)")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
