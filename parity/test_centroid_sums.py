@@ -1,0 +1,112 @@
+"""The k-means kernels alone, against numpy and the reference, and codebooks across a batch.
+
+Runs three times, as test_kernels does: interpreter, checked memory, and a GPU where there is one.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jax_indexer import reference
+from jax_indexer.kernels import centroid_sums as kernels
+from parity.test_kernels import each, run  # noqa: F401  (run is a fixture)
+
+PART = 128  # several parts of few tokens
+
+# (S, K, M, D, C, dtype, metric, layout)
+CASES = [
+    (300, 2, 2, 4, 16, "float32", "euclidean", "BSKH"),
+    (129, 1, 3, 5, 2, "bfloat16", "euclidean", "BKSH"),
+    (257, 1, 1, 20, 64, "float16", "euclidean", "BSKH"),
+    (130, 2, 2, 3, 4, "float32", "ip", "BKSH"),
+    (190, 1, 2, 8, 32, "bfloat16", "ip", "BSKH"),
+]
+
+
+def numpy_sums(key, trainable, centroids, phi, stop, layout):
+    """Exact for small integers: float64, ties to the lower centroid."""
+    B, K, M, C, size = centroids.shape
+    total = np.zeros((B, K, M, C, size + 1))
+    for b, k, m in np.ndindex(B, K, M):
+        keys = np.asarray(key[b, :, k] if layout == "BSKH" else key[b, k], np.float64)
+        parts = keys.reshape(len(keys), M, -1)[: stop[b, k, m], m]
+        parts = parts[trainable[b, k, m, : stop[b, k, m]]]
+        if phi is not None:
+            extra = np.sqrt(np.maximum(phi[b, k, m] - np.square(parts).sum(-1), 0))
+            parts = np.concatenate([parts, extra[:, None]], axis=-1)
+        distance = np.square(parts[:, None] - centroids[b, k, m]).sum(-1)
+        np.add.at(
+            total[b, k, m],
+            distance.argmin(-1),
+            np.concatenate([parts, np.ones((len(parts), 1))], axis=-1),
+        )
+    return total
+
+
+@each(CASES, checked=[CASES[0], CASES[3]])
+def test_sums_are_those_of_the_nearest_centroids_members(run, case, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(kernels, "TOKENS_PER_PART", PART)
+    S, K, M, D, C, dtype, metric, layout = case
+    rng = np.random.default_rng(S)
+    B = 2
+    shape = (B, S, K, M * D) if layout == "BSKH" else (B, K, S, M * D)
+    key = rng.integers(-4, 5, shape).astype(np.float32)
+    centroids = rng.integers(-4, 5, (B, K, M, C, D)).astype(np.float32)
+    phi = None
+    if metric == "ip":  # any real numbers: ties have no chance
+        key += rng.random(shape, np.float32).astype(jnp.bfloat16).astype(np.float32)
+        phi = np.full((B, K, M), 16.0 * D, np.float32)
+        extra = rng.random((B, K, M, C, 1)).astype(np.float32)
+        centroids = np.concatenate([centroids + 0.3 * extra, 9 * extra], axis=-1)
+    key = jnp.asarray(key, dtype)
+    stop = np.full((B, K, M), S - 5, np.int32)
+    stop[0, -1, -1], stop[1, 0, 0] = 0, 7
+    trainable = (rng.random((B, K, M, S)) < 0.9) & (np.arange(S) < stop[..., None])
+    # What does not count may be anything.
+    counts = trainable.any((1, 2)) if K * M == 1 else np.arange(S) < S - 5
+    spoiled = np.where(
+        np.expand_dims(np.broadcast_to(counts, (B, S)), (2, 3) if layout == "BSKH" else (1, 3)),
+        key,
+        jnp.nan,
+    ).astype(dtype)
+
+    got = run(kernels.centroid_sums, spoiled, trainable, centroids, phi, stop, kv_layout=layout)
+    want = numpy_sums(np.asarray(key, np.float64), trainable, centroids, phi, stop, layout)
+    if metric == "euclidean":
+        np.testing.assert_array_equal(got, want)
+    else:
+        np.testing.assert_array_equal(got[..., -1], want[..., -1])
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-4)
+
+
+def test_the_reference_gives_the_same_sums():
+    rng = np.random.default_rng(0)
+    S, C, D = 700, 16, 6
+    key = rng.integers(-4, 5, (2, S, 2, 2 * D)).astype(np.float32)
+    centroids = rng.integers(-4, 5, (2, 2, 2, C, D)).astype(np.float32)
+    trainable = rng.random((2, 2, 2, S)) < 0.9
+    stop = np.full((2, 2, 2), S, np.int32)
+    stop[1] = 0
+    got = jax.jit(reference.centroid_sums, static_argnums=5)(
+        key, trainable, centroids, None, stop, "BSKH"
+    )
+    want = numpy_sums(key, trainable, centroids, None, stop, "BSKH")
+    np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_pieces_add_up(count):
+    x = np.random.default_rng(0).standard_normal(1000).astype(np.float32) * 1000
+    pieces = jax.jit(functools.partial(kernels.bfloat16_pieces, count=count))(jnp.asarray(x))
+    total = sum(np.asarray(piece, np.float64) for piece in pieces)
+    error = np.abs(total - x) / np.abs(x)
+    assert error.max() <= (0 if count == 3 else 2.0 ** (1 - 8 * count))
+
+
+def test_the_largest_codebooks_are_named():
+    assert kernels.unsupported(256, 64) is None
+    assert kernels.unsupported(2, 3) is None
+    assert "256 centroids of 65" in (kernels.unsupported(256, 65) or "")
