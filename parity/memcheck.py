@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_indexer import IndexerConfig
-from jax_indexer.kernels import backend, pipeline
+from jax_indexer.kernels import backend, centroid_sums, pipeline
 from jax_indexer.kernels.append import append_codes
 from parity.checked_memory import check_canaries, poisoned
 
@@ -74,6 +74,23 @@ def run_case(case, interpret: bool) -> None:
             query, key_new, codebooks, given, phi, start, taken, config.table_dtype, **options
         )
         jax.tree.map(np.testing.assert_array_equal, (codes, tables), (alone, tables_alone))
+
+        if not centroid_sums.unsupported(C, H // M):
+            # One pass of training over what the cache would hold.
+            cache = draw(B, S, K, H, dtype=jnp.bfloat16)
+            trainable = jnp.arange(S) < jnp.asarray(lengths)[:, None, None, None]
+            sums = centroid_sums.centroid_sums(
+                cache,
+                jnp.broadcast_to(trainable, given.shape),
+                codebooks,
+                phi,
+                jnp.broadcast_to(jnp.asarray(lengths)[:, None, None], (B, K, M)),
+                **options,
+            )
+            np.testing.assert_array_equal(
+                np.asarray(sums)[..., -1].sum(-1),
+                np.broadcast_to(lengths[:, None, None], (B, K, M)),
+            )
 
         def select(selector: str, weights_dtype):
             sizes = (jnp.asarray(lengths), config, T, N, weights_dtype, selector)
