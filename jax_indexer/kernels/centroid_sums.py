@@ -11,12 +11,7 @@ from jaxtyping import Bool, Float, Int32
 
 from jax_indexer.kernels import backend
 from jax_indexer.kernels.codebook import power_of_2_from
-from jax_indexer.kernels.tuning import (
-    SUMS_BLOCK,
-    TOKENS_PER_PART,
-    TOKENS_PER_TILE,
-    centroid_sums_warps,
-)
+from jax_indexer.kernels.tuning import SUMS_BLOCK, TOKENS_PER_PART, centroid_sums_tuning
 from jax_indexer.layout import KVLayout, token_axis
 
 # Matrix products take no smaller sides.
@@ -58,6 +53,7 @@ def centroid_sums_kernel(
     centroids_ref,  # f32[B * K, M, C, D']
     *refs,  # f32[B * K, M] phi for the inner-product metric; f32[B * K, M, parts, C, D' + 1]
     kv_layout: KVLayout,
+    tile: int,
 ):
     *maybe_phi, out_ref = refs
     num_subspaces, num_parts, num_centroids = out_ref.shape[1:4]
@@ -101,7 +97,7 @@ def centroid_sums_kernel(
 
         def add_tile(i, carry):
             sums, sizes, *extra_sums = carry
-            token = first_token + i * TOKENS_PER_TILE + jnp.arange(TOKENS_PER_TILE, dtype=jnp.int32)
+            token = first_token + i * tile + jnp.arange(tile, dtype=jnp.int32)
             flag = backend.load(trainable_ref.at[row, subspace, token], mask=token < stop, other=0)
             trainable = flag.astype(jnp.int32) > 0
             at = (token[:, None], kv_head) if kv_layout == "BSKH" else (kv_head, token[:, None])
@@ -112,11 +108,11 @@ def centroid_sums_kernel(
             )
             pieces = bfloat16_pieces(keys, 2 if keys.dtype == jnp.float16 else 3)
 
-            scores = -jnp.broadcast_to(bias[None, :], (TOKENS_PER_TILE, len(c)))
+            scores = -jnp.broadcast_to(bias[None, :], (tile, len(c)))
             for n, piece in enumerate(pieces[:2]):
                 for offset in offset_pieces[: 2 - n]:
                     scores += jnp.dot(piece, offset, preferred_element_type=jnp.float32)
-            extra = jnp.zeros(TOKENS_PER_TILE, jnp.float32)
+            extra = jnp.zeros(tile, jnp.float32)
             for phi_ref in maybe_phi:
                 keys = keys.astype(jnp.float32)
                 norm = jnp.sum(keys * keys, axis=1)
@@ -137,7 +133,7 @@ def centroid_sums_kernel(
         one = jnp.zeros(len(c), jnp.float32)
         carry = (jnp.zeros((len(c), len(d)), jnp.float32), one, *(one for _ in maybe_phi))
         tokens = jnp.minimum(stop - first_token, TOKENS_PER_PART)
-        tiles = (tokens + TOKENS_PER_TILE - 1) // TOKENS_PER_TILE
+        tiles = (tokens + tile - 1) // tile
         sums, *columns = lax.fori_loop(0, tiles, add_tile, carry)
 
         place = (row, subspace, part)
@@ -204,6 +200,7 @@ def centroid_sums(
     batch, kv_heads, num_subspaces, num_centroids, size = centroids.shape
     rows = batch * kv_heads
     num_parts = pl.cdiv(key.shape[token_axis(kv_layout)], TOKENS_PER_PART)
+    tile, num_warps = centroid_sums_tuning(num_centroids, key.shape[3] // num_subspaces)
     stop = stop.reshape(rows, num_subspaces)
     operands = [
         stop,
@@ -215,13 +212,13 @@ def centroid_sums(
         operands.append(phi.reshape(rows, num_subspaces))
     of_codebook = (rows, num_subspaces)
     (parts,) = backend.launch(
-        functools.partial(centroid_sums_kernel, kv_layout=kv_layout),
+        functools.partial(centroid_sums_kernel, kv_layout=kv_layout, tile=tile),
         *operands,
         programs=rows * num_subspaces * num_parts,
         out_shape=[
             jax.ShapeDtypeStruct((*of_codebook, num_parts, num_centroids, size + 1), np.float32)
         ],
-        num_warps=centroid_sums_warps(num_centroids),
+        num_warps=num_warps,
         interpret=interpret,
     )
     elements = num_centroids * (size + 1)

@@ -7,10 +7,9 @@ CODEBOOK_WARPS = 4
 # Tokens that one program of the append kernel encodes when there are many to encode.
 TOKENS_PER_ENCODER = 64
 
-# k-means: tokens that one program sums, those it takes at a time, and sums that one adds up. The
-# bits of a codebook depend on the first, and memory: C / 4096 floats for each dimension of a key.
+# k-means: tokens that one program sums, and sums that one adds up. The bits of a codebook depend on
+# the first, and memory: C / 4096 floats for each dimension of a key.
 TOKENS_PER_PART = 4096
-TOKENS_PER_TILE = 64
 SUMS_BLOCK = 1024
 
 # Bytes that one look-up loads at the most: queries that share codes share it.
@@ -32,9 +31,9 @@ def score_tuning(num_subspaces: int) -> tuple[int, int, int, int]:
     return 512, 8, 16, 264
 
 
-def centroid_sums_warps(num_centroids: int) -> int:
-    """Warps of the k-means kernel."""
-    return 4 if num_centroids <= 64 else 8
+def centroid_sums_tuning(num_centroids: int, dimensions: int) -> tuple[int, int]:
+    """Tokens that the k-means kernel takes at a time, and its warps."""
+    return 64 if num_centroids <= 64 else 32, 4 if num_centroids * dimensions <= 4096 else 8
 
 
 def select_warps(num_groups: int, programs: int) -> int:
