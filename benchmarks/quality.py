@@ -165,7 +165,8 @@ def measure_lists(
             reference.visible_tokens(lengths, capacity, 1)[..., None], capacity, config
         )
         chosen, best = (
-            reference.dense_weights(x, capacity, np.dtype(np.float32)) * candidates
+            reference.dense_weights(x, capacity, np.dtype(np.float32))
+            * candidates.astype(jnp.float32)
             for x in (selection.indices, exact)
         )
         recall = jnp.sum(chosen * best, axis=-1) / jnp.sum(best, axis=-1)

@@ -12,8 +12,10 @@ from jaxtyping import Bool, Float, Int32, UInt8
 from jax_indexer.config import IndexerConfig, Metric
 from jax_indexer.layout import KVLayout, by_kv_head, by_query_head, subvectors, token_axis
 
-# Tokens encoded or assigned at once, in distances held in memory (tokens times K * M * C).
+# Tokens encoded at once, in distances held in memory (tokens times K * M * C).
 DISTANCES_IN_MEMORY = 2**22
+# Tokens assigned at once in training, in distances of one codebook: what a cache holds.
+DISTANCES_AT_ONCE = 2**20
 
 # Of the ordered integers that stand for scores: what is no candidate, then NaN, then -inf.
 NOT_A_CANDIDATE = np.int32(np.iinfo(np.int32).min)
@@ -281,36 +283,43 @@ def centroid_sums(
       Sums of the members of every cluster and, in the last column, their number.
     """
     _, kv_heads, num_subspaces, capacity = trainable.shape
-    num_centroids = centroids.shape[3]
-    chunk = max(DISTANCES_IN_MEMORY // (kv_heads * num_subspaces * num_centroids), 64)
-    chunk = min(chunk, capacity)
+    num_centroids, dimensions = centroids.shape[3], key.shape[-1] // num_subspaces
+    chunk = min(max(DISTANCES_AT_ONCE // num_centroids, 64), capacity)
     axis = token_axis(kv_layout) - 1
     highest = lax.Precision.HIGHEST
+    centroid = np.arange(num_centroids, dtype=np.int32)[:, None]
 
-    def sum_row(row) -> Float[Array, "K M C E"]:
+    def sum_codebook(row, k, m) -> Float[Array, "C E"]:
         key, trainable, centroids, phi, _ = row
-        bias = jnp.sum(centroids * centroids, axis=-1) / 2
+        centroids = centroids[k, m]
+        bias = jnp.sum(centroids * centroids, axis=-1, keepdims=True) / 2
 
         def sum_chunk(first):
             start = jnp.minimum(first, capacity - chunk)  # the last chunk may overlap
-            parts = lax.dynamic_slice_in_dim(key, start, chunk, axis).astype(jnp.float32)
-            parts = subvectors(parts, num_subspaces)
-            parts = jnp.moveaxis(parts, axis, 2)  # [K, M, n, D]
-            counts = lax.dynamic_slice_in_dim(trainable, start, chunk, 2)
+            at, size = [k, k, m * dimensions], [1, 1, dimensions]
+            at[axis], size[axis] = start, chunk
+            parts = lax.dynamic_slice(key, at, size).astype(jnp.float32)
+            parts = parts.reshape(chunk, dimensions)
+            counts = lax.dynamic_slice_in_dim(trainable[k, m], start, chunk)
             counts &= start + jnp.arange(chunk, dtype=jnp.int32) >= first
-            parts = jnp.where(counts[..., None], parts, 0)
+            parts = jnp.where(counts[:, None], parts, 0)
             if phi is not None:
-                parts = augment(parts, phi[..., None])
-            scores = jnp.einsum("kmnd,kmcd->kmnc", parts, centroids, precision=highest)
-            nearest = jnp.argmax(scores - bias[:, :, None], axis=-1)
-            member = (nearest[..., None] == np.arange(num_centroids)) & counts[..., None]
-            parts = jnp.concatenate([parts, jnp.ones_like(parts[..., :1])], axis=-1)
-            return jnp.einsum(
-                "kmnc,kmnd->kmcd", member.astype(jnp.float32), parts, precision=highest
-            )
+                parts = augment(parts, phi[k, m])
+            # Tokens along the last axis, which CPUs reduce over centroids in vectors.
+            scores = jnp.dot(centroids, parts.T, precision=highest) - bias
+            is_best = scores == jnp.max(scores, axis=0)
+            nearest = jnp.min(jnp.where(is_best, centroid, num_centroids), axis=0)
+            member = (nearest == centroid) & counts
+            parts = jnp.concatenate([parts, jnp.ones_like(parts[:, :1])], axis=-1)
+            return jnp.dot(member.astype(jnp.float32), parts, precision=highest)
 
         firsts = jnp.arange(0, capacity, chunk, dtype=jnp.int32)
         return jnp.sum(lax.map(sum_chunk, firsts), axis=0)
+
+    def sum_row(row) -> Float[Array, "K M C E"]:
+        number = jnp.arange(kv_heads * num_subspaces, dtype=jnp.int32)
+        sums = lax.map(lambda i: sum_codebook(row, i // num_subspaces, i % num_subspaces), number)
+        return sums.reshape(kv_heads, num_subspaces, *sums.shape[1:])
 
     def none(row) -> Float[Array, "K M C E"]:
         centroids = row[2]

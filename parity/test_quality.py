@@ -1,0 +1,87 @@
+"""The functions of the quality program, on the sample that ships, and its claims on real keys."""
+
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from benchmarks import quality
+from jax_indexer.data import load_sample
+
+pytest.importorskip("faiss")
+
+
+@pytest.fixture(scope="module")
+def sample():
+    """2048 tokens of the sample's kv head, as one layer."""
+    query, key, value = (jnp.asarray(x)[None] for x in load_sample())
+    return quality.Layers(query, key[:, -2048:], value[:, -2048:])
+
+
+def test_the_whole_budget_has_no_error(sample):
+    config = quality.config_of(2, 4, heavy_size=2048)
+    error, recall = quality.quality(sample, [None], config)
+    assert error[0] < 1e-5
+    assert recall[0] == 1
+
+
+def test_exact_top_k_is_better_than_ours_and_ours_than_no_training(sample):
+    config = quality.config_of(2, 6, heavy_size=64)
+    index = quality.our_index(sample, config, 0)
+    untrained = quality.our_index(sample, quality.config_of(2, 6, kmeans_iters=0), 0)
+    error, recall = quality.quality(sample, [None, index, untrained], config)
+    assert error[0] < error[1]
+    assert recall[0] == 1
+    assert 0.2 < recall[1] < 1
+    fit = [quality.inertia(sample.key, x.codebooks, config).sum() for x in (index, untrained)]
+    assert fit[0] < 0.95 * fit[1]
+
+
+def test_inertia_is_the_sum_of_squared_distances(sample):
+    config = quality.config_of(2, 4)
+    index = quality.our_index(sample, config, 0)
+    parts = np.asarray(sample.key, np.float64)[0, 64:, 0].reshape(-1, 2, 32).swapaxes(0, 1)
+    codes = np.asarray(index.codes)[0, 0, :, 64:, None].astype(int)
+    decoded = np.take_along_axis(np.asarray(index.codebooks, np.float64)[0, 0], codes, axis=1)
+    want = np.square(parts - decoded).sum((1, 2))
+    np.testing.assert_allclose(quality.inertia(sample.key, index.codebooks, config)[0, 0], want)
+
+
+def test_every_table_has_rows_that_json_takes(sample):
+    rows = [
+        *quality.quantizers(sample, [(2, 4)], [64], [0]),
+        *quality.drift(sample, [(2, 4)], [64]),
+    ]
+    names = {name for name, _ in rows}
+    assert names == {"inertia", "attention", "table dtype", "drift", "drift, attention"}
+    for _, row in rows:
+        json.dumps({name: quality.as_json(value) for name, value in row.items()})
+
+
+def test_gain_tells_drift_and_rebuild_ends_it(sample):
+    rows = [row for name, row in quality.drift(sample, [(2, 4)], [64], steps=1) if name == "drift"]
+    start, end = rows
+    assert start["gain"] < 0.02 < end["gain"]
+    assert end["gain after rebuild"] < 0.02
+    assert end["error that rebuild removes"] > end["gain"]
+
+
+@pytest.fixture(scope="module")
+def layers(request):
+    request.getfixturevalue("real_keys")
+    return quality.read_layers(request.config.getoption("--real-keys"))
+
+
+@pytest.mark.parametrize("shape", quality.QUANTIZERS, ids=str)
+def test_inertia_is_within_a_percent_of_faiss(layers, shape):
+    """The better of three starts for every codebook, on both sides."""
+    config = quality.config_of(*shape)
+    ours, theirs = (
+        np.min([quality.inertia(layers.key, x, config) for x in codebooks], axis=0).sum()
+        for codebooks in (
+            [quality.our_index(layers, config, seed).codebooks for seed in range(3)],
+            [quality.faiss_codebooks(layers.key, config, 1234 + seed) for seed in range(3)],
+        )
+    )
+    assert ours < 1.01 * theirs
