@@ -1,4 +1,4 @@
-"""The README's example runs as pasted."""
+"""The README's examples run as pasted, one after the other."""
 
 import argparse
 import re
@@ -10,15 +10,18 @@ from benchmarks import choice
 README = Path(__file__).parents[1] / "README.md"
 
 
-def test_the_example_runs_as_pasted(capsys):
-    (example,) = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
+def test_the_examples_run_as_pasted(capsys):
+    decode, serve = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
     scope = {}
-    exec(compile(example, README.name, "exec"), scope)
+    exec(compile(decode, README.name, "exec"), scope)
     assert (
         capsys.readouterr().out == f"{scope['selection'].indices.shape} [64 64 64 64 64 64 64 64]\n"
     )
     assert scope["out"].shape == (1, 1, 8, 64)
     assert scope["index"].lengths.tolist() == [4001]
+    exec(compile(serve, README.name, "exec"), scope)
+    assert scope["index"].lengths.tolist() == [3000]
+    assert scope["drifted"].tolist() == [False]
 
 
 def test_the_pictures_exist():
