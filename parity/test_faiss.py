@@ -1,4 +1,4 @@
-"""The recall of our codebooks on real keys is that of faiss's product quantizer."""
+"""Our codebooks on real keys are as good as those of faiss's product quantizer."""
 
 import jax
 import jax.numpy as jnp
@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from jax import lax
 
+from benchmarks import quality
 from jax_indexer import IndexerConfig, build_index, select
 from jax_indexer.data import load_sample
 
@@ -66,3 +67,37 @@ def test_recall_is_that_of_faiss():
     assert abs(np.mean(ours) - np.mean(theirs)) < 0.03, f"recall: {ours}, faiss {theirs}"
     # A start as bad as an untrained codebook would hide in the mean.
     assert min(ours) > min(theirs) - 0.05
+
+
+@pytest.fixture(scope="module")
+def layers(request):
+    """Three layers of the model that the sample is from."""
+    request.getfixturevalue("real_keys")
+    return quality.read_layers(request.config.getoption("--real-keys"))
+
+
+@pytest.mark.parametrize("shape", quality.QUANTIZERS, ids=str)
+def test_inertia_is_within_a_percent_of_faiss(layers, shape):
+    """Of every codebook the best of three starts, on both sides."""
+    config = quality.config_of(*shape)
+    ours = [quality.our_index(layers, config, seed).codebooks for seed in range(3)]
+    theirs = [quality.faiss_codebooks(layers.key, config, 1234 + seed) for seed in range(3)]
+    best, their_best = (
+        np.min([quality.inertia(layers.key, x, config) for x in codebooks], axis=0).sum()
+        for codebooks in (ours, theirs)
+    )
+    assert best < 1.01 * their_best
+
+
+def test_attention_errors_are_those_with_faiss(layers):
+    """At most 1.02 times, beyond what chance explains: a start moves an error by a tenth."""
+    config = quality.config_of(2, 6, heavy_size=512)
+    ours = [quality.our_index(layers, config, seed) for seed in range(6)]
+    theirs = [
+        quality.index_of(layers, quality.faiss_codebooks(layers.key, config, 1234 + seed), config)
+        for seed in range(6)
+    ]
+    errors = (quality.quality(layers, indices, config)[0] for indices in (ours, theirs))
+    ratio, standard_error = quality.ratio_of_means(*errors)
+    assert ratio - 2 * standard_error < 1.02
+    assert standard_error < 0.05

@@ -44,7 +44,10 @@ def implementation(request):
         patch.setattr(backend, "launch", lambda *x, **y: interpreted(*x, **y | {"interpret": True}))
         patch.setattr(centroid_sums, "TOKENS_PER_PART", 128)
         jax.clear_caches()
+        # Compiling is most of the interpreter's time.
+        jax.config.update("jax_disable_most_optimizations", True)
         yield request.param
+        jax.config.update("jax_disable_most_optimizations", False)
     jax.clear_caches()
 
 
