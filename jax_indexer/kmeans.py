@@ -197,7 +197,7 @@ def _draw_ranks(
 
     def uniform(length):
         key = jax.random.fold_in(jax.random.key(seed), length)
-        return jax.random.uniform(key, (kv_heads, num_subspaces, 2, number))
+        return jax.random.uniform(key, (kv_heads, num_subspaces, 2, number), jnp.float32)
 
     fractions = jax.vmap(uniform)(lengths)
     share = jnp.arange(number, dtype=jnp.int32)

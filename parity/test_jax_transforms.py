@@ -19,6 +19,8 @@ from jax_indexer import (
     append,
     build_index,
     indexer_next,
+    rebuild_gain,
+    reset,
     select,
     sparse_attention,
 )
@@ -289,6 +291,17 @@ def test_64_bit_mode_changes_nothing(implementation):
     want = indexer_next(query[0], key_new[0], index, CONFIG, **options)
     with jax.enable_x64(True):
         got = indexer_next(query[0], key_new[0], index, CONFIG, **options)
+    check_same(got, want)
+
+
+def test_64_bit_mode_trains_the_same_codebooks():
+    cache, lengths = arrays()[3], jnp.asarray([256, 130], jnp.int32)
+    want = build_index(cache, lengths, CONFIG)
+    gain = rebuild_gain(want, cache, CONFIG)
+    with jax.enable_x64(True):
+        got = build_index(cache, lengths, CONFIG)
+        check_same(rebuild_gain(got, cache, CONFIG), gain)
+        check_same(reset(got, lengths == 0), got)
     check_same(got, want)
 
 
