@@ -340,6 +340,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
 
     started = time.perf_counter()
+    commit = machine.find_commit(arguments.commit)
     layers = read_layers(arguments.real_keys)
     tables: dict[str, list[Row]] = {}
     with Progress() as progress:
@@ -353,7 +354,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "kind": "quality",
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": "python -m benchmarks.quality --real-keys DIR",
-        **machine.find_commit(arguments.commit),
+        **commit,
         "machine": machine.describe_machine() | {"faiss": machine.version("faiss-cpu")},
         "seconds": round(time.perf_counter() - started, 1),
         "tables": tables,
