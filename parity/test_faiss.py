@@ -78,10 +78,11 @@ def layers(request):
 
 @pytest.mark.parametrize("shape", quality.QUANTIZERS, ids=str)
 def test_inertia_is_within_a_percent_of_faiss(layers, shape):
-    """Of every codebook the best of three starts, on both sides."""
+    """Of few centroids the best of three starts, on both sides; with many, starts are alike."""
     config = quality.config_of(*shape)
-    ours = [quality.our_index(layers, config, seed).codebooks for seed in range(3)]
-    theirs = [quality.faiss_codebooks(layers.key, config, 1234 + seed) for seed in range(3)]
+    starts = range(1 if config.num_centroids > 64 else quality.BEST_OF)
+    ours = [quality.our_index(layers, config, seed).codebooks for seed in starts]
+    theirs = [quality.faiss_codebooks(layers.key, config, 1234 + seed) for seed in starts]
     best, their_best = (
         np.min([quality.inertia(layers.key, x, config) for x in codebooks], axis=0).sum()
         for codebooks in (ours, theirs)
@@ -92,10 +93,10 @@ def test_inertia_is_within_a_percent_of_faiss(layers, shape):
 def test_attention_errors_are_those_with_faiss(layers):
     """At most 1.02 times, beyond what chance explains: a start moves an error by a tenth."""
     config = quality.config_of(2, 6, heavy_size=512)
-    ours = [quality.our_index(layers, config, seed) for seed in range(6)]
+    ours = [quality.our_index(layers, config, seed) for seed in range(4)]
     theirs = [
         quality.index_of(layers, quality.faiss_codebooks(layers.key, config, 1234 + seed), config)
-        for seed in range(6)
+        for seed in range(4)
     ]
     errors = (quality.quality(layers, indices, config)[0] for indices in (ours, theirs))
     ratio, standard_error = quality.ratio_of_means(*errors)

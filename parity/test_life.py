@@ -93,15 +93,13 @@ def check_same_rows(got, want, rows=range(B), of=None):
 # Properties of building and growing.
 
 
-@pytest.mark.parametrize("metric", ["euclidean", "ip"])
-def test_append_after_build_is_build_of_the_whole_given_the_codebooks(metric):
-    config = dataclasses.replace(CONFIG, metric=metric)
+def test_append_after_build_is_build_of_the_whole_given_the_codebooks():
     key = random_keys()
     first = np.array([150, 60, 9, 0], np.int32)
-    index = build(key, first, config)
-    whole = append(emptied(index), jnp.asarray(key), config, counts=jnp.full(B, S, jnp.int32))
+    index = build(key, first)
+    whole = append(emptied(index), jnp.asarray(key), CONFIG)
     check_same_rows(dataclasses.replace(whole, lengths=jnp.asarray(first)), index)
-    grown = append(index, jnp.asarray(key[:, :40]), config, counts=jnp.asarray([40, 3, 0, 1]))
+    grown = append(index, jnp.asarray(key[:, :40]), CONFIG, counts=jnp.asarray([40, 3, 0, 1]))
     for row, count in enumerate([40, 3, 0, 1]):
         end = first[row] + count
         assert grown.lengths[row] == end
@@ -110,15 +108,13 @@ def test_append_after_build_is_build_of_the_whole_given_the_codebooks(metric):
         )
 
 
-@pytest.mark.parametrize("metric", ["euclidean", "ip"])
-def test_permuted_rows_give_permuted_results(metric):
-    config = dataclasses.replace(CONFIG, metric=metric)
+def test_permuted_rows_give_permuted_results():
     key, order = random_keys(), np.array([2, 0, 3, 1])
-    index = build(key, config=config)
-    check_same_rows(build(key[order], LENGTHS[order], config), index, range(B), order)
-    gain = rebuild_gain(index, jnp.asarray(key), config)
+    index = build(key)
+    check_same_rows(build(key[order], LENGTHS[order]), index, range(B), order)
+    gain = rebuild_gain(index, jnp.asarray(key), CONFIG)
     shuffled = rebuild_gain(
-        jax.tree.map(lambda x: x[order], index), jnp.asarray(key[order]), config
+        jax.tree.map(lambda x: x[order], index), jnp.asarray(key[order]), CONFIG
     )
     np.testing.assert_allclose(shuffled, gain[order], rtol=1e-5, atol=1e-6)
 
