@@ -50,7 +50,7 @@ def test_inertia_is_the_sum_of_squared_distances(sample):
 
 def test_every_table_has_rows_that_json_takes(sample):
     rows = [
-        *quality.quantizers(sample, [(2, 4)], [64], [0]),
+        *quality.quantizers(sample, [(2, 4)], [64], starts=1),
         *quality.drift(sample, [(2, 4)], [64]),
     ]
     names = {name for name, _ in rows}
