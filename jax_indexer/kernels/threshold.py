@@ -51,6 +51,7 @@ def group_sizes(capacity: int, budget: int) -> tuple[int, ...]:
     small budget would have too many of both, and a short context in it too few groups.
     """
     per_token = capacity / budget
+    # Here a coarse group exceeds LARGEST_GROUP, so that it holds whole runs of fine ones.
     if capacity > MANY_GROUPS * LARGEST_GROUP and per_token >= MANY_GROUPS:
         return min(power_of_2_from(pl.cdiv(capacity, MANY_GROUPS)), 256), 2 * GROUP_RUN
     ideal = 1 << round(math.log2(math.sqrt(max(per_token, 1))))
