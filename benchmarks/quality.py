@@ -344,7 +344,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     started = time.perf_counter()
     commit = machine.find_commit(arguments.commit)
-    layers = read_layers(arguments.real_keys)
+    try:
+        layers = read_layers(arguments.real_keys)
+    except OSError as error:
+        parser.error(f"--real-keys: {error}; python -m parity.real_keys --out DIR makes that file")
     tables: dict[str, list[Row]] = {}
     with Progress() as progress:
         task = progress.add_task("quantizers", total=2 * len(QUANTIZERS))

@@ -28,10 +28,10 @@ def load(files: Iterable[Path]) -> list[Results]:
     """Reads results files, the oldest first; each remembers its name. Other JSON is left out.
 
     Raises:
+      ValueError: for a file that is not JSON.
       DifferentDevices: if they were not all measured on one kind of device.
     """
-    results = [json.loads(file.read_text()) | {"file": file.name} for file in files]
-    results = [one for one in results if one.get("kind") in KINDS]
+    results = [one for one in map(_read, files) if one.get("kind") in KINDS]
     devices: dict[str, list[str]] = {}
     for one in results:
         devices.setdefault(one["machine"]["device"], []).append(one["file"])
@@ -41,6 +41,13 @@ def load(files: Iterable[Path]) -> list[Results]:
             + "; ".join(f"{device}: {', '.join(names)}" for device, names in devices.items())
         )
     return sorted(results, key=lambda one: (one["time"], one["file"]))
+
+
+def _read(file: Path) -> Results:
+    try:
+        return json.loads(file.read_text()) | {"file": file.name}
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{file}: expected a results file of this program: {error}") from None
 
 
 def by_workload(results: Sequence[Results]) -> dict[str, tuple[Results, list[Row]]]:

@@ -810,6 +810,13 @@ def test_results_that_are_named_are_shown_and_leave_the_readme_alone(folder, cap
     assert (folder / "README.md").read_text() == README
 
 
+@pytest.mark.parametrize("text", ["{broken", "[1]"])
+def test_what_is_no_results_file_is_named(folder, text, capsys):
+    (folder / "own.json").write_text(text)
+    assert run_report(folder, str(folder / "own.json")) == 1
+    assert "own.json: expected a results file" in capsys.readouterr().out
+
+
 def test_a_readme_without_markers_is_refused(folder, capsys):
     gpu_results(folder)
     (folder / "README.md").write_text("no markers")

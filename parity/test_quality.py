@@ -65,3 +65,9 @@ def test_gain_tells_drift_and_rebuild_ends_it(sample):
     assert start["gain"] < 0.02 < end["gain"]
     assert end["gain after rebuild"] < 0.02
     assert end["error that rebuild removes"] > end["gain"]
+
+
+def test_a_folder_without_the_keys_is_refused_with_what_makes_them(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        quality.main(["--real-keys", str(tmp_path)])
+    assert "python -m parity.real_keys" in capsys.readouterr().err
