@@ -177,9 +177,9 @@ def _select(
 
     if implementation == "triton":
         return triton(query, index)
-    if implementation == "xla" or backend.unaddressable(query, *jax.tree.leaves(index)):
+    if implementation == "xla":
         return xla(query, index)
-    return lax.platform_dependent(query, index, cuda=triton, default=xla)
+    return backend.dispatch(xla, triton, query, index)
 
 
 def _select_from_tables(
@@ -254,8 +254,8 @@ def _step(
         return selection, index
 
     arguments = query, key_new, index, counts
-    if implementation == "xla" or backend.unaddressable(*jax.tree.leaves(arguments)):
-        return one_after_the_other(*arguments)
     if implementation == "triton":
         return triton(*arguments)
-    return lax.platform_dependent(*arguments, cuda=triton, default=one_after_the_other)
+    if implementation == "xla":
+        return one_after_the_other(*arguments)
+    return backend.dispatch(one_after_the_other, triton, *arguments)
