@@ -139,6 +139,11 @@ def rebuild_gain(
     0.03 once the context has grown by a quarter, so a rebuild pays from about 0.02 on. It costs one
     k-means iteration over the cache, or over `config.train_tokens` tokens of it.
 
+    Those figures are for float32 codebooks trained on all tokens. With `train_tokens` a longer row
+    has another sample, whose chance alone gives 0.03 to 0.08. A row that was built from no more
+    than `init_offset` tokens has codebooks of zeros, which one step may not move: rebuild it.
+    Under `shard_map` over heads each shard returns the number of its own heads.
+
     Args:
       index: the index.
       key: [B, S, K, H] ("BSKH") or [B, K, S, H] ("BKSH"), the cache.
