@@ -97,7 +97,8 @@ def rebuild(
 
     For between decode steps: when a short prompt has grown, when the keys have drifted away from
     the codebooks (`rebuild_gain` tells), or, with `lengths`, to put a new prompt into a row. A row
-    so built equals what `build_index` makes of it, bit for bit.
+    so built equals what `build_index` makes of it, bit for bit with
+    float32 codebooks.
 
     Args:
       index: the index; donate it to have it updated in place.
