@@ -17,13 +17,26 @@ UINT8 = (np.dtype(jnp.uint8),)
 FLOAT32 = (np.dtype(jnp.float32),)
 
 
+class Sizes(dict[str, int]):
+    """Sizes of axes by letter, and what each was learnt from."""
+
+    def __init__(self):
+        self.source: dict[str, str] = {}
+
+    def learn(self, source: str, **sizes: int) -> None:
+        """Adds sizes and remembers where they come from."""
+        self.update(sizes)
+        self.source |= dict.fromkeys(sizes, source)
+
+
 def check_array(
     name: str,
     value: Any,
     letters: str,
-    sizes: dict[str, int],
+    sizes: Sizes,
     dtypes: Iterable[np.dtype],
     fixes: Mapping[str, str] = MappingProxyType({}),
+    source: str | None = None,
 ) -> None:
     """Checks one array against the axes named in `letters`, and learns the sizes of new ones.
 
@@ -33,7 +46,9 @@ def check_array(
       letters: axes separated by spaces, such as "B T N H".
       sizes: sizes known so far by letter; those of new letters are added.
       dtypes: what is accepted.
-      fixes: what to do about a wrong size, by letter, where there is more to say than to mend it.
+      fixes: what to do about a wrong size, by letter, or about a wrong number of axes, by
+        `letters`, where there is more to say than to mend it.
+      source: what other messages call this argument, if not by its name.
 
     Raises:
       ValueError: for anything but an array of that rank, shape and dtype.
@@ -50,22 +65,21 @@ def check_array(
     shape, dtype = tuple(value.shape), value.dtype
     got = f"{getattr(dtype, 'name', dtype)}[{', '.join(map(str, shape))}]"
     if len(shape) != len(axes):
-        raise ValueError(
-            f"{name}: expected {wanted}, got {got}; reshape it to {len(axes)} axes ({letters})"
-        )
+        fix = fixes.get(letters, f"reshape it to {len(axes)} axes ({letters})")
+        raise ValueError(f"{name}: expected {wanted}, got {got}; {fix}")
     if dtype not in dtypes:
-        raise ValueError(
-            f"{name}: expected {wanted}, got {got}; cast with .astype(jnp.{dtypes[0].name})"
-        )
+        cast = f"cast with .astype(jnp.{dtypes[0].name})"
+        if dtype == np.dtype("V2") and np.dtype(jnp.bfloat16) in dtypes:
+            cast = "if NumPy saved it as bfloat16, restore that with .view(jnp.bfloat16)"
+        raise ValueError(f"{name}: expected {wanted}, got {got}; {cast}")
     for axis, size in zip(axes, shape, strict=True):
         if size != sizes.get(axis, size):
-            raise ValueError(
-                f"{name}: expected {wanted}, got {got}; "
-                f"{fixes.get(axis, f'axis {axis} must be {sizes[axis]}, as in other arguments')}"
-            )
+            fix = fixes.get(axis, f"axis {axis} must be {sizes[axis]}, as in {sizes.source[axis]}")
+            raise ValueError(f"{name}: expected {wanted}, got {got}; {fix}")
         if size == 0:
             raise ValueError(f"{name}: expected {wanted}, got {got}; axis {axis} must not be empty")
-        sizes[axis] = size
+        if axis not in sizes:
+            sizes.learn(source or name, **{axis: size})
 
 
 def check_choice(name: str, value: Any, choices: Iterable[Any]) -> None:
@@ -76,22 +90,28 @@ def check_choice(name: str, value: Any, choices: Iterable[Any]) -> None:
 
 
 def check_config(config: Any) -> None:
-    """Raises ValueError unless `config` is an IndexerConfig."""
+    """Raises unless `config` is an IndexerConfig of which everything is there."""
     if not isinstance(config, IndexerConfig):
         raise ValueError(
             f"config: expected an IndexerConfig, got {type(config).__name__}; "
             "build one with jax_indexer.IndexerConfig(...)"
         )
+    if config.cells:
+        raise NotImplementedError(
+            'config.cells: the "cells" selector is not there yet; use cells=False'
+        )
 
 
-def check_key(name: str, key: Any, tokens: str, kv_layout: Any, sizes: dict[str, int]) -> None:
+def check_key(name: str, key: Any, tokens: str, kv_layout: Any, sizes: Sizes) -> None:
     """Checks a key or value array [B, tokens, K, H] in either layout."""
     check_choice("kv_layout", kv_layout, get_args(KVLayout))
     letters = f"B {tokens} K H" if kv_layout == "BSKH" else f"B K {tokens} H"
-    check_array(name, key, letters, sizes, FLOAT_DTYPES)
+    check_array(
+        name, key, letters, sizes, FLOAT_DTYPES, source=f"{name} with kv_layout={kv_layout!r}"
+    )
 
 
-def check_subspaces(name: str, config: IndexerConfig, sizes: dict[str, int]) -> None:
+def check_subspaces(name: str, config: IndexerConfig, sizes: Sizes) -> None:
     """Checks that the head dimension learnt from argument `name` divides into subspaces."""
     if sizes["H"] % config.num_subspaces:
         raise ValueError(
@@ -100,7 +120,7 @@ def check_subspaces(name: str, config: IndexerConfig, sizes: dict[str, int]) -> 
         )
 
 
-def check_groups(sizes: dict[str, int]) -> None:
+def check_groups(sizes: Sizes) -> None:
     """Checks that the K kv heads divide the N query heads."""
     if sizes["N"] % sizes["K"]:
         raise ValueError(

@@ -46,7 +46,7 @@ def sparse_attention(
     _arguments.check_choice("implementation", implementation, (None, *get_args(Implementation)))
     if implementation == "triton":
         raise NotImplementedError('implementation: sparse_attention has "xla" only; use None')
-    sizes: dict[str, int] = {}
+    sizes = _arguments.Sizes()
     _arguments.check_key("key", key, "S", kv_layout, sizes)
     _arguments.check_key("value", value, "S", kv_layout, sizes)
     _arguments.check_array("query", query, "B T N H", sizes, FLOAT_DTYPES)
@@ -60,6 +60,8 @@ def sparse_attention(
     _arguments.check_array("selection.indices", indices, "B T N P", sizes, _arguments.INT32)
     if scale is None:
         scale = sizes["H"] ** -0.5
+    elif isinstance(scale, bool):
+        raise ValueError(f"scale: expected a real number, got {scale}; pass a float or None")
     elif isinstance(scale, float) or (isinstance(scale, int) and abs(scale) < 2**31):
         scale = float(scale)
     elif jnp.ndim(scale) or not jnp.issubdtype(getattr(scale, "dtype", bool), jnp.floating):

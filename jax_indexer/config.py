@@ -92,8 +92,8 @@ class IndexerConfig:
             raise ValueError(f"cells: expected True or False, got {self.cells!r}; pass a bool")
         if self.max_selected() > np.iinfo(np.int32).max:
             raise ValueError(
-                f"heavy_size, sink_size, window_size: expected lists shorter than 2**31, "
-                f"got up to {self.max_selected()} tokens; make the sizes smaller"
+                "heavy_size, sink_size, window_size, init_offset: expected lists shorter than "
+                f"2**31, got up to {self.max_selected()} tokens; make the sizes smaller"
             )
 
     @property

@@ -73,13 +73,11 @@ def build_index(
     Source: CONTRACT.md, section 4; the method is that of PQCache (arXiv 2407.12820).
     """
     _arguments.check_config(config)
-    sizes: dict[str, int] = {}
+    sizes = _arguments.Sizes()
     _arguments.check_key("key", key, "S", kv_layout, sizes)
     _arguments.check_subspaces("key", config, sizes)
     _arguments.check_array("lengths", lengths, "B", sizes, _arguments.INT32)
     _check_seed(seed)
-    if config.cells:
-        raise NotImplementedError('config.cells: the "cells" selector is not there yet')
     return _build(key, lengths, np.uint32(seed), config=config, kv_layout=kv_layout)
 
 
@@ -140,10 +138,10 @@ def rebuild_gain(
     0.03 once the context has grown by a quarter, so a rebuild pays from about 0.02 on. It costs one
     k-means iteration over the cache, or over `config.train_tokens` tokens of it.
 
-    Those figures are for float32 codebooks trained on all tokens. With `train_tokens` a longer row
-    has another sample, whose chance alone gives 0.03 to 0.08. A row that was built from no more
-    than `init_offset` tokens has codebooks of zeros, which one step may not move: rebuild it.
-    Under `shard_map` over heads each shard returns the number of its own heads.
+    What the means gain on a sample by chance alone is taken off where `train_tokens` makes one. A
+    row with a codebook whose centroids are all equal, as when it was built from no more than
+    `init_offset` tokens, gains 1. Under `shard_map` over heads each shard returns the number of its
+    own heads.
 
     Args:
       index: the index.
@@ -152,7 +150,8 @@ def rebuild_gain(
       kv_layout: order of the token and head axes of `key`.
 
     Returns:
-      float32[B], in 0..1; 0 for rows without an error.
+      float32[B], in 0..1; 0 for rows without an error, and for those whose error overflows
+      float32.
 
     Raises:
       ValueError: for arguments of wrong type, shape or dtype.
@@ -179,7 +178,7 @@ def reset(index: PQIndex, rows: Array) -> PQIndex:
     Source: CONTRACT.md, section 4.
     """
     _check_type(index)
-    sizes: dict[str, int] = {}
+    sizes = _arguments.Sizes()
     _arguments.check_array("index.lengths", index.lengths, "B", sizes, _arguments.INT32)
     _arguments.check_array("rows", rows, "B", sizes, _arguments.BOOL)
     return dataclasses.replace(index, lengths=jnp.where(rows, 0, index.lengths))
@@ -217,10 +216,10 @@ def append(
     return _append(index, key_new, counts, config=config, kv_layout=kv_layout)
 
 
-def check_append(index, key_new, config, counts, kv_layout) -> dict[str, int]:
+def check_append(index, key_new, config, counts, kv_layout) -> _arguments.Sizes:
     """Checks the arguments of `append`; returns the sizes of the axes."""
     _arguments.check_config(config)
-    sizes: dict[str, int] = {}
+    sizes = _arguments.Sizes()
     _arguments.check_key("key_new", key_new, "t", kv_layout, sizes)
     _arguments.check_subspaces("key_new", config, sizes)
     check_index(index, config, sizes)
@@ -230,10 +229,10 @@ def check_append(index, key_new, config, counts, kv_layout) -> dict[str, int]:
     return sizes
 
 
-def _check_with_cache(index, key, config, kv_layout) -> dict[str, int]:
+def _check_with_cache(index, key, config, kv_layout) -> _arguments.Sizes:
     """Checks an index and the cache it is of; returns the sizes of the axes."""
     _arguments.check_config(config)
-    sizes: dict[str, int] = {}
+    sizes = _arguments.Sizes()
     _arguments.check_key("key", key, "S", kv_layout, sizes)
     _arguments.check_subspaces("key", config, sizes)
     check_index(index, config, sizes)
@@ -251,7 +250,9 @@ def _check_phi(index: PQIndex, config: IndexerConfig) -> None:
 
 def _check_seed(seed: Any) -> None:
     if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or not 0 <= seed < 2**32:
-        raise ValueError(f"seed: expected an int in 0..2**32 - 1, got {seed!r}; use seed=0")
+        raise ValueError(
+            f"seed: expected an int in 0..2**32 - 1, got {seed!r}; it is static: pass a Python int"
+        )
 
 
 def _check_type(index: Any) -> None:
@@ -261,21 +262,19 @@ def _check_type(index: Any) -> None:
         )
 
 
-def check_index(index: Any, config: IndexerConfig, sizes: dict[str, int]) -> None:
+def check_index(index: Any, config: IndexerConfig, sizes: _arguments.Sizes) -> None:
     """Checks the arrays of a PQIndex against the config and the head dimension H in `sizes`."""
     _check_type(index)
     augmented = config.metric == "ip"
-    sizes |= {
-        "M": config.num_subspaces,
-        "C": config.num_centroids,
-        "D'": sizes["H"] // config.num_subspaces + augmented,
-    }
+    dimensions = {"D'": sizes["H"] // config.num_subspaces + augmented}
+    sizes.learn("config", M=config.num_subspaces, C=config.num_centroids, **dimensions)
     fix = (
         f"with num_subspaces={config.num_subspaces}, num_bits={config.num_bits}, "
         f"metric={config.metric!r} and H={sizes['H']} the config says otherwise; "
         "use the config that the index was built with"
     )
-    fixes = {"M": fix, "C": fix, "D'": fix}
+    layers = "of an index for several layers take one at a time, by lax.scan or jax.vmap"
+    fixes = {"M": fix, "C": fix, "D'": fix, "B K M C D'": layers}
     _arguments.check_array(
         "index.codebooks", index.codebooks, "B K M C D'", sizes, _arguments.FLOAT_DTYPES, fixes
     )
@@ -348,7 +347,7 @@ def _rebuild_gain(
     keys = kmeans.training_set(key, lengths, config, kv_layout)
     if config.metric == "ip":  # distances are to the centroids as they were trained
         keys = keys._replace(phi=index.phi)
-    return kmeans.first_step_gain(keys, index.codebooks.astype(jnp.float32), kv_layout)
+    return kmeans.first_step_gain(keys, index.codebooks, kv_layout)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "kv_layout"))

@@ -24,6 +24,7 @@ class TrainingSet(NamedTuple):
       key: [B, S, K, H] ("BSKH") or [B, K, S, H] ("BKSH"): the cache, or a sample of it.
       trainable: which subvectors count: finite ones of the row's tokens from `init_offset` on.
       stop: tokens of each row behind which none is trainable.
+      stride: of the sample of each row; 1 where all tokens are there.
       phi: for the inner-product metric the largest squared norm of a trainable subvector, else
         None.
     """
@@ -31,6 +32,7 @@ class TrainingSet(NamedTuple):
     key: Float[Array, "B _ _ H"]
     trainable: Bool[Array, "B K M S"]
     stop: Int32[Array, "B"]
+    stride: Int32[Array, "B"]
     phi: Float[Array, "B K M"] | None
 
 
@@ -56,7 +58,7 @@ def training_set(
     if sample is None or sample >= key.shape[axis] - first:
         position = jnp.arange(key.shape[axis], dtype=jnp.int32)
         exists = (position >= first) & (position < lengths[:, None])
-        stop = lengths
+        stop, stride = lengths, jnp.ones_like(lengths)
     else:
         count = jnp.maximum(lengths - first, 0)
         stride = jnp.maximum((count + sample - 1) // sample, 1)
@@ -76,7 +78,7 @@ def training_set(
 
     # Row by row, which keeps a row's bits from depending on the batch.
     trainable, phi = lax.map(inspect, (key, exists))
-    return TrainingSet(key, trainable, stop, phi if config.metric == "ip" else None)
+    return TrainingSet(key, trainable, stop, stride, phi if config.metric == "ip" else None)
 
 
 def train(
@@ -154,35 +156,53 @@ def first_step_gain(
 ) -> Float[Array, "B"]:
     """The share of each row's quantization error that one iteration from these centroids removes.
 
+    A strided sample of a row that has grown holds other tokens than were trained on, and means of
+    few tokens fit these better than any others: what chance alone removes is taken off. Centroids
+    that are all equal come from fewer than two keys, and one step may not tell them apart.
+
     Args:
       keys: the keys whose error it is.
-      centroids: float32, augmented for the inner-product metric.
+      centroids: in the codebooks' dtype, augmented for the inner-product metric.
       kv_layout: of the keys.
 
     Returns:
-      A number in 0..1; 0 where the error is no more than rounding makes of equal keys.
+      A number in 0..1; 0 where the error is no more than rounding makes of equal keys, and 1 where
+      it is more and all centroids of a codebook are equal.
     """
+    dtype, centroids = centroids.dtype, centroids.astype(jnp.float32)
     stop = jnp.broadcast_to(keys.stop[:, None, None], centroids.shape[:3])
     sums = centroid_sums(keys, centroids, stop, kv_layout)
     sums, sizes = sums[..., :-1], sums[..., -1:]
     means = sums / jnp.maximum(sizes, 1)
-    mean = jnp.sum(sums, axis=-2, keepdims=True) / jnp.maximum(
-        jnp.sum(sizes, axis=-2, keepdims=True), 1
-    )
+    count = jnp.sum(sizes, axis=-2, keepdims=True)
+    mean = jnp.sum(sums, axis=-2, keepdims=True) / jnp.maximum(count, 1)
     parts = subvectors(keys.key.astype(jnp.float32), centroids.shape[2])
     parts = jnp.moveaxis(parts, token_axis(kv_layout), -2)  # [B, K, M, S, D]
     if keys.phi is not None:
         parts = reference.augment(parts, keys.phi[..., None])
     distances = jnp.where(keys.trainable[..., None], jnp.square(parts - mean), 0)
 
-    def over_row(x):
-        return jnp.sum(x, axis=(1, 2, 3, 4))
+    def over_codebook(x):
+        return jnp.sum(x, axis=(-2, -1))
 
-    variance = over_row(distances)
-    left = variance - over_row(sizes * jnp.square(means - mean))
-    removed = over_row(sizes * jnp.square(means - centroids))
-    least = 1e-5 * variance + 1e-10 * over_row(sizes * jnp.square(mean))
-    return jnp.where(removed + left > least, removed / (removed + jnp.maximum(left, least)), 0)
+    variance = over_codebook(distances)
+    within = jnp.maximum(variance - over_codebook(sizes * jnp.square(means - mean)), 0)
+    moved = means.astype(dtype).astype(jnp.float32)
+    error = within + over_codebook(sizes * jnp.square(means - centroids))
+    left = within + over_codebook(sizes * jnp.square(means - moved))
+    clusters = over_codebook((sizes > 0).astype(jnp.float32))
+    by_chance = within * clusters / jnp.maximum(over_codebook(count) - clusters, 1)
+    left += jnp.where(keys.stride[:, None, None] > 1, by_chance, 0)
+    least = 1e-5 * variance + 1e-10 * over_codebook(count * jnp.square(mean))
+
+    def over_row(x):
+        return jnp.sum(x, axis=(1, 2))
+
+    is_one = jnp.all(centroids == centroids[..., :1, :], axis=(-2, -1))
+    is_start = jnp.any(is_one & (error > least), axis=(1, 2))
+    error, left, least = over_row(error), over_row(left), over_row(least)
+    gain = jnp.maximum(error - jnp.maximum(left, least), 0) / error
+    return jnp.where(is_start, 1, jnp.where(error > least, gain, 0))
 
 
 def _draw_ranks(

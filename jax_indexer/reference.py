@@ -179,11 +179,18 @@ def augment(
 ) -> Float[Array, "*batch D_"]:
     """Adds the coordinate that gives every subvector the squared norm `phi`, if it is shorter.
 
-    Among vectors of one norm the nearest centroid is the one of largest inner product.
+    Among vectors of one norm the nearest centroid is the one of largest inner product. The norm is
+    added one dimension after the other, as in `encode` and for the same reason.
+
     Source: the reduction of maximum inner product to nearest neighbour (Bachrach et al., 2014).
     """
-    missing = phi - jnp.sum(parts * parts, axis=-1)
-    return jnp.concatenate([parts, jnp.sqrt(jnp.maximum(missing, 0))[..., None]], axis=-1)
+    along = jnp.moveaxis(parts, -1, 0)
+
+    def add(d, total):
+        return total + along[d] * along[d]
+
+    norm = lax.fori_loop(1, len(along), add, along[0] * along[0])
+    return jnp.concatenate([parts, jnp.sqrt(jnp.maximum(phi - norm, 0))[..., None]], axis=-1)
 
 
 def encode(
@@ -269,7 +276,8 @@ def centroid_sums(
 ) -> Float[Array, "B K M C E"]:
     """One pass of k-means: assigns trainable subvectors to centroids and sums each one's members.
 
-    Distances are matrix products, |c|^2 / 2 - x.c, in chunks of tokens.
+    Distances are matrix products, |c|^2 / 2 - x.c with the centroids' mean for origin, in chunks of
+    tokens.
 
     Args:
       key: [B, S, K, H] ("BSKH") or [B, K, S, H] ("BKSH").
@@ -292,7 +300,10 @@ def centroid_sums(
     def sum_codebook(row, k, m) -> Float[Array, "C E"]:
         key, trainable, centroids, phi, _ = row
         centroids = centroids[k, m]
-        bias = jnp.sum(centroids * centroids, axis=-1, keepdims=True) / 2
+        # Where keys lie close together, far from zero, their products would hide the differences.
+        origin = jnp.mean(centroids, axis=0)
+        offsets = centroids - origin
+        bias = jnp.sum(offsets * offsets, axis=-1, keepdims=True) / 2
 
         def sum_chunk(first):
             start = jnp.minimum(first, capacity - chunk)  # the last chunk may overlap
@@ -306,7 +317,7 @@ def centroid_sums(
             if phi is not None:
                 parts = augment(parts, phi[k, m])
             # Tokens along the last axis, which CPUs reduce over centroids in vectors.
-            scores = jnp.dot(centroids, parts.T, precision=highest) - bias
+            scores = jnp.dot(offsets, (parts - origin).T, precision=highest) - bias
             is_best = scores == jnp.max(scores, axis=0)
             nearest = jnp.min(jnp.where(is_best, centroid, num_centroids), axis=0)
             member = (nearest == centroid) & counts

@@ -51,7 +51,8 @@ def select(
       index: the product-quantized keys, those of the step's own tokens included.
       config: what the index was built with.
       return_weights: whether to write the dense weights too.
-      implementation: "triton", "xla", or None: Triton on an NVIDIA GPU, XLA elsewhere.
+      implementation: "triton", "xla", or None: Triton on an NVIDIA GPU where it supports the
+        case, else XLA.
       selector: how the heavy tokens are found, or None; all give the same list.
 
     Returns:
@@ -131,7 +132,7 @@ def indexer_next(
 def check_select(query, index, config, return_weights, implementation, selector) -> None:
     """Checks the arguments of `select`."""
     _arguments.check_config(config)
-    sizes: dict[str, int] = {}
+    sizes = _arguments.Sizes()
     _arguments.check_array("query", query, "B T N H", sizes, FLOAT_DTYPES)
     _arguments.check_subspaces("query", config, sizes)
     check_index(index, config, sizes)

@@ -1,5 +1,7 @@
 """append: codes against the oracle, and what happens to rows that do not fit."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -114,38 +116,68 @@ def test_ties_go_to_the_lower_centroid():
     np.testing.assert_array_equal(got.codes, want)
 
 
-def near_ties(seed=0):
-    """Centroids in pairs one float apart, so that any change in the order of a sum shows."""
-    index, key = start([0, 0], integers=None, seed=seed)
-    codebooks = np.array(index.codebooks)
-    codebooks[..., 1::2, :] = np.nextafter(codebooks[..., ::2, :], np.float32(9))
-    return PQIndex(
-        codebooks=jnp.asarray(codebooks), codes=jnp.zeros_like(index.codes), lengths=index.lengths
-    ), key
+def near_ties(metric="euclidean"):
+    """Centroids in pairs one float apart, so that any change in the order of a sum shows.
+
+    For the inner-product metric pairs lie on both sides of a key's extra coordinate, whose last
+    bits come from the order in which the key's norm is added.
+    """
+    if metric == "euclidean":
+        index, key = start([0, 0], integers=None)
+        codebooks = np.array(index.codebooks)
+        codebooks[..., 1::2, :] = np.nextafter(codebooks[..., ::2, :], np.float32(9))
+        codebooks = jnp.asarray(codebooks)
+        return (
+            PQIndex(codebooks=codebooks, codes=jnp.zeros_like(index.codes), lengths=index.lengths),
+            key,
+            config_of(),
+        )
+    rng = np.random.default_rng(0)
+    shape = B, K, M, C, D = 2, 2, 4, 16, 8
+    key = rng.standard_normal((B, S, K, M * D)).astype(np.float32)
+    codebooks = np.zeros((*shape[:-1], D + 1), np.float32)
+    phi = np.float32(30)
+    norms = np.square(key.astype(float).reshape(B, S, K, M, D)).sum(-1)
+    # One pair a key for the first C / 2 of them.
+    extra = np.sqrt(phi - norms[:, : C // 2]).transpose(0, 2, 3, 1)
+    codebooks[..., :-1] = np.repeat(
+        key.reshape(B, S, K, M, D)[:, : C // 2].transpose(0, 2, 3, 1, 4), 2, axis=3
+    )
+    codebooks[..., ::2, -1] = (extra * (1 - 1e-3)).astype(np.float32)
+    codebooks[..., 1::2, -1] = (extra * (1 + 1e-3)).astype(np.float32)
+    index = PQIndex(
+        codebooks=jnp.asarray(codebooks),
+        codes=jnp.zeros((B, K, M, S), jnp.uint8),
+        lengths=jnp.zeros(B, jnp.int32),
+        phi=jnp.full((B, K, M), phi),
+    )
+    key[:, C // 2 :] = np.resize(key[:, : C // 2], key[:, C // 2 :].shape)
+    return index, key, IndexerConfig(num_subspaces=M, num_bits=4, metric="ip")
 
 
+@pytest.mark.parametrize("metric", ["euclidean", "ip"])
 @pytest.mark.parametrize("num_new", [1, 2, 3, 7, 16])
-def test_a_key_gets_the_same_code_however_many_are_appended(num_new):
-    index, key = near_ties()
-    whole = append(index, jnp.asarray(key), config_of())
+def test_a_key_gets_the_same_code_however_many_are_appended(num_new, metric):
+    index, key, config = near_ties(metric)
+    whole = append(index, jnp.asarray(key), config)
     grown = index
     for first in range(0, S - num_new + 1, num_new):
-        grown = append(grown, jnp.asarray(key[:, first : first + num_new]), config_of())
+        grown = append(grown, jnp.asarray(key[:, first : first + num_new]), config)
     count = int(grown.lengths[0])
     assert count >= S - num_new
     np.testing.assert_array_equal(grown.codes[..., :count], whole.codes[..., :count])
 
 
-def test_a_key_gets_the_same_code_at_any_place():
+@pytest.mark.parametrize("metric", ["euclidean", "ip"])
+def test_a_key_gets_the_same_code_at_any_place(metric):
     """In another batch row, in another kv head, in another batch size, inside another jit."""
-    index, key = near_ties()
-    config = config_of()
+    index, key, config = near_ties(metric)
     whole = append(index, jnp.asarray(key), config)
     flip = jax.tree.map(lambda x: x[::-1], index)
     np.testing.assert_array_equal(
         append(flip, jnp.asarray(key[::-1]), config).codes[::-1], whole.codes
     )
-    heads = PQIndex(codebooks=index.codebooks[:, ::-1], codes=index.codes, lengths=index.lengths)
+    heads = dataclasses.replace(index, codebooks=index.codebooks[:, ::-1])
     np.testing.assert_array_equal(
         append(heads, jnp.asarray(key[:, :, ::-1]), config).codes[:, ::-1], whole.codes
     )

@@ -3,6 +3,8 @@
 It comes before anything is compiled. What depends on data is no error: see test_select.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -211,6 +213,7 @@ CASES = [
     ("rebuild", "kv_layout", "BHSK", "BSKH", "BHSK"),
     ("build_index", "seed", 1.5, "int", "1.5"),
     ("sparse_attention", "scale", "auto", "", "auto"),
+    ("sparse_attention", "scale", True, "real", "True"),
 ]  # fmt: skip
 IP_CASES = [
     ("select", "index.codebooks", f32(B, K, M, C, H // M), "=5]", "[2, 2, 2, 4, 4]"),
@@ -301,6 +304,27 @@ def test_a_wrong_argument_is_named_under_jit_too(case):
     assert str(traced.value) == str(eager.value)
 
 
+def test_a_message_says_which_other_argument_a_size_comes_from():
+    with pytest.raises(ValueError, match=r"^index.codes: .*axis S must be 33, as in key with kv_l"):
+        call("rebuild", key=f32(B, S + 1, K, H))
+    # Axes in the other order are not seen as such, but the message says how they were read.
+    with pytest.raises(ValueError, match=r"^index.codebooks: .* as in key with kv_layout='BSKH'"):
+        call("rebuild", key=f32(B, K, S, H))
+    with pytest.raises(ValueError, match=r"^index.lengths: .*axis B must be 2, as in query"):
+        call("select", **{"index.lengths": i32(B + 1)})
+
+
+def test_an_index_for_several_layers_is_known_by_its_axes():
+    layers = jax.tree.map(lambda x: np.stack([x, x]), PQIndex(**ARGUMENTS["select"]["index"]))
+    with pytest.raises(ValueError, match=r"^index.codebooks: .*lax\.scan or jax\.vmap"):
+        call("select", index=layers)
+
+
+def test_a_traced_seed_is_said_to_be_static():
+    with pytest.raises(ValueError, match=r"^seed: .*static"):
+        jax.jit(lambda seed: call("build_index", seed=seed))(3)
+
+
 def test_an_unknown_option_is_refused():
     with pytest.raises(TypeError):
         call("select", budget=7)
@@ -328,6 +352,9 @@ def test_empty_axes_are_refused(axis, compilations):
 
 def test_what_is_not_there_is_not_implemented():
     """The caller's mistake is a ValueError, the library's limit is not."""
+    for function in ("build_index", "rebuild", "rebuild_gain", "append", "select", "indexer_next"):
+        with pytest.raises(NotImplementedError, match=r"^config\.cells: .+"):
+            call(function, config=dataclasses.replace(CONFIG, cells=True))
     with pytest.raises(NotImplementedError, match=r"^implementation: .+"):
         call("sparse_attention", implementation="triton")
     if jax.devices()[0].platform == "cpu":

@@ -42,6 +42,7 @@ def implementation(request):
         interpreted = backend.launch
         patch.setattr(backend, "dispatch", lambda xla, triton, *arguments: triton(*arguments))
         patch.setattr(backend, "launch", lambda *x, **y: interpreted(*x, **y | {"interpret": True}))
+        patch.setattr(backend, "barrier", lambda interpret: None)
         patch.setattr(centroid_sums, "TOKENS_PER_PART", 128)
         jax.clear_caches()
         # Compiling is most of the interpreter's time.
@@ -282,6 +283,42 @@ def test_gain_is_small_after_training_and_large_after_drift():
     check_same_rows(better, index, [0, 3])
 
 
+def test_gain_does_not_mistake_another_sample_for_drift():
+    """A row that grows by tokens like those before has other tokens in its sample, no drift."""
+    config = dataclasses.replace(CONFIG, train_tokens=80)
+    key = random_keys()
+    index = build(key, [80 + OFFSET] * B, config)
+    index = append(index, jnp.asarray(key[:, 80 + OFFSET :]), config)
+    assert index.lengths.tolist() == [S] * B
+    gain = np.asarray(rebuild_gain(index, jnp.asarray(key), config))
+    trained = np.asarray(rebuild_gain(build(key, [S] * B, config), jnp.asarray(key), config))
+    assert (trained == 0).all()
+    assert (gain < 0.06).all()
+    key[0, 80 + OFFSET :] += 3
+    assert rebuild_gain(index, jnp.asarray(key), config)[0] > 0.2
+
+
+def test_codebooks_of_no_keys_gain_everything():
+    """One step leaves zeros as they are where keys have a mean of zero."""
+    key = random_keys()
+    key[:, 1::2] = -key[:, 0:-1:2]
+    index = build(key, [OFFSET, OFFSET, OFFSET + 1, S])
+    index = append(index, jnp.asarray(key), CONFIG, counts=jnp.asarray([0, 60, 60, 0], jnp.int32))
+    gain = np.asarray(rebuild_gain(index, jnp.asarray(key), CONFIG))
+    assert gain[:3].tolist() == [0, 1, 1]
+    assert gain[3] < 0.1
+
+
+def test_gain_of_rounded_codebooks_is_what_rounded_means_gain():
+    """Far from zero a bfloat16 centroid is never the mean, and no rebuild makes it so."""
+    config = dataclasses.replace(CONFIG, kmeans_iters=100)
+    key = random_keys() / 8 + 100
+    index = build(key, [S] * B, config)
+    index = dataclasses.replace(index, codebooks=index.codebooks.astype(jnp.bfloat16))
+    index = rebuild(index, jnp.asarray(key), config, marks(0, 1, 2, 3))
+    assert (np.asarray(rebuild_gain(index, jnp.asarray(key), config)) < 0.02).all()
+
+
 def test_training_ends_when_nothing_changes():
     """A hundred iterations or a thousand: the same bits, alone or beside rows that go on."""
     configs = [dataclasses.replace(CONFIG, kmeans_iters=n) for n in (100, 1000)]
@@ -325,6 +362,23 @@ def test_saved_and_loaded_by_numpy(metric):
         loaded = jax.tree.unflatten(structure, [jnp.asarray(arrays[name]) for name in arrays])
     assert isinstance(loaded, PQIndex)
     check_same(loaded, index)
+
+
+def test_a_bfloat16_array_from_numpy_is_said_to_need_a_view():
+    """savez keeps its bytes and forgets its type."""
+    index = build(random_keys())
+    index = dataclasses.replace(index, codebooks=index.codebooks.astype(jnp.bfloat16))
+    file = io.BytesIO()
+    np.savez(file, codebooks=index.codebooks)
+    file.seek(0)
+    with np.load(file) as arrays:
+        codebooks = arrays["codebooks"]
+    loaded = dataclasses.replace(index, codebooks=codebooks)
+    key = jnp.asarray(random_keys()[:, :1])
+    with pytest.raises(ValueError, match=r"index\.codebooks: .*\.view\(jnp\.bfloat16\)"):
+        append(loaded, key, CONFIG)
+    loaded = dataclasses.replace(index, codebooks=jnp.asarray(codebooks.view(jnp.bfloat16)))
+    check_same(append(loaded, key, CONFIG), append(index, key, CONFIG))
 
 
 def test_saved_and_loaded_by_orbax(tmp_path):
