@@ -22,13 +22,15 @@ def main(argv: Sequence[str] | None = None) -> int:
       0, or 1 if something failed or is stale; wrong usage exits with 2.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks", description=__doc__, allow_abbrev=False
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     for module, name, summary in (
         (run, "run", "check outputs, then time implementations"),
         (report, "report", "tables and pictures of results"),
     ):
-        command = commands.add_parser(name, help=summary, description=summary)
+        command = commands.add_parser(name, help=summary, description=summary, allow_abbrev=False)
         module.add_arguments(command)
         command.set_defaults(function=getattr(module, name), parser=command)
     arguments = parser.parse_args(argv)

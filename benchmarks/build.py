@@ -9,11 +9,9 @@ import argparse
 import dataclasses
 import datetime
 import gc
-import json
 import sys
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -23,10 +21,11 @@ import numpy as np
 from benchmarks import clock as clocks
 from benchmarks import machine
 from benchmarks.clock import ClockError, KernelClock, Stream, summary
+from benchmarks.files import add_output_arguments, chosen_output, repeatable_command, write
 from benchmarks.implementations import TorchMemory
 from benchmarks.measure import say
 from benchmarks.programs import Forms, Program, compilers
-from benchmarks.run import LOCAL, repeatable_command, shape_of
+from benchmarks.run import shape_of
 from benchmarks.tables import build_table, show
 from benchmarks.workloads import WORKLOADS, Workload
 from jax_indexer import PQIndex, build_index
@@ -232,9 +231,11 @@ def chosen(arguments: argparse.Namespace) -> list[Workload]:
     return [dataclasses.replace(w, L=arguments.tokens, S=None) for w in workloads]
 
 
-def parsed(argv: Sequence[str]) -> argparse.Namespace:
-    """The command line; wrong usage exits with 2."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.build", description=__doc__)
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.build", description=__doc__, allow_abbrev=False
+    )
     parser.add_argument(
         "--workload",
         nargs="+",
@@ -244,11 +245,20 @@ def parsed(argv: Sequence[str]) -> argparse.Namespace:
         help=f"default: {', '.join(BUILT)}",
     )
     parser.add_argument("--tokens", type=int, help="of each prompt, instead of the workload's")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="default: benchmarks/local/")
-    parser.add_argument("--commit", help="for a machine without the history; may end in -dirty")
-    arguments = parser.parse_args(argv)
+    add_output_arguments(parser)
+    return parser
+
+
+def parsed(argv: Sequence[str]) -> argparse.Namespace:
+    """The arguments; wrong usage exits with 2."""
+    arguments = parser().parse_args(argv)
+    arguments.workload = list(dict.fromkeys(arguments.workload))
     if arguments.tokens is None and not machine.has_gpu():
-        parser.error("no NVIDIA GPU: give fewer tokens to build on the CPU, as in --tokens 2048")
+        parser().error("no NVIDIA GPU: give fewer tokens to build on the CPU, as in --tokens 2048")
+    configs = [WORKLOADS[name].config for name in arguments.workload]
+    least = max(config.first_trained + SAMPLE + config.window_size for config in configs)
+    if arguments.tokens is not None and arguments.tokens < least:
+        parser().error(f"--tokens: expected at least {least}, got {arguments.tokens}")
     return arguments
 
 
@@ -256,12 +266,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Builds what the command line asks for and writes a results file.
 
     Returns:
-      0, or 1 if anything failed.
+      0, or 1 if anything failed, or 130 if the user interrupted it.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     arguments = parsed(argv)
     started = time.perf_counter()
     now = datetime.datetime.now(datetime.UTC)
+    default = f"build-{now.strftime('%Y%m%d-%H%M%S')}.json"
+    output = chosen_output(arguments.output, default, parser())
     clock, failures = None, 0
     if not machine.has_gpu():
         say("No NVIDIA GPU: wall-clock times only.")
@@ -274,8 +286,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     workloads = chosen(arguments)
     options = "" if arguments.tokens is None else f" --tokens {arguments.tokens}"
-    programs = compiled(workloads, recorded=clock is not None)
-    rows = [row for w in workloads for row in measure(w, programs, clock, options)]
     results = {
         "kind": "build",
         "time": now.isoformat(timespec="seconds"),
@@ -284,15 +294,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         "machine": machine.describe_machine(),
         "quick": False,
         "kernel_clock": clock.name if clock else None,
-        "seconds": round(time.perf_counter() - started, 1),
-        "rows": rows,
+        "seconds": 0.0,
+        "rows": [],
     }
-    output = arguments.output or LOCAL / f"build-{now.strftime('%Y%m%d-%H%M%S')}.json"
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(results, indent=1) + "\n")
-    show(f"build_index, {results['machine']['device']}", build_table(rows))
+    interrupted = False
+    try:
+        programs = compiled(workloads, recorded=clock is not None)
+        for w in workloads:
+            results["rows"] += measure(w, programs, clock, options)
+            results["seconds"] = round(time.perf_counter() - started, 1)
+            write(output, results)
+    except KeyboardInterrupt:
+        interrupted = True
+    write(output, results)
+    show(f"build_index, {results['machine']['device']}", build_table(results["rows"]))
     say(f"{output} ({results['seconds']:.0f} s)")
-    failures += sum(row["status"] == "failed" for row in rows)
+    if interrupted:
+        say("interrupted: what was measured until then is kept")
+        return 130
+    failures += sum(row["status"] == "failed" for row in results["rows"])
     return 1 if failures else 0
 
 

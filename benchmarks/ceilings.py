@@ -15,6 +15,7 @@ from jax_indexer.kernels import backend
 
 COPY_BYTES = 2**30
 REPEATS = 20
+TABLE_DTYPES = ("float32", "bfloat16", "float16")
 
 # The look-up kernel: tables of 16 subspaces with 256 centroids fit into L1, like those of the
 # finest workload, and random codes meet the banks as real ones do.
@@ -31,14 +32,15 @@ class Ceilings:
 
     Attributes:
       copy_bytes_per_second: of a large copy, bytes read and bytes written together.
-      lookups_per_second: float32 entries of a table in L1 read by random codes and summed.
+      lookups_per_second: entries of a table in L1 read by random codes and summed, for each dtype
+        of the table.
       kernel_us: kernel time of the smallest kernel.
       dispatch_us: wall-clock time of a jitted call of it, amortised.
       dispatch_profiled_us: the same after the profiler was loaded: what it adds to wall times.
     """
 
     copy_bytes_per_second: float
-    lookups_per_second: float
+    lookups_per_second: dict[str, float]
     kernel_us: float
     dispatch_us: float
     dispatch_profiled_us: float
@@ -51,11 +53,13 @@ class Work:
     Attributes:
       bytes: that must move between device memory and the chip.
       lookups: of table entries.
+      table_dtype: of the table.
       launches: of kernels.
     """
 
     bytes: int
     lookups: int
+    table_dtype: str = "float32"
     launches: int = 1
 
 
@@ -82,7 +86,7 @@ def dispatch_us() -> float:
 
 
 def lookup_kernel(
-    table_ref,  # f32[SUBSPACES * CENTROIDS, G]
+    table_ref,  # [SUBSPACES * CENTROIDS, G]
     codes_ref,  # i32[programs * block]
     out_ref,  # f32[programs * block]
     *,
@@ -96,7 +100,8 @@ def lookup_kernel(
     for i in range(lookups):
         # Another shift for every look-up, or the compiler would reuse what it loaded.
         entry = i % SUBSPACES * CENTROIDS + ((code + 37 * i) & (CENTROIDS - 1))
-        total += table_ref[entry[:, None], column] if together > 1 else table_ref[entry, 0]
+        found = table_ref[entry[:, None], column] if together > 1 else table_ref[entry, 0]
+        total += found.astype(jnp.float32)
     out_ref[position] = jnp.sum(total, axis=1) if together > 1 else total
 
 
@@ -110,7 +115,7 @@ def sum_of_lookups(
     """Sums table rows for every code, and each sum over its columns.
 
     Args:
-      table: float32[SUBSPACES * CENTROIDS, G]; the G entries of a row are read by one load.
+      table: [SUBSPACES * CENTROIDS, G]; the G entries of a row are read by one load.
       codes: int32[programs * LOOKUP_BLOCK].
       lookups: rows a code.
       interpret: run on the CPU.
@@ -163,16 +168,18 @@ def measure_ceilings(clock: KernelClock, dispatch_before: float) -> Ceilings:
 
     rng = np.random.default_rng(0)
     codes = jnp.asarray(rng.integers(0, CENTROIDS, LOOKUP_PROGRAMS * LOOKUP_BLOCK, np.int32))
-    rates = []
-    for together in (1, 4):
-        table = jnp.asarray(rng.standard_normal((SUBSPACES * CENTROIDS, together), np.float32))
-        us = _kernel_us(clock, sum_of_lookups, table, codes)
-        rates.append(codes.size * LOOKUPS_PER_CODE * together / us * 1e6)
+    rates = dict.fromkeys(TABLE_DTYPES, 0.0)
+    for dtype in TABLE_DTYPES:
+        for together in (1, 4):
+            table = jnp.asarray(rng.standard_normal((SUBSPACES * CENTROIDS, together)), dtype)
+            us = _kernel_us(clock, sum_of_lookups, table, codes)
+            rate = codes.size * LOOKUPS_PER_CODE * together / us * 1e6
+            rates[dtype] = max(rates[dtype], rate)
 
     one = jnp.zeros(1, jnp.float32)
     return Ceilings(
         copy_bytes_per_second=2 * COPY_BYTES / copy_us * 1e6,
-        lookups_per_second=max(rates),
+        lookups_per_second=rates,
         kernel_us=_kernel_us(clock, lambda x: x + 1, one),
         dispatch_us=dispatch_before,
         dispatch_profiled_us=dispatch_us(),
@@ -210,7 +217,11 @@ def step_work(workload: Workload) -> Work:
     moved += w.B * w.T * w.N * (config.max_selected(w.T) + 1) * 4
     if w.weights:
         moved += w.B * w.T * w.N * w.capacity * itemsize
-    return Work(bytes=moved, lookups=w.T * w.N * config.num_subspaces * scored)
+    return Work(
+        bytes=moved,
+        lookups=w.T * w.N * config.num_subspaces * scored,
+        table_dtype=np.dtype(config.table_dtype).name,
+    )
 
 
 def top_k_work(rows: int, length: int, k: int) -> Work:
@@ -229,7 +240,7 @@ def floor(work: Work, ceilings: Ceilings) -> dict[str, float]:
       `us`, and its parts: bytes and look-ups can overlap, so the larger counts; launches add.
     """
     bytes_us = work.bytes / ceilings.copy_bytes_per_second * 1e6
-    lookups_us = work.lookups / ceilings.lookups_per_second * 1e6
+    lookups_us = work.lookups / ceilings.lookups_per_second[work.table_dtype] * 1e6
     launches_us = work.launches * ceilings.kernel_us
     us = max(bytes_us, lookups_us) + launches_us
     return {

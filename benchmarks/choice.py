@@ -2,11 +2,11 @@
 
 import argparse
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 from benchmarks import machine
 from benchmarks.clock import RECORDERS
+from benchmarks.files import add_output_arguments
 from benchmarks.implementations import IMPLEMENTATIONS, Implementation
 from benchmarks.measure import QUICK, Repetitions
 from benchmarks.workloads import SCORES, SMALL, WORKLOADS, Workload
@@ -83,8 +83,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="profiler that records kernels",
     )
-    parser.add_argument("--output", type=Path, metavar="FILE", help="default: benchmarks/local/")
-    parser.add_argument("--commit", help="for a machine without the history; may end in -dirty")
+    add_output_arguments(parser)
     sizes = parser.add_argument_group("change the workloads")
     for flag, (_, kind, meaning) in (WORKLOAD_FLAGS | CONFIG_FLAGS).items():
         values: dict[str, Any] = {"choices": kind} if isinstance(kind, tuple) else {"type": kind}
@@ -110,7 +109,9 @@ def chosen_points(arguments: argparse.Namespace) -> list[Point]:
     Raises:
       ValueError: for unknown names, and for sizes that contradict each other.
     """
-    names = arguments.workload or ([SWEEP_BASE] if arguments.sweep else list(WORKLOADS))
+    names = list(dict.fromkeys(arguments.workload or ())) or (
+        [SWEEP_BASE] if arguments.sweep else list(WORKLOADS)
+    )
     if unknown := [name for name in names if name not in KNOWN]:
         raise ValueError(
             f"--workload: expected names of {', '.join(KNOWN)}, got {', '.join(unknown)}"
@@ -123,6 +124,12 @@ def chosen_points(arguments: argparse.Namespace) -> list[Point]:
     if not arguments.sweep:
         return [Point(changed(KNOWN[name], changes)) for name in names]
     sweeps = list(SWEEPS) if arguments.sweep == "all" else [arguments.sweep]
+    for sweep in sweeps:
+        if twice := [flag for flag in changes if flag in SWEEPS[sweep][0]]:
+            raise ValueError(
+                f"--{twice[0]}: expected nothing, since the sweep of {sweep} sets it, "
+                f"got {changes[twice[0]]}; leave it out, or choose another --sweep"
+            )
     return [
         Point(changed(KNOWN[name], changes | point), sweep)
         for name in names
@@ -151,12 +158,19 @@ def changed(workload: Workload, changes: dict[str, Any]) -> Workload:
             config[CONFIG_FLAGS[flag][0]] = value
     if not changes:
         return workload
-    return dataclasses.replace(
+    new = dataclasses.replace(
         workload,
         name=" ".join(words),
         config=dataclasses.replace(workload.config, **config),
         **fields,
     )
+    if min(new.lengths) < 0 or max(new.lengths) > new.capacity:
+        raise ValueError(f"L: expected numbers in 0..S={new.capacity}, got {new.L}; change L or S")
+    if max(new.lengths) < new.T:
+        raise ValueError(
+            f"L: expected at least the step's own {new.T}, got {max(new.lengths)}; make it larger"
+        )
+    return new
 
 
 def chosen_implementations(arguments: argparse.Namespace, gpu: bool) -> list[Implementation]:

@@ -217,9 +217,11 @@ class Settings:
     def phase(self, workload: str, name: str) -> Iterator[None]:
         """Notes how long the inside takes."""
         start = time.perf_counter()
-        yield
-        took = round(time.perf_counter() - start, 2)
-        self.seconds.setdefault(workload, {})[name] = took
+        try:
+            yield
+        finally:
+            took = round(time.perf_counter() - start, 2)
+            self.seconds.setdefault(workload, {})[name] = took
 
 
 def look_at_sizes(rows: Sequence[Row], settings: Settings) -> None:

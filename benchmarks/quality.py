@@ -8,9 +8,9 @@ import argparse
 import dataclasses
 import datetime
 import functools
-import json
 import sys
 import time
+import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +21,7 @@ import numpy as np
 from jax import Array, lax
 
 from benchmarks import machine
+from benchmarks.files import add_output_arguments, chosen_output, write
 from jax_indexer import (
     IndexerConfig,
     PQIndex,
@@ -43,7 +44,6 @@ STARTS = {(2, 6): 40, (4, 8): 10, (8, 8): 10, (16, 4): 40}
 QUANTIZERS = tuple(STARTS)  # (subspaces, bits)
 BEST_OF = 3
 EVERY = 16  # of the last 128 queries
-DEFAULT_OUTPUT = Path(__file__).parent / "results" / "quality-smollm2.json"
 
 
 class Layers(NamedTuple):
@@ -266,7 +266,7 @@ def drift(
 ) -> Iterator[tuple[str, Row]]:
     """Rows of the tables "drift" and "drift, attention".
 
-    Codebooks of the first half of the tokens meet the other half, a few hundred at a time.
+    Codebooks of the first half of the tokens meet the other half, a part of it at a time.
     """
     capacity = layers.key.shape[1]
     half = capacity // 2
@@ -333,44 +333,58 @@ def print_table(title: str, rows: Sequence[Row]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; returns 0."""
+    """The command line.
+
+    Returns:
+      0, or 130 if the user interrupted it.
+    """
     from rich.progress import Progress
 
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.quality", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.quality", description=__doc__, allow_abbrev=False
+    )
     parser.add_argument("--real-keys", type=Path, required=True, metavar="DIR")
-    parser.add_argument("--output", type=Path, default=DEFAULT_OUTPUT, metavar="FILE")
-    parser.add_argument("--commit", help="what is measured, where there is no history")
+    add_output_arguments(parser)
     arguments = parser.parse_args(argv)
 
     started = time.perf_counter()
+    now = datetime.datetime.now(datetime.UTC)
     commit = machine.find_commit(arguments.commit)
     try:
         layers = read_layers(arguments.real_keys)
-    except OSError as error:
+    except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
         parser.error(f"--real-keys: {error}; python -m parity.real_keys --out DIR makes that file")
+    output = chosen_output(
+        arguments.output, f"quality-{now.strftime('%Y%m%d-%H%M%S')}.json", parser
+    )
     tables: dict[str, list[Row]] = {}
+    interrupted = False
     with Progress() as progress:
         task = progress.add_task("quantizers", total=2 * len(QUANTIZERS))
         advance = functools.partial(progress.advance, task)
-        for part in (quantizers, drift):
-            for name, row in part(layers, advance=advance):
-                row = {column: as_json(value) for column, value in row.items()}
-                tables.setdefault(name, []).append(row)
+        try:
+            for part in (quantizers, drift):
+                for name, row in part(layers, advance=advance):
+                    row = {column: as_json(value) for column, value in row.items()}
+                    tables.setdefault(name, []).append(row)
+        except KeyboardInterrupt:
+            interrupted = True
     results = {
         "kind": "quality",
-        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "time": now.isoformat(timespec="seconds"),
         "command": "python -m benchmarks.quality --real-keys DIR",
         **commit,
         "machine": machine.describe_machine() | {"faiss": machine.version("faiss-cpu")},
         "seconds": round(time.perf_counter() - started, 1),
         "tables": tables,
     }
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(json.dumps(results, indent=1) + "\n")
+    write(output, results)
     for name, rows in tables.items():
         print_table(name, rows)
-    print(f"{arguments.output} ({results['seconds']:.0f} s)")
-    return 0
+    print(f"{output} ({results['seconds']:.0f} s)")
+    if interrupted:
+        print("interrupted: what was measured until then is kept")
+    return 130 if interrupted else 0
 
 
 if __name__ == "__main__":

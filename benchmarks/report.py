@@ -7,10 +7,12 @@ from typing import Any
 
 from benchmarks.tables import (
     ITERATION_4,
+    KINDS,
     Results,
     build_table,
     by_workload,
     detail_table,
+    kind_of,
     load,
     markdown,
     named,
@@ -25,11 +27,12 @@ BEGIN, END = "<!-- benchmark:begin -->", "<!-- benchmark:end -->"
 
 ABOUT_KERNELS = (
     "A step's kernel time in microseconds: medians of calls in a row, by CUPTI, all "
-    "implementations in turns in one process after their outputs were found right. *p99*: of 1000 "
-    "calls of ours, over the median. *Floor*: each candidate's codes read once at the measured "
-    "copy bandwidth, or its look-ups at the measured rate, whichever takes longer, and one launch. "
-    "The last two columns are wall-clock times: a step of ours in one `jit` of 20, and a replay of "
-    "the fastest PyTorch form as a CUDA graph."
+    "implementations in turns in one process after their outputs were found right. *p99*: of our "
+    "calls, at least 100 of them, over the median. *Floor*: each candidate's codes read once at "
+    "the measured copy bandwidth, or its look-ups at the measured rate, whichever takes longer, "
+    "and one launch; a cache that holds the codes can help below it. The last two columns are "
+    "wall-clock times: a step of ours in one `jit` of 20, and a replay of the fastest PyTorch form "
+    "as a CUDA graph."
 )
 ABOUT_CALLS = "There was no GPU: times are wall-clock times of one call, in microseconds."
 ABOUT_DETAILS = (
@@ -164,8 +167,10 @@ def report(arguments: argparse.Namespace) -> int:
     Returns:
       0, or 1 if `--check` finds the README stale, or results cannot be compared.
     """
+    if arguments.files and arguments.check:
+        arguments.parser.error("--check: expected no files, since it is about the README")
     try:
-        results = load(arguments.files or sorted(RESULTS.glob("*.json")))
+        results = load(arguments.files or committed())
         if not results:
             print(f"no results in {RESULTS}; show those of a run: python -m benchmarks report FILE")
             return 0
@@ -197,6 +202,11 @@ def report(arguments: argparse.Namespace) -> int:
     arguments.readme.write_text(new)
     print(f"{arguments.readme} rewritten")
     return 0
+
+
+def committed() -> list[Path]:
+    """The results that the README's section is made from."""
+    return [file for file in sorted(RESULTS.glob("*.json")) if kind_of(file) in KINDS]
 
 
 def pictures_of(results: Sequence[Results]) -> list[Any]:

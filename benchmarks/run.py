@@ -4,13 +4,10 @@ import argparse
 import contextlib
 import dataclasses
 import datetime
-import json
 import re
-import shlex
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,13 +23,12 @@ from benchmarks.choice import (
     timing_flags,
 )
 from benchmarks.clock import ClockError, KernelClock
+from benchmarks.files import chosen_output, repeatable_command, write
 from benchmarks.measure import Row, Settings, compile_programs, look_at_sizes, measure, say
 from benchmarks.tables import Results, print_results
 from benchmarks.workloads import Workload
 
 __all__ = ["add_arguments", "run"]
-
-LOCAL = Path(__file__).parent / "local"  # not committed
 
 
 def shape_of(workload: Workload) -> dict[str, Any]:
@@ -84,8 +80,8 @@ def progress(total: int) -> Iterator[Callable[[str], None]]:
         yield lambda what: bar.update(task, advance=1, description=what)
 
 
-def default_output(arguments: argparse.Namespace, device: str, stamp: str) -> Path:
-    """Where results go: the device, what was run, and when."""
+def default_output(arguments: argparse.Namespace, device: str, stamp: str) -> str:
+    """Name of the results file: the device, what was run, and when."""
     if arguments.sweep:
         what = f"sweep-{arguments.sweep}"
     else:
@@ -93,18 +89,7 @@ def default_output(arguments: argparse.Namespace, device: str, stamp: str) -> Pa
     if arguments.quick:
         what = f"quick-{what}"
     slug = re.sub(r"[^a-z0-9]+", "-", f"{device} {what}".lower()).strip("-")[:80].strip("-")
-    return LOCAL / f"{slug}-{stamp}.json"
-
-
-def repeatable_command(argv: Sequence[str], module: str) -> str:
-    """The command line, less what is no part of the measurement: where results went, the commit."""
-    kept, words = [], iter(argv)
-    for word in words:
-        if word in ("--output", "--commit"):
-            next(words)
-        elif not word.startswith(("--output=", "--commit=")):
-            kept.append(word)
-    return shlex.join(["python", "-m", *module.split(), *kept])
+    return f"{slug}-{stamp}.json"
 
 
 def open_clock(choice: str) -> tuple[KernelClock | None, Ceilings | None, int]:
@@ -126,7 +111,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Runs what the command line asks for and writes a results file.
 
     Returns:
-      0, or 1 if anything failed, or 130 if the user interrupted it.
+      0, or 1 if anything failed or nothing was measured, or 130 if the user interrupted it.
     """
     started = time.perf_counter()
     gpu = machine.has_gpu()
@@ -141,9 +126,8 @@ def run(arguments: argparse.Namespace) -> int:
     commit = machine.find_commit(arguments.commit)
     if commit["commit"] is None:
         say("The commit is not known here: give it with --commit, or the results cannot name it.")
-    output = arguments.output or default_output(
-        arguments, str(about["device"]), now.strftime("%Y%m%d-%H%M%S")
-    )
+    default = default_output(arguments, str(about["device"]), now.strftime("%Y%m%d-%H%M%S"))
+    output = chosen_output(arguments.output, default, arguments.parser)
     clock, ceilings, failures = None, None, 0
     if gpu:
         clock, ceilings, failures = open_clock(arguments.clock)
@@ -164,7 +148,6 @@ def run(arguments: argparse.Namespace) -> int:
         "kernel_clock": clock.name if clock else None,
         "ceilings": dataclasses.asdict(ceilings) if ceilings else None,
     }
-    output.parent.mkdir(parents=True, exist_ok=True)
     with progress(len(points) * (2 * len(implementations) + 1)) as advance:
         # A sweep is about kernels, where they can be timed.
         settings = Settings(
@@ -183,7 +166,7 @@ def run(arguments: argparse.Namespace) -> int:
                 "seconds_by_phase": settings.seconds,
                 "rows": [row_json(row, point.sweep) for point, rows in table for row in rows],
             }
-            output.write_text(json.dumps(results, indent=1) + "\n")
+            write(output, results)
             return results
 
         interrupted = measure_all([rows for _, rows in table], settings, save)
@@ -197,6 +180,9 @@ def run(arguments: argparse.Namespace) -> int:
     if interrupted:
         say("interrupted: what was measured until then is kept")
         return 130
+    if not any(row["status"] == "ok" for row in results["rows"]):
+        say("nothing was measured; the table says why")
+        return 1
     return 1 if failures else 0
 
 

@@ -11,6 +11,7 @@ from benchmarks.workloads import WORKLOADS
 ITERATION_4 = "torch:iteration4"
 NOTHING = "-"
 KINDS = ("named", "sweep", "build")
+KEYS = {"time", "command", "commit", "dirty", "machine", "quick", "seconds", "rows"}
 
 Results = dict[str, Any]  # one file
 Row = dict[str, Any]
@@ -25,13 +26,13 @@ class DifferentDevices(ValueError):
 
 
 def load(files: Iterable[Path]) -> list[Results]:
-    """Reads results files, the oldest first; each remembers its name. Other JSON is left out.
+    """Reads results files, the oldest first; each remembers its name.
 
     Raises:
-      ValueError: for a file that is not JSON.
+      ValueError: for a file that holds no results of a kind in KINDS.
       DifferentDevices: if they were not all measured on one kind of device.
     """
-    results = [one for one in map(_read, files) if one.get("kind") in KINDS]
+    results = [_read(file) for file in files]
     devices: dict[str, list[str]] = {}
     for one in results:
         devices.setdefault(one["machine"]["device"], []).append(one["file"])
@@ -43,15 +44,40 @@ def load(files: Iterable[Path]) -> list[Results]:
     return sorted(results, key=lambda one: (one["time"], one["file"]))
 
 
-def _read(file: Path) -> Results:
+def kind_of(file: Path) -> Any:
+    """The kind of results in a JSON file, one of KINDS if they are of this program.
+
+    Raises:
+      ValueError: for a file that holds no JSON object.
+    """
+    return _json_of(file).get("kind")
+
+
+def _json_of(file: Path) -> dict[str, Any]:
     try:
-        return json.loads(file.read_text()) | {"file": file.name}
-    except (ValueError, TypeError) as error:
+        found = json.loads(file.read_text())
+    except ValueError as error:
         raise ValueError(f"{file}: expected a results file of this program: {error}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{file}: expected a results file of this program, got {type(found)}")
+    return found
+
+
+def _read(file: Path) -> Results:
+    results = _json_of(file)
+    kind = results.get("kind")
+    if kind not in KINDS:
+        raise ValueError(f"{file}: expected results of a kind in {', '.join(KINDS)}, got {kind}")
+    if missing := KEYS - results.keys():
+        raise ValueError(f"{file}: expected {', '.join(sorted(missing))} too, got none of these")
+    return results | {"file": file.name}
 
 
 def by_workload(results: Sequence[Results]) -> dict[str, tuple[Results, list[Row]]]:
-    """For each workload the latest run of it: rows are compared within one run only."""
+    """For each workload the latest run of it: rows are compared within one run only.
+
+    One that measured nothing of it, because it was skipped or interrupted, hides no earlier one.
+    """
     found: dict[str, tuple[Results, list[Row]]] = {}
     for one in results:
         if one["kind"] != "named":
@@ -59,7 +85,9 @@ def by_workload(results: Sequence[Results]) -> dict[str, tuple[Results, list[Row
         rows: dict[str, list[Row]] = {}
         for row in one["rows"]:
             rows.setdefault(row["workload"], []).append(row)
-        found |= {name: (one, of_name) for name, of_name in rows.items()}
+        for name, of_name in rows.items():
+            if name not in found or any(row["status"] == "ok" for row in of_name):
+                found[name] = one, of_name
     order = {name: place for place, name in enumerate(WORKLOADS)}
     return dict(sorted(found.items(), key=lambda item: order.get(item[0], len(order))))
 

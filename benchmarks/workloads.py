@@ -59,6 +59,12 @@ class Workload:
             raise ValueError(
                 f"L: expected one number or {self.B}, got {len(self.lengths)}; one a row"
             )
+        for name in ("B", "T", "N", "K", "H", "capacity"):
+            if getattr(self, name) < 1:
+                letter = "S" if name == "capacity" else name
+                raise ValueError(
+                    f"{letter}: expected at least 1, got {getattr(self, name)}; make it larger"
+                )
         if self.N % self.K:
             raise ValueError(f"N: expected a multiple of K={self.K}, got {self.N}; change either")
         if self.H % self.config.num_subspaces:

@@ -23,6 +23,7 @@ from benchmarks import (
     measure,
     plots,
     programs,
+    quality,
     report,
     run,
     stages,
@@ -35,7 +36,7 @@ from benchmarks.workloads import SMALL, WORKLOADS, make_inputs
 
 CEILINGS = ceilings.Ceilings(
     copy_bytes_per_second=3e12,
-    lookups_per_second=1e12,
+    lookups_per_second={"float32": 1e12, "bfloat16": 2e12, "float16": 2e12},
     kernel_us=1.5,
     dispatch_us=5.0,
     dispatch_profiled_us=6.0,
@@ -85,6 +86,9 @@ def test_floor_is_the_slower_of_bytes_and_lookups_and_a_launch():
     fine = ceilings.floor(ceilings.step_work(WORKLOADS["fine-128k-b4"]), CEILINGS)
     assert fine["lookups_us"] == pytest.approx(4 * 32 * 16 * (131072 - 256) / 1e6)
     assert fine["us"] == pytest.approx(fine["lookups_us"] + 1.5)
+    # Entries of half the bytes come faster.
+    half = ceilings.floor(ceilings.step_work(WORKLOADS["fine-128k-b4-bf16"]), CEILINGS)
+    assert half["lookups_us"] == pytest.approx(fine["lookups_us"] / 2)
 
 
 def test_rows_that_are_selected_whole_need_no_codes():
@@ -310,7 +314,7 @@ def test_a_run_without_a_gpu_times_xla_and_eager_torch_by_the_wall_clock(small_r
 def test_a_run_says_that_there_is_no_gpu(tmp_path, capsys):
     output = tmp_path / "r.json"
     argv = ["run", "--quick", "--workload", "small", "--output", str(output)]
-    assert main([*argv, "--implementation", "jax:top_k", "torch:iteration4-graph"]) == 0
+    assert main([*argv, "--implementation", "jax:top_k", "torch:iteration4-graph"]) == 1
     assert "No NVIDIA GPU" in capsys.readouterr().out
     assert [(r["status"], r["reason"]) for r in rows_of(output)] == [
         ("skipped", "needs an NVIDIA GPU")
@@ -335,11 +339,70 @@ def test_sizes_that_contradict_each_other_are_refused(capsys):
     assert "L: expected one number or 3, got 16" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--L", "0"], "L: expected at least the step's own 1, got 0"),
+        (["--L", "300", "--S", "200"], "L: expected numbers in 0..S=200, got 300"),
+        (["--L", "-1", "--S", "9"], "L: expected numbers in 0..S=9, got -1"),
+        (["--K", "0"], "K: expected at least 1, got 0"),
+        (["--B", "-1"], "L: expected one number or -1"),
+        (["--S", "0"], "S: expected at least 1, got 0"),
+        (["--bits", "9"], "num_bits: expected an integer in 1..8, got 9"),
+        (["--sweep", "length", "--L", "1000"], "--L: expected nothing, since the sweep of length"),
+        (["--sweep", "--bits", "4"], "--bits: expected nothing, since the sweep of subspaces"),
+        (["--out", "x.json"], "unrecognized arguments: --out"),
+    ],
+    ids=lambda x: " ".join(x) if isinstance(x, list) else "",
+)
+def test_wrong_usage_ends_before_anything_is_measured(argv, message, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["run", "--workload", "small", *argv])
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["", ".", "file/in-a-file.json"])
+def test_an_output_that_cannot_be_written_is_found_first(name, tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").touch()
+    monkeypatch.chdir(tmp_path)
+    keys = tmp_path / quality_layers(tmp_path)
+    for program, argv in (
+        (main, ["run", "--workload", "small"]),
+        (build.main, ["--workload", "seed", "--tokens", "512"]),
+        (quality.main, ["--real-keys", str(keys)]),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            program([*argv, "--output", name])
+        assert stopped.value.code == 2
+        assert "--output: expected a file that can be written, got" in capsys.readouterr().err
+
+
+def quality_layers(folder):
+    """A folder with a file that the quality program reads."""
+    arrays = {
+        f"layer{layer}_{name}": np.zeros((4, 1, 8), np.float16)
+        for layer in quality.LAYERS
+        for name in quality.Layers._fields
+    }
+    np.savez(folder / "smollm2_8k.npz", **arrays)
+    return folder
+
+
+@pytest.mark.parametrize("content", [b"", b"PK no zip", b"nothing"])
+def test_keys_that_cannot_be_read_are_named(content, tmp_path, capsys):
+    (tmp_path / "smollm2_8k.npz").write_bytes(content)
+    with pytest.raises(SystemExit) as stopped:
+        quality.main(["--real-keys", str(tmp_path)])
+    assert stopped.value.code == 2
+    assert "--real-keys: " in capsys.readouterr().err
+
+
 def test_a_workload_that_does_not_fit_is_skipped_with_the_reason(tmp_path, capsys):
     output = tmp_path / "r.json"
     size = str(2**45)
     argv = ["run", "--quick", "--workload", "small", "--S", size, "--L", size]
-    assert main([*argv, "--output", str(output)]) == 0
+    assert main([*argv, "--output", str(output)]) == 1  # nothing was measured
     for row in rows_of(output):
         assert row["status"] == "skipped"
         assert "GiB or more" in row["reason"]
@@ -351,7 +414,7 @@ def test_a_workload_that_does_not_fit_is_skipped_with_the_reason(tmp_path, capsy
 def test_what_the_original_cannot_do_is_skipped_with_the_reason(tmp_path):
     output = tmp_path / "r.json"
     argv = ["run", "--quick", "--workload", "small-three-queries", "--output", str(output)]
-    assert main([*argv, "--L", "200", "--implementation", "torch:eager"]) == 0
+    assert main([*argv, "--L", "200", "--implementation", "torch:eager"]) == 1
     assert [(row["status"], row["reason"]) for row in rows_of(output)] == [
         ("skipped", "the original returns the list of the first query token only")
     ]
@@ -635,6 +698,25 @@ def test_an_interrupted_run_keeps_what_it_has_and_says_so(tmp_path, monkeypatch,
     assert second["reason"] == "interrupted"
 
 
+def test_an_interrupted_build_keeps_what_it_has(tmp_path, monkeypatch):
+    small = dataclasses.replace(SMALL["small"], L=64, S=None)
+    for name in ("seed", "llama-128k-b4"):
+        monkeypatch.setitem(build.WORKLOADS, name, dataclasses.replace(small, name=name))
+    monkeypatch.setattr(build, "WITH_ORIGINAL", ())
+    keys_of = build.keys_of
+
+    def interrupted(w):
+        if w.name != "seed":
+            raise KeyboardInterrupt
+        return keys_of(w)
+
+    monkeypatch.setattr(build, "keys_of", interrupted)
+    output = tmp_path / "r.json"
+    argv = ["--workload", "seed", "llama-128k-b4", "seed", "--tokens", "128"]
+    assert build.main([*argv, "--output", str(output)]) == 130
+    assert [(row["workload"], row["status"]) for row in rows_of(output)] == [("seed", "ok")]
+
+
 def test_a_sweep_leaves_the_cold_cache_out():
     row = measure.Row(SMALL["small"], implementations.IMPLEMENTATIONS["jax:top_k"], seconds=1e-3)
     assert measure.kernel_turns(row, "cold", choice.SWEEP_REPETITIONS) == []
@@ -789,6 +871,18 @@ def test_the_latest_run_of_a_workload_counts(folder):
     assert "77.0" not in text
 
 
+def test_a_run_that_measured_nothing_hides_no_earlier_one(folder):
+    gpu_results(folder, file="a.json", time="2026-01-01", us=20.0)
+    results = gpu_results(folder, file="b.json", time="2026-01-02")
+    for row in results["rows"]:
+        row |= {"status": "skipped", "reason": "interrupted"}
+    (folder / "b.json").write_text(json.dumps(results))
+    assert run_report(folder) == 0
+    text = (folder / "README.md").read_text()
+    assert "20.0 `top_k`" in text
+    assert "interrupted" not in text
+
+
 def test_numbers_of_different_devices_are_not_compared(folder, capsys):
     gpu_results(folder)
     gpu_results(folder, device="NVIDIA H200", file="b.json")
@@ -810,11 +904,27 @@ def test_results_that_are_named_are_shown_and_leave_the_readme_alone(folder, cap
     assert (folder / "README.md").read_text() == README
 
 
-@pytest.mark.parametrize("text", ["{broken", "[1]"])
-def test_what_is_no_results_file_is_named(folder, text, capsys):
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "expected a results file"),
+        ("{broken", "expected a results file"),
+        ("[1]", "expected a results file"),
+        ('{"kind": "quality"}', "expected results of a kind in named, sweep, build, got quality"),
+        ('{"kind": "named", "rows": []}', "expected command, commit, dirty, machine"),
+    ],
+)
+def test_what_is_no_results_file_is_named(folder, text, message, capsys):
     (folder / "own.json").write_text(text)
     assert run_report(folder, str(folder / "own.json")) == 1
-    assert "own.json: expected a results file" in capsys.readouterr().out
+    assert f"own.json: {message}" in capsys.readouterr().out
+
+
+def test_a_check_is_about_the_readme_alone(folder, capsys):
+    gpu_results(folder)
+    with pytest.raises(SystemExit):
+        run_report(folder, "--check", str(folder / "a.json"))
+    assert "--check: expected no files" in capsys.readouterr().err
 
 
 def test_a_readme_without_markers_is_refused(folder, capsys):
@@ -891,6 +1001,10 @@ def test_a_build_on_a_cpu_is_made_smaller_only_if_asked(capsys):
     with pytest.raises(SystemExit):
         build.main([])
     assert "no NVIDIA GPU: give fewer tokens" in capsys.readouterr().err
+    for tokens in ("0", "-3", "319"):
+        with pytest.raises(SystemExit):
+            build.main(["--tokens", tokens])
+        assert f"--tokens: expected at least 320, got {tokens}" in capsys.readouterr().err
 
 
 def test_codes_that_are_not_the_nearest_fail_a_build(folder, monkeypatch):
