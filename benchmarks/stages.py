@@ -19,6 +19,8 @@ PATTERNS = {
     ),
     "jax": (
         ("append, look-up table", r"append_kernel|lookup_table_kernel"),
+        ("cells", r"always_attended_kernel|seal_kernel"),
+        ("cells select", r"cells_select_kernel"),
         ("group maxima", r"group_maxima_kernel"),
         ("threshold select", r"threshold_select_kernel"),
         ("scores", r"score_kernel"),

@@ -2,7 +2,15 @@
 
 from jax_indexer.attend import sparse_attention
 from jax_indexer.config import IndexerConfig
-from jax_indexer.index import PQIndex, append, build_index, rebuild, rebuild_gain, reset
+from jax_indexer.index import (
+    PQIndex,
+    append,
+    build_index,
+    rebuild,
+    rebuild_gain,
+    reset,
+    with_cells,
+)
 from jax_indexer.select import Selection, indexer_next, select
 
 __all__ = [
@@ -17,4 +25,5 @@ __all__ = [
     "reset",
     "select",
     "sparse_attention",
+    "with_cells",
 ]

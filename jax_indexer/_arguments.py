@@ -90,15 +90,11 @@ def check_choice(name: str, value: Any, choices: Iterable[Any]) -> None:
 
 
 def check_config(config: Any) -> None:
-    """Raises unless `config` is an IndexerConfig of which everything is there."""
+    """Raises ValueError unless `config` is an IndexerConfig."""
     if not isinstance(config, IndexerConfig):
         raise ValueError(
             f"config: expected an IndexerConfig, got {type(config).__name__}; "
             "build one with jax_indexer.IndexerConfig(...)"
-        )
-    if config.cells:
-        raise NotImplementedError(
-            'config.cells: the "cells" selector is not there yet; use cells=False'
         )
 
 

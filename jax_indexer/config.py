@@ -9,6 +9,9 @@ import numpy as np
 
 Metric = Literal["euclidean", "ip"]
 
+# Of the "cells" selector: a program holds all of them.
+MOST_CELLS = 16384
+
 FLOAT_DTYPES = (np.dtype(jnp.float32), np.dtype(jnp.bfloat16), np.dtype(jnp.float16))
 
 
@@ -35,7 +38,8 @@ class IndexerConfig:
         where one changes nothing.
       train_tokens: train on a strided sample of at most this many tokens of a row; None for all.
       table_dtype: float32, bfloat16 or float16: what look-up table entries are rounded to, once.
-      cells: keep the state that the "cells" selector needs.
+      cells: keep the state that the "cells" selector needs: for C**M up to 16384, 4 bytes a token
+        and kv head.
 
     Raises:
       ValueError: for a value out of its range, naming the field.
@@ -90,6 +94,11 @@ class IndexerConfig:
         object.__setattr__(self, "table_dtype", table_dtype)
         if not isinstance(self.cells, bool):
             raise ValueError(f"cells: expected True or False, got {self.cells!r}; pass a bool")
+        if self.cells and self.num_cells > MOST_CELLS:
+            raise ValueError(
+                f"cells: expected num_centroids**num_subspaces of at most {MOST_CELLS}, "
+                f"got {self.num_centroids}**{self.num_subspaces}; use cells=False, or fewer bits"
+            )
         if self.max_selected() > np.iinfo(np.int32).max:
             raise ValueError(
                 "heavy_size, sink_size, window_size, init_offset: expected lists shorter than "
@@ -100,6 +109,11 @@ class IndexerConfig:
     def num_centroids(self) -> int:
         """C, the number of centroids of a subspace."""
         return 2**self.num_bits
+
+    @property
+    def num_cells(self) -> int:
+        """C**M, the different codes that a key can have."""
+        return self.num_centroids**self.num_subspaces
 
     @property
     def first_trained(self) -> int:

@@ -10,9 +10,9 @@ import numpy as np
 from jax import Array, lax
 
 from jax_indexer import _arguments, kmeans, reference
+from jax_indexer.cells import MOST_NEW, Cells, empty_rows, grow, no_cells, seal, seal_plan
 from jax_indexer.config import IndexerConfig
-from jax_indexer.kernels import append as kernels
-from jax_indexer.kernels import backend
+from jax_indexer.kernels import backend, pipeline
 from jax_indexer.layout import KVLayout, head_major, token_axis
 
 
@@ -28,7 +28,7 @@ class PQIndex:
       lengths: int32[B], tokens in the cache; what lies past them has no meaning.
       phi: inner-product metric only, else None: float32[B, K, M], the largest squared norm of a
         training subvector.
-      cells: state of the "cells" selector, or None.
+      cells: state of the "cells" selector with `config.cells`, else None.
 
     Source: CONTRACT.md, section 4.
     """
@@ -37,7 +37,7 @@ class PQIndex:
     codes: Array
     lengths: Array
     phi: Array | None = None
-    cells: Any = None
+    cells: Cells | None = None
 
 
 def build_index(
@@ -68,7 +68,6 @@ def build_index(
 
     Raises:
       ValueError: for arguments of wrong type, shape or dtype.
-      NotImplementedError: for `config.cells`.
 
     Source: CONTRACT.md, section 4; the method is that of PQCache (arXiv 2407.12820).
     """
@@ -181,7 +180,42 @@ def reset(index: PQIndex, rows: Array) -> PQIndex:
     sizes = _arguments.Sizes()
     _arguments.check_array("index.lengths", index.lengths, "B", sizes, _arguments.INT32)
     _arguments.check_array("rows", rows, "B", sizes, _arguments.BOOL)
-    return dataclasses.replace(index, lengths=jnp.where(rows, 0, index.lengths))
+    cells = None if index.cells is None else empty_rows(index.cells, rows)
+    return dataclasses.replace(index, lengths=jnp.where(rows, 0, index.lengths), cells=cells)
+
+
+def with_cells(index: PQIndex, config: IndexerConfig) -> PQIndex:
+    """Makes the state of the "cells" selector for an index that was made without it.
+
+    For an index from given codebooks and codes; `build_index` makes the state by itself, and all
+    other functions keep it up to date.
+
+    Args:
+      index: the index; a state that it has is made anew.
+      config: with `cells=True`.
+
+    Returns:
+      A PQIndex with `cells`.
+
+    Raises:
+      ValueError: for arguments of wrong type, shape or dtype.
+
+    Source: CONTRACT.md, section 4.
+    """
+    _arguments.check_config(config)
+    _check_type(index)
+    if not config.cells:
+        raise ValueError("config.cells: expected True, got False; use dataclasses.replace")
+    sizes = _arguments.Sizes()
+    shape = getattr(index.codebooks, "shape", ())
+    if len(shape) == 5:
+        augmented = config.metric == "ip"
+        sizes.learn("index.codebooks", H=(shape[-1] - augmented) * config.num_subspaces)
+    else:
+        sizes.learn("index.codebooks", H=config.num_subspaces)
+    index = dataclasses.replace(index, cells=None)
+    _check_arrays(index, config, sizes)
+    return _with_cells(index, config=config)
 
 
 def append(
@@ -265,6 +299,34 @@ def _check_type(index: Any) -> None:
 def check_index(index: Any, config: IndexerConfig, sizes: _arguments.Sizes) -> None:
     """Checks the arrays of a PQIndex against the config and the head dimension H in `sizes`."""
     _check_type(index)
+    _check_arrays(index, config, sizes)
+    cells = index.cells
+    if (cells is not None) != config.cells:
+        wanted, got = ("a state", None) if config.cells else (None, type(cells).__name__)
+        raise ValueError(
+            f"index.cells: expected {wanted} with config.cells={config.cells}, got {got}; "
+            "use with_cells(index, config), or the config that the index was built with"
+        )
+    if cells is None:
+        return
+    if not isinstance(cells, Cells):
+        raise ValueError(
+            f"index.cells: expected None or Cells, got {type(cells).__name__}; use with_cells"
+        )
+    plan = seal_plan(sizes["S"], config)
+    if cells.plan != plan:
+        raise ValueError(
+            f"index.cells.plan: expected {plan}, got {cells.plan}; use the config that the index "
+            "was built with, or with_cells(index, config)"
+        )
+    sizes.learn("config", **{"2": 2, "C**M+1": config.num_cells + 1})
+    starts, order = "B K 2 C**M+1", "B K S"
+    _arguments.check_array("index.cells.starts", cells.starts, starts, sizes, _arguments.INT32)
+    _arguments.check_array("index.cells.order", cells.order, order, sizes, _arguments.INT32)
+    _arguments.check_array("index.cells.sealed", cells.sealed, "B", sizes, _arguments.INT32)
+
+
+def _check_arrays(index: PQIndex, config: IndexerConfig, sizes: _arguments.Sizes) -> None:
     augmented = config.metric == "ip"
     dimensions = {"D'": sizes["H"] // config.num_subspaces + augmented}
     sizes.learn("config", M=config.num_subspaces, C=config.num_centroids, **dimensions)
@@ -282,11 +344,15 @@ def check_index(index: Any, config: IndexerConfig, sizes: _arguments.Sizes) -> N
     _arguments.check_array("index.lengths", index.lengths, "B", sizes, _arguments.INT32)
     if index.phi is not None:
         _arguments.check_array("index.phi", index.phi, "B K M", sizes, _arguments.FLOAT32)
-    if index.cells is not None:
-        raise ValueError(
-            f"index.cells: expected None, got {type(index.cells).__name__}; "
-            'the state of the "cells" selector is not there yet'
-        )
+
+
+@functools.partial(jax.jit, static_argnames=("config",))
+def _with_cells(index: PQIndex, *, config: IndexerConfig) -> PQIndex:
+    batch, kv_heads, _, capacity = index.codes.shape
+    cells = no_cells(batch, kv_heads, capacity, config)
+    every_row = jnp.ones(batch, bool)
+    cells = seal(cells, index.codes, index.lengths, every_row, config)
+    return dataclasses.replace(index, cells=cells)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "kv_layout"))
@@ -302,6 +368,7 @@ def _build(
         codes=jnp.zeros((*of_subspaces, capacity), jnp.uint8),
         lengths=jnp.zeros(batch, jnp.int32),
         phi=jnp.zeros(of_subspaces, jnp.float32) if augmented else None,
+        cells=no_cells(batch, kv_heads, capacity, config) if config.cells else None,
     )
     every_row = jnp.ones(batch, bool)
     return _rebuild(empty, key, lengths, every_row, seed, config=config, kv_layout=kv_layout)
@@ -333,7 +400,11 @@ def _rebuild(
     if phi is not None and keys.phi is not None:
         phi = jnp.where(jnp.expand_dims(rows, (1, 2)), keys.phi, phi)
     started = dataclasses.replace(
-        index, codebooks=codebooks, phi=phi, lengths=jnp.where(rows, 0, index.lengths)
+        index,
+        codebooks=codebooks,
+        phi=phi,
+        lengths=jnp.where(rows, 0, index.lengths),
+        cells=None if index.cells is None else empty_rows(index.cells, rows),
     )
     return _append(started, key, lengths, config=config, kv_layout=kv_layout)
 
@@ -370,13 +441,27 @@ def _append(
         new = reference.encode_tokens(
             head_major(key_new, kv_layout), index.codebooks, phi, taken, config.metric
         )
-        return reference.write_codes(index.codes, new, start, taken)
+        codes, cells = reference.write_codes(index.codes, new, start, taken), index.cells
+        if cells is not None and num_new <= MOST_NEW:
+            cells = grow(cells, codes, start, start + taken, config)
+        elif cells is not None:
+            cells = seal(cells, codes, start + taken, taken > 0, config)
+        return codes, cells
 
     def triton(key_new, index, phi, start, taken):
-        return kernels.append_codes(
-            key_new, index.codebooks, index.codes, phi, start, taken, kv_layout=kv_layout
+        made = pipeline.append_tokens(
+            key_new,
+            index.codebooks,
+            index.codes,
+            phi,
+            index.cells,
+            start,
+            taken,
+            config,
+            kv_layout=kv_layout,
         )
+        return made.codes, made.cells
 
     phi = index.phi if config.metric == "ip" else None
-    codes = backend.dispatch(xla, triton, key_new, index, phi, start, taken)
-    return dataclasses.replace(index, codes=codes, lengths=lengths)
+    codes, cells = backend.dispatch(xla, triton, key_new, index, phi, start, taken)
+    return dataclasses.replace(index, codes=codes, lengths=lengths, cells=cells)

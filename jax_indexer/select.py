@@ -12,6 +12,7 @@ from jax_indexer import _arguments, reference
 from jax_indexer.config import FLOAT_DTYPES, IndexerConfig
 from jax_indexer.index import PQIndex, append, check_append, check_index
 from jax_indexer.kernels import backend, pipeline
+from jax_indexer.kernels.cells import LARGEST_BUDGET
 from jax_indexer.kernels.lookup_table import Tables
 from jax_indexer.layout import KVLayout
 
@@ -53,7 +54,8 @@ def select(
       return_weights: whether to write the dense weights too.
       implementation: "triton", "xla", or None: Triton on an NVIDIA GPU where it supports the
         case, else XLA.
-      selector: how the heavy tokens are found, or None; all give the same list.
+      selector: how the heavy tokens are found, or None; all give the same list. "cells" needs
+        `config.cells`.
 
     Returns:
       A Selection.
@@ -140,15 +142,27 @@ def check_select(query, index, config, return_weights, implementation, selector)
     _arguments.check_choice("return_weights", return_weights, (True, False))
     _arguments.check_choice("implementation", implementation, (None, "triton", "xla"))
     _arguments.check_choice("selector", selector, (None, "top_k", "threshold", "cells"))
-    if selector == "cells":
-        raise NotImplementedError('selector: "cells" is not there yet; use None')
-    if selector == "threshold" and implementation == "xla":
+    if selector == "cells" and not config.cells:
+        raise ValueError(
+            'selector: expected another than "cells" with config.cells=False, got "cells"; '
+            "build the index with cells=True, or use None"
+        )
+    if selector == "cells" and sizes["T"] > 1:
+        raise NotImplementedError(
+            f'selector: "cells" takes one query token, not T={sizes["T"]}; use None'
+        )
+    if selector == "cells" and config.heavy_size > LARGEST_BUDGET:
+        raise NotImplementedError(
+            f'selector: "cells" takes budgets up to {LARGEST_BUDGET}, not heavy_size='
+            f"{config.heavy_size}; use None"
+        )
+    if selector in ("cells", "threshold") and implementation == "xla":
         raise NotImplementedError('selector: "xla" has "top_k" only; use None')
     missing = backend.no_gpu() or backend.unaddressable(query, *jax.tree.leaves(index))
     if missing and implementation == "triton":
         raise NotImplementedError(f'implementation: "triton" lacks support: {missing}; use None')
-    if missing and selector == "threshold":
-        raise NotImplementedError(f'selector: "threshold" needs "triton", and {missing}; use None')
+    if missing and selector in ("cells", "threshold"):
+        raise NotImplementedError(f'selector: "{selector}" needs "triton", and {missing}; use None')
 
 
 @functools.partial(
@@ -173,6 +187,16 @@ def _select(
         )
 
     def triton(query: Array, index: PQIndex) -> Selection:
+        if selector == "cells":
+            tables, weights = pipeline.tables_and_weights(
+                query,
+                index.codebooks,
+                index.lengths,
+                index.codes.shape[-1],
+                config,
+                weights_dtype,
+            )
+            return _select_from_cells(tables, index, config, weights)
         tables = pipeline.tables_of(query, index.codebooks, config.table_dtype)
         return _select_from_tables(tables, query, index, config, weights_dtype, selector)
 
@@ -203,6 +227,16 @@ def _select_from_tables(
             "top_k" if selector == "top_k" else "threshold",
         )
     )
+
+
+def _select_from_cells(
+    tables: Tables, index: PQIndex, config: IndexerConfig, weights: Array | None
+) -> Selection:
+    assert index.cells is not None
+    lists = pipeline.select_from_cells(
+        tables, index.codes, index.lengths, index.cells, config, weights
+    )
+    return Selection(*lists)
 
 
 @functools.partial(
@@ -238,20 +272,25 @@ def _step(
     def triton(query, key_new, index, counts):
         num_new, capacity = query.shape[1], index.codes.shape[-1]
         start, taken, lengths = reference.make_room(index.lengths, counts, num_new, capacity)
-        codes, tables = pipeline.append_and_tables(
-            query,
+        weights_dtype = query.dtype if return_weights else None
+        made = pipeline.append_tokens(
             key_new,
             index.codebooks,
             index.codes,
             index.phi if config.metric == "ip" else None,
+            index.cells,
             start,
             taken,
-            config.table_dtype,
+            config,
+            query=query,
+            weights_dtype=weights_dtype if selector == "cells" else None,
             kv_layout=kv_layout,
         )
-        index = dataclasses.replace(index, codes=codes, lengths=lengths)
-        weights_dtype = query.dtype if return_weights else None
-        selection = _select_from_tables(tables, query, index, config, weights_dtype, selector)
+        assert made.tables is not None
+        index = dataclasses.replace(index, codes=made.codes, lengths=lengths, cells=made.cells)
+        if selector == "cells":
+            return _select_from_cells(made.tables, index, config, made.weights), index
+        selection = _select_from_tables(made.tables, query, index, config, weights_dtype, selector)
         return selection, index
 
     arguments = query, key_new, index, counts

@@ -152,6 +152,15 @@ def store(where: tuple[Memory, object], value, *, mask=None) -> None:
     memory.write(position, np.broadcast_to(np.asarray(value), live.shape)[live])
 
 
+def add(memory: Memory, index, value) -> None:
+    """`backend.add`: of what has a value already."""
+    live, position = memory.lanes(index, None, "addition")
+    memory.read(position)
+    np.add.at(memory.values, position, np.broadcast_to(np.asarray(value), live.shape)[live])
+    once = np.unravel_index(np.unique(np.ravel_multi_index(position, memory.shape)), memory.shape)
+    memory.write(once, memory.values[once])
+
+
 def _when(condition) -> Callable[[Callable[[], None]], None]:
     def run(body: Callable[[], None]) -> None:
         if condition:
@@ -246,6 +255,7 @@ def checked(seed: int = 0) -> Iterator[list[dict[str, np.ndarray]]]:
             (backend, "launch", launch),
             (backend, "load", load),
             (backend, "store", store),
+            (backend, "add", add),
             (pl, "when", _when),
             (lax, "fori_loop", _fori_loop),
             (lax, "while_loop", _while_loop),

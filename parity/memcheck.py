@@ -8,6 +8,7 @@ pool hides them, and so do the 2 MiB granules of its "platform" allocator.
 """
 
 import argparse
+import dataclasses
 import os
 
 os.environ["XLA_PYTHON_CLIENT_ALLOCATOR"] = "cuda_async"
@@ -19,9 +20,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_indexer import IndexerConfig
+from jax_indexer import IndexerConfig, PQIndex, with_cells
+from jax_indexer.config import MOST_CELLS
 from jax_indexer.kernels import backend, centroid_sums, pipeline
-from jax_indexer.kernels.append import append_codes
 from parity.checked_memory import check_canaries, poisoned
 
 # (B, T, N, K, H, S, config): sizes around and between those of blocks.
@@ -68,11 +69,11 @@ def run_case(case, interpret: bool) -> None:
         start, taken = jnp.asarray(lengths - T), jnp.full(B, T, jnp.int32)
         options = {"kv_layout": "BSKH", "interpret": interpret}
         # Alone, and as a decode step launches them.
-        alone = append_codes(key_new, codebooks, given, phi, start, taken, **options)
+        inputs = key_new, codebooks, given, phi
+        alone = pipeline.append_tokens(*inputs, None, start, taken, config, **options).codes
         tables_alone = pipeline.tables_of(query, codebooks, config.table_dtype, interpret=interpret)
-        codes, tables = pipeline.append_and_tables(
-            query, key_new, codebooks, given, phi, start, taken, config.table_dtype, **options
-        )
+        made = pipeline.append_tokens(*inputs, None, start, taken, config, query=query, **options)
+        codes, tables = made.codes, made.tables
         jax.tree.map(np.testing.assert_array_equal, (codes, tables), (alone, tables_alone))
 
         if not centroid_sums.unsupported(C, H // M):
@@ -102,7 +103,35 @@ def run_case(case, interpret: bool) -> None:
             np.testing.assert_array_equal(np.asarray(weights).sum(-1), counts)
             if case in (CASES[0], CASES[-1]):
                 np.testing.assert_array_equal(select(selector, None)[0], indices)
+
+        if T == 1 and config.num_cells <= MOST_CELLS:
+            check_cells(config, query, inputs, indices, start, options)
     check_canaries(canaries)
+
+
+def check_cells(config, query, inputs, indices, start, options) -> None:
+    """Selects from cells: of a row that a segment was sealed of, and of one that it goes into."""
+    config = dataclasses.replace(config, cells=True)
+    key_new, codebooks, codes, phi = inputs
+    capacity, taken = codes.shape[-1], jnp.ones_like(start)
+    index = PQIndex(codebooks, codes, start, phi)
+    segment = with_cells(index, config).cells.plan.segment
+    for back in (0, segment - 1, segment, segment + 1 + capacity // 1024):
+        before = jnp.maximum(start - back, 0)
+        cells = with_cells(dataclasses.replace(index, lengths=before), config).cells
+        for first in (start - 1, start):  # what is due in both steps is done in one or the other
+            made = pipeline.append_tokens(
+                key_new, codebooks, codes, phi, cells, jnp.maximum(first, 0), taken, config,
+                query=query, weights_dtype=np.dtype(np.float32), **options,
+            )  # fmt: skip
+            cells, codes = made.cells, made.codes
+        lists = pipeline.select_from_cells(
+            made.tables, codes, start + 1, cells, config, made.weights,
+            interpret=options["interpret"],
+        )  # fmt: skip
+        if back == 0:
+            np.testing.assert_array_equal(lists[0], indices)
+            np.testing.assert_array_equal(np.asarray(lists[2]).sum(-1), lists[1])
 
 
 def run_kernels() -> None:

@@ -3,8 +3,6 @@
 It comes before anything is compiled. What depends on data is no error: see test_select.
 """
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -352,9 +350,6 @@ def test_empty_axes_are_refused(axis, compilations):
 
 def test_what_is_not_there_is_not_implemented():
     """The caller's mistake is a ValueError, the library's limit is not."""
-    for function in ("build_index", "rebuild", "rebuild_gain", "append", "select", "indexer_next"):
-        with pytest.raises(NotImplementedError, match=r"^config\.cells: .+"):
-            call(function, config=dataclasses.replace(CONFIG, cells=True))
     with pytest.raises(NotImplementedError, match=r"^implementation: .+"):
         call("sparse_attention", implementation="triton")
     if jax.devices()[0].platform == "cpu":

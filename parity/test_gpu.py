@@ -26,8 +26,12 @@ from jax_indexer import (
     kmeans,
     rebuild,
     reference,
+    select,
+    with_cells,
 )
+from jax_indexer.kernels import cells as cells_kernels
 from jax_indexer.kernels import pipeline, threshold
+from parity import test_cells
 from parity.compare import check_selection
 
 pytestmark = pytest.mark.gpu
@@ -149,6 +153,76 @@ def test_ten_thousand_repetitions_change_no_bit(number, num_warps, monkeypatch):
     first = jax.jit(lists)(table)
     repeat = jax.jit(lambda table: jax.lax.fori_loop(0, 10_000, once_more, (table, jnp.int32(0))))
     assert int(repeat(table)[1]) == 0
+
+
+@pytest.mark.parametrize("capacity", [5001, 70001])
+@pytest.mark.parametrize("name", test_cells.SHAPES)
+def test_cells_give_the_bits_of_xla_for_the_same_table(name, capacity):
+    config = test_cells.config_of(**test_cells.SHAPES[name])
+    if config.heavy_size:
+        config = dataclasses.replace(config, heavy_size=[128, 2048][capacity > 10000])
+    rng = np.random.default_rng(capacity)
+    run = jax.jit(functools.partial(test_cells.lists_of, config=config))
+    lengths = [capacity, capacity // 2, 700]
+    for kind in test_cells.KINDS:
+        index = test_cells.start(config, lengths, capacity=capacity)
+        for codes in (index.codes, index.codes * 0, jnp.sort(index.codes, axis=-1)):
+            index = with_cells(dataclasses.replace(index, codes=codes), config)
+            test_cells.check_lists(*run(test_cells.tables_of(kind, config, rng), index), kind)
+
+
+def test_twenty_thousand_steps_give_the_lists_of_another_selector():
+    """With sealing all the way, rows that grow at different speeds, and state that is right."""
+    config = IndexerConfig(cells=True)
+    batch, kv_heads, heads, dimensions, capacity, steps = 3, 2, 8, 64, 24576, 20_000
+    rng = np.random.default_rng(0)
+    keys = jnp.asarray(rng.standard_normal((512, batch, 1, kv_heads, dimensions)), jnp.bfloat16)
+    queries = jnp.asarray(rng.standard_normal((512, batch, 1, heads, dimensions)), jnp.bfloat16)
+    queries = queries.at[7].set(0)
+    cache = jnp.asarray(rng.standard_normal((batch, capacity, kv_heads, dimensions)), jnp.bfloat16)
+    index = build_index(cache, jnp.array([4096, 300, 0], jnp.int32), config)
+
+    def step(carry, number):
+        index, differences = carry
+        counts = jnp.array([1, 1, 0], jnp.int32).at[2].set((number % 3 > 0).astype(jnp.int32))
+        got, index = indexer_next(
+            queries[number % 512], keys[number % 512], index, config, counts=counts,
+            selector="cells",
+        )  # fmt: skip
+        want = select(queries[number % 512], index, config, selector="threshold")
+        differences += jnp.sum(got.indices != want.indices, dtype=jnp.int32)
+        return (index, differences), None
+
+    run = jax.jit(lambda index: jax.lax.scan(step, (index, jnp.int32(0)), jnp.arange(steps))[0])
+    index, differences = run(index)
+    assert int(differences) == 0
+    assert index.lengths.tolist() == [24096, 20300, 13333]
+    test_cells.check_state(index, config)
+
+
+@pytest.mark.parametrize("num_warps", [4, 8, 16])
+@pytest.mark.parametrize("kind", ["random", "two values"])
+def test_ten_thousand_repetitions_change_no_bit_of_cells(kind, num_warps, monkeypatch):
+    monkeypatch.setattr(cells_kernels, "cells_warps", lambda *_: num_warps)
+    config = test_cells.config_of(num_bits=6, heavy_size=300)
+    index = test_cells.start(config, [9000, 4000, 700], capacity=9000)
+    tables = test_cells.tables_of(kind, config, np.random.default_rng(0))
+
+    def lists(by_query):
+        some = tables._replace(by_query=by_query)
+        inputs = some, index.codes, index.lengths, index.cells, config, None
+        return pipeline.select_from_cells(*inputs)[:2]
+
+    def once_more(_, state):
+        table, differences = state
+        pairs = zip(lists(table), first, strict=True)
+        differences += sum(jnp.sum(x != y, dtype=jnp.int32) for x, y in pairs)
+        # Never negative, which XLA cannot know: or it would select once and for all.
+        return jnp.where(differences < 0, jnp.zeros_like(table), table), differences
+
+    first = jax.jit(lists)(tables.by_query)
+    repeat = jax.jit(lambda table: jax.lax.fori_loop(0, 10_000, once_more, (table, jnp.int32(0))))
+    assert int(repeat(tables.by_query)[1]) == 0
 
 
 def test_a_row_has_the_same_bits_alone_and_in_a_batch_of_64():

@@ -18,7 +18,6 @@ from jax.experimental import pallas as pl
 
 from jax_indexer import IndexerConfig, reference
 from jax_indexer.kernels import (
-    append,
     backend,
     pipeline,
     scores,
@@ -67,6 +66,12 @@ class Runner:
             outputs, canaries = jax.jit(on_poison, **options)(*jax.tree.map(jnp.asarray, arrays))
         check_canaries(canaries)
         return jax.tree.map(np.asarray, outputs)
+
+
+def append_codes(key_new, codebooks, codes, phi, start, taken, **options):
+    """The codes after new tokens were appended."""
+    inputs = key_new, codebooks, codes, phi, None, start, taken
+    return pipeline.append_tokens(*inputs, IndexerConfig(), **options).codes
 
 
 RUNNERS = {"interpreter": (), "checked memory": (), "triton": pytest.mark.gpu}
@@ -473,7 +478,7 @@ def test_appended_codes_equal_the_oracle(case, run):
     farther = np.where(np.isnan(codebooks), 1e6, codebooks)
     want, margin = oracle.encode(key, farther[:, :, :, ::twice], phi)
     got = run(
-        append.append_codes,
+        append_codes,
         (key if layout == "BSKH" else key.swapaxes(1, 2)).astype(jnp.dtype(dtype)),
         codebooks.astype(jnp.dtype(codebook_dtype)),
         codes,
@@ -509,7 +514,7 @@ def test_codes_do_not_depend_on_how_many_come_at_once(tokens):
     @functools.partial(jax.jit, compiler_options=UNOPTIMIZED)
     def encode(key, codes, start):
         taken = jnp.full(1, key.shape[1], jnp.int32)
-        return append.append_codes(
+        return append_codes(
             key, codebooks, codes, None, start, taken, kv_layout="BSKH", interpret=True
         )
 

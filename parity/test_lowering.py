@@ -24,6 +24,7 @@ from jax_indexer import (
     rebuild,
     rebuild_gain,
     select,
+    with_cells,
 )
 from jax_indexer.kernels import backend
 
@@ -109,6 +110,55 @@ def test_a_decode_step_lowers_to_kernels_alone(name, selector, weights):
     assert "i64" not in re.sub(r'backend_config = "[^"]*"|: i64|: tensor<\d+xi64>', "", text)
     assert "stablehlo.sort" not in text  # the plain XLA form sorts its lists
     assert ("chlo.top_k" in text) == (selector == "top_k" and config.heavy_size > 0)
+
+
+CELLS = {
+    "seed": ({"N": 32, "K": 32, "H": 128, "S": 32000}, {}),
+    "a million tokens": ({"S": 1 << 20, "dtype": jnp.bfloat16}, {"heavy_size": 2048}),
+    "most cells": ({"S": 777, "B": 2}, {"num_bits": 7, "heavy_size": 77, "window_size": 0}),
+    "one subspace": ({"S": 1}, {"num_subspaces": 1, "num_bits": 1}),
+    "inner product": ({"dtype": jnp.float16}, {"metric": "ip", "num_subspaces": 4, "num_bits": 3}),
+}
+
+
+def arguments_with_cells(config, **shape):
+    query, key_new, index = arguments(**shape, config=config)
+    return query, key_new, jax.eval_shape(functools.partial(with_cells, config=config), index)
+
+
+@pytest.mark.parametrize("weights", [False, True], ids=["lists", "weights"])
+@pytest.mark.parametrize("name", CELLS)
+def test_a_step_with_cells_is_two_kernels_and_asks_the_host_nothing(name, weights):
+    shape, sizes = CELLS[name]
+    config = IndexerConfig(cells=True, **sizes)
+    options = {"config": config, "return_weights": weights, "selector": "cells"}
+    options["implementation"] = "triton"  # None is a choice of the platform, made by compiling
+    query, key_new, index = arguments_with_cells(config, **shape)
+    with an_h100():
+        step = functools.partial(indexer_next, **options)
+        text = lowered(step, query, key_new, index, donate_argnums=2)
+        again = lowered(functools.partial(select, **options), query, index)
+    attended = {"always_attended_kernel"} if weights else set()
+    first = "append_kernel_and_lookup_table_kernel" + "_and_always_attended_kernel" * weights
+    assert kernels(text) == {first + "_and_seal_kernel", "cells_select_kernel"}
+    assert kernels(again) == {
+        "_and_".join(["lookup_table_kernel", *attended]),
+        "cells_select_kernel",
+    }
+    assert not re.search(r"stablehlo\.(case|if|while|sort)", text + again)
+    signature = text[text.index("@main(") : text.index("->", text.index("@main("))]
+    assert len(re.findall(r"tf.aliasing_output|jax.buffer_donor", signature)) >= 5
+
+
+@pytest.mark.parametrize("tokens", [1, 8, 9])
+def test_append_with_cells(tokens):
+    config = IndexerConfig(cells=True)
+    _, key_new, index = arguments_with_cells(config, T=tokens)
+    with an_h100():
+        text = lowered(functools.partial(append, config=config), index, key_new)
+    sorts = tokens > 8
+    assert kernels(text) == {"append_kernel" if sorts else "append_kernel_and_seal_kernel"}
+    assert ("stablehlo.sort" in text) == sorts
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 8, 9, 500])

@@ -11,7 +11,7 @@ from jaxtyping import Float, Int32, UInt8
 
 from jax_indexer.kernels import backend
 from jax_indexer.kernels.codebook import dimension_tiles, tiles
-from jax_indexer.kernels.tuning import CODEBOOK_WARPS, TOKENS_PER_ENCODER
+from jax_indexer.kernels.tuning import TOKENS_PER_ENCODER
 from jax_indexer.layout import KVLayout, token_axis
 
 
@@ -116,22 +116,3 @@ def append_launch(
         out_shape=[jax.ShapeDtypeStruct((rows, num_subspaces, capacity), np.uint8)],
         aliases={len(operands): 0},
     )
-
-
-def append_codes(
-    key_new: Float[Array, "B _ _ H"],
-    codebooks: Float[Array, "B K M C D_"],
-    codes: UInt8[Array, "B K M S"],
-    phi: Float[Array, "B K M"] | None,
-    start: Int32[Array, "B"],
-    taken: Int32[Array, "B"],
-    *,
-    kv_layout: KVLayout,
-    interpret: bool = False,
-) -> UInt8[Array, "B K M S"]:
-    """The codes after what `append_launch` describes."""
-    launch = append_launch(key_new, codebooks, codes, phi, start, taken, kv_layout)
-    ((new_codes,),) = backend.launch_together(
-        [launch], num_warps=CODEBOOK_WARPS, interpret=interpret
-    )
-    return new_codes.reshape(codes.shape)

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import jax.ref
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
@@ -23,6 +24,11 @@ warnings.filterwarnings(
 
 load = plgpu.load
 store = plgpu.store
+
+
+def add(ref: Any, index: tuple[Any, ...], value: jax.Array) -> None:
+    """Adds to elements in memory, atomically; no lane is masked off, so idle ones want a spare."""
+    jax.ref.addupdate(ref, index, value)
 
 
 def _varying_axes(x: jax.Array) -> frozenset:
@@ -116,13 +122,18 @@ def launch(
 
 
 class Launch(NamedTuple):
-    """What `launch` takes, for launches that are made together."""
+    """What `launch` takes, for launches that are made together.
+
+    `borrowed` are outputs of others of them, (number of the launch, number of the output), that
+    this one reads where the other does not write: their references follow its own.
+    """
 
     kernel: Callable[..., None]
     operands: Sequence[jax.Array]
     programs: int
     out_shape: Sequence[jax.ShapeDtypeStruct]
     aliases: Mapping[int, int] = MappingProxyType({})
+    borrowed: Sequence[tuple[int, int]] = ()
 
 
 def launch_together(
@@ -143,9 +154,11 @@ def launch_together(
 
     def together(*refs):
         inputs, outputs = iter(refs[: len(operands)]), iter(refs[len(operands) :])
+        written = [[next(outputs) for _ in part.out_shape] for part in launches]
         number = pl.program_id(0)  # from the first program of the part on
-        for part in launches:
-            own = [next(inputs) for _ in part.operands] + [next(outputs) for _ in part.out_shape]
+        for part, own_outputs in zip(launches, written, strict=True):
+            own = [next(inputs) for _ in part.operands] + own_outputs
+            own += [written[launch][output] for launch, output in part.borrowed]
 
             @pl.when((number >= 0) & (number < part.programs))
             def _(kernel=part.kernel, own=own, number=number):

@@ -1,7 +1,7 @@
 """The k best of a list of numbers: where the cut lies, and who makes it."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -88,6 +88,72 @@ class Ranks(NamedTuple):
 
         return jnp.max(self.fold(visit, jnp.full(self.threads, NOT_A_CANDIDATE)))
 
+    def counts(self, thresholds: tuple[Array, Array, Array]) -> list[Array]:
+        """How many ranks reach each threshold; counts share a sum where they fit into one."""
+        # Twice the count: of ones alone the compiler would make a slower population count.
+        bits = 10 if self.most < 1 << 10 else 15 if self.most < 1 << 15 else 30
+        a_sum = 30 // bits
+        packs = [thresholds[i : i + a_sum] for i in range(0, 3, a_sum)]
+
+        def visit(totals, found, _):
+            totals = list(totals)
+            for pack, some in enumerate(packs):
+                for place, threshold in enumerate(some):
+                    for rank in found:
+                        totals[pack] += jnp.where(rank >= threshold, 2 << (bits * place), 0)
+            return tuple(totals)
+
+        nothing = jnp.zeros(self.threads, jnp.int32)
+        sums = [jnp.sum(total) for total in self.fold(visit, (nothing,) * len(packs))]
+        return [
+            (sums[pack] >> (bits * place + 1)) & ((1 << bits) - 1)
+            for pack in range(len(packs))
+            for place in range(len(packs[pack]))
+        ]
+
+
+class Weighted(NamedTuple):
+    """Ranks that stand for several tokens each, in registers; what `find_cut` searches.
+
+    Attributes:
+      ranks: int32[n] each, n a power of two; NOT_A_CANDIDATE for none.
+      sizes: how many tokens each stands for.
+    """
+
+    ranks: tuple[Array, ...]
+    sizes: tuple[Array, ...]
+
+    def extremes(self) -> tuple[Array, Array]:
+        """The smallest rank of a candidate and the largest."""
+        candidates = [jnp.where(rank == NOT_A_CANDIDATE, HIGHEST, rank) for rank in self.ranks]
+        return (
+            _reduced(candidates, jnp.minimum, jnp.min),
+            _reduced(self.ranks, jnp.maximum, jnp.max),
+        )
+
+    def largest_below(self, high: Array) -> Array:
+        """The largest rank below `high`."""
+        below = [jnp.where(rank < high, rank, NOT_A_CANDIDATE) for rank in self.ranks]
+        return _reduced(below, jnp.maximum, jnp.max)
+
+    def counts(self, thresholds: tuple[Array, ...]) -> list[Array]:
+        """How many tokens reach each threshold."""
+        both = list(zip(self.ranks, self.sizes, strict=True))
+        return [
+            _reduced([jnp.where(rank >= least, size, 0) for rank, size in both], jnp.add, jnp.sum)
+            for least in thresholds
+        ]
+
+
+def _reduced(parts: Sequence[Array], combine: Callable, reduce: Callable) -> Array:
+    """One reduction of arrays of several lengths: each costs a barrier or two."""
+    length = min(part.shape[0] for part in parts)
+    same = [
+        part if part.shape[0] == length else reduce(part.reshape(-1, length), axis=0)
+        for part in parts
+    ]
+    return reduce(functools.reduce(combine, same))
+
 
 class Cut(NamedTuple):
     """Who is among the best: all ranks above `rank`, and the first `ties` of those at it.
@@ -141,32 +207,8 @@ def _thresholds(low: Array, high: Array) -> tuple[Array, Array, Array]:
     )
 
 
-def _counts(ranks: Ranks, thresholds: tuple[Array, Array, Array]) -> list[Array]:
-    """How many ranks reach each of three thresholds; counts share a sum where they fit into one."""
-    # Twice the count: of ones alone the compiler would make a slower population count.
-    bits = 10 if ranks.most < 1 << 10 else 15 if ranks.most < 1 << 15 else 30
-    a_sum = 30 // bits
-    packs = [thresholds[i : i + a_sum] for i in range(0, 3, a_sum)]
-
-    def visit(totals, found, _):
-        totals = list(totals)
-        for pack, some in enumerate(packs):
-            for place, threshold in enumerate(some):
-                for rank in found:
-                    totals[pack] += jnp.where(rank >= threshold, 2 << (bits * place), 0)
-        return tuple(totals)
-
-    nothing = jnp.zeros(ranks.threads, jnp.int32)
-    sums = [jnp.sum(total) for total in ranks.fold(visit, (nothing,) * len(packs))]
-    return [
-        (sums[pack] >> (bits * place + 1)) & ((1 << bits) - 1)
-        for pack in range(len(packs))
-        for place in range(len(packs[pack]))
-    ]
-
-
 def find_cut(
-    ranks: Ranks, wanted: Array, low: Array, high: Array, reaching_low: Array, slack: int
+    ranks: Ranks | Weighted, wanted: Array, low: Array, high: Array, reaching_low: Array, slack: int
 ) -> Cut:
     """The cut that takes the `wanted` best ranks, or up to `slack` more where that ends the search.
 
@@ -203,7 +245,7 @@ def find_cut(
 
     def narrowed(bounds, thresholds):
         low, high, reaching_low, reaching_high = bounds
-        for threshold, count in zip(thresholds, _counts(ranks, thresholds), strict=True):
+        for threshold, count in zip(thresholds, ranks.counts(thresholds), strict=True):
             enough = count >= wanted
             # Thresholds ascend: the last with enough is the new low, the first without the high.
             is_high = ~enough & (threshold < high)
@@ -224,6 +266,21 @@ def find_cut(
     )
 
 
+def read_together(read: Callable[[Array], Array], step: Array, threads: int) -> list[Array]:
+    """PAIRS_AT_ONCE values, int32[threads] each: every thread loads the same, four in one load.
+
+    Args:
+      read: from int32[threads, 4] places to the values there.
+      step: the places are from step * PAIRS_AT_ONCE on.
+      threads: of the program.
+    """
+    values = []
+    for first in range(0, PAIRS_AT_ONCE, 4):
+        place = step * PAIRS_AT_ONCE + first + jnp.arange(4, dtype=jnp.int32)[None, :]
+        values += backend.split_columns(read(jnp.broadcast_to(place, (threads, 4))))
+    return values
+
+
 def cut_of_few(ranks: Ranks, wanted: Array, read_fours: Callable[[Array], Array]) -> Cut:
     """The cut that takes the `wanted` best ranks of a list of one chunk, by comparing all pairs.
 
@@ -238,12 +295,7 @@ def cut_of_few(ranks: Ranks, wanted: Array, read_fours: Callable[[Array], Array]
     found, _ = ranks.read(ranks.starts(0))
 
     def compare(i, larger):
-        others = []
-        for first in range(0, PAIRS_AT_ONCE, 4):
-            # Every thread loads the same four, in one load.
-            place = i * PAIRS_AT_ONCE + first + jnp.arange(4, dtype=jnp.int32)[None, :]
-            place = jnp.broadcast_to(place, (ranks.threads, 4))
-            others += backend.split_columns(read_fours(place))
+        others = read_together(read_fours, i, ranks.threads)
         return tuple(
             sum(
                 (jnp.where(others[j] > rank, 1 << (j % 4 * 8), 0) for j in range(len(others))),

@@ -7,6 +7,8 @@ from jax import Array
 from jaxtyping import Int32
 
 from jax_indexer.config import IndexerConfig
+from jax_indexer.kernels import backend
+from jax_indexer.kernels.codebook import power_of_2_from
 
 
 class RowPlan(NamedTuple):
@@ -49,3 +51,17 @@ def plan_row(
     num_heavy = jnp.minimum(config.heavy_size, last - first)
     num_window = jnp.minimum(config.window_size, visible - num_sink)
     return RowPlan(visible, first, last, num_sink, num_heavy, num_sink + num_heavy + num_window)
+
+
+def write_settled_entries(indices_ref, counts_ref, row, query, plan: RowPlan) -> None:
+    """Writes what follows from the length: the count, and all entries but the heavy ones."""
+    list_size = indices_ref.shape[2]
+    slot = jnp.arange(power_of_2_from(list_size), dtype=jnp.int32)
+    entry = jnp.where(slot < plan.num_sink, slot, plan.visible - plan.num_listed + slot)
+    entry = jnp.where(slot < plan.num_listed, entry, -1)
+    is_heavy = (slot >= plan.num_sink) & (slot < plan.num_sink + plan.num_heavy)
+    mine = (slot < list_size) & ~is_heavy
+    # A slot that is not written lies behind the list: interpret mode writes back what it read.
+    slot = jnp.where(mine, slot, list_size)
+    backend.store(indices_ref.at[row, query, slot], entry, mask=mine)
+    counts_ref[row, query] = plan.num_listed

@@ -27,7 +27,7 @@ from jax_indexer.kernels.best import PAIRS_AT_ONCE, Ranks, cut_of_few, emit_best
 from jax_indexer.kernels.codebook import power_of_2_from
 from jax_indexer.kernels.group_maxima import group_maxima
 from jax_indexer.kernels.lookup_table import Tables
-from jax_indexer.kernels.plan import RowPlan, plan_row
+from jax_indexer.kernels.plan import plan_row, write_settled_entries
 from jax_indexer.kernels.scores import ranks_of_runs
 from jax_indexer.kernels.tuning import select_warps
 from jax_indexer.reference import NAN_RANK, NOT_A_CANDIDATE
@@ -61,20 +61,6 @@ def group_sizes(capacity: int, budget: int) -> tuple[int, ...]:
 def slack_of(budget: int) -> int:
     """How many groups more than the budget end the search among the maxima."""
     return budget // 4
-
-
-def write_settled_entries(indices_ref, counts_ref, row, query, plan: RowPlan) -> None:
-    """Writes what follows from the length: the count, and all entries but the heavy ones."""
-    list_size = indices_ref.shape[2]
-    slot = jnp.arange(power_of_2_from(list_size), dtype=jnp.int32)
-    entry = jnp.where(slot < plan.num_sink, slot, plan.visible - plan.num_listed + slot)
-    entry = jnp.where(slot < plan.num_listed, entry, -1)
-    is_heavy = (slot >= plan.num_sink) & (slot < plan.num_sink + plan.num_heavy)
-    mine = (slot < list_size) & ~is_heavy
-    # A slot that is not written lies behind the list: interpret mode writes back what it read.
-    slot = jnp.where(mine, slot, list_size)
-    backend.store(indices_ref.at[row, query, slot], entry, mask=mine)
-    counts_ref[row, query] = plan.num_listed
 
 
 def threshold_select_kernel(

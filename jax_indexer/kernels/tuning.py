@@ -36,6 +36,11 @@ def centroid_sums_tuning(num_centroids: int, dimensions: int) -> tuple[int, int]
     return 64 if num_centroids <= 64 else 32, 4 if num_centroids * dimensions <= 4096 else 8
 
 
+def cells_warps(num_cells: int) -> int:
+    """Warps of the cells-select kernel: a thread takes 16 cells, where that is enough threads."""
+    return min(max(num_cells // (16 * 32), 4), 32)
+
+
 def select_warps(num_groups: int, programs: int) -> int:
     """Warps of the threshold-select kernel, for lists of this many groups."""
     if num_groups <= 1024:
