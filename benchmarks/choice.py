@@ -47,6 +47,7 @@ SWEEPS: dict[str, list[dict[str, Any]]] = {
 SWEEP_BASE = "llama-32k"
 SWEEP_REPETITIONS = Repetitions(pipeline=100, warm=20, cold=0, rounds=2)
 SWEEP_IMPLEMENTATIONS = (
+    "jax:cells",
     "jax:threshold",
     "jax:top_k",
     "torch:eager",

@@ -17,7 +17,8 @@ from benchmarks.agreement import Lists, Reference, check_lists, check_top_k
 from benchmarks.ceilings import Work, step_work, top_k_work
 from benchmarks.programs import Forms, Program
 from benchmarks.workloads import Workload
-from jax_indexer import PQIndex, Selection, indexer_next
+from jax_indexer import IndexerConfig, PQIndex, Selection, indexer_next, with_cells
+from jax_indexer.config import MOST_CELLS
 
 CHAIN_STEPS = 20
 
@@ -68,6 +69,7 @@ class Implementation:
       needs_gpu: whether there is nothing to run without one.
       peer: whether it is a top-k alone, given scores.
       pipeline: whether it is one of our own pipelines, which are measured most often.
+      refuses: says why it cannot do a workload, or None.
     """
 
     name: str
@@ -79,6 +81,7 @@ class Implementation:
     needs_gpu: bool = True
     peer: bool = False
     pipeline: bool = False
+    refuses: Callable[[Workload], str | None] = lambda w: None
 
 
 Programs = dict[str, Program]
@@ -87,9 +90,25 @@ Programs = dict[str, Program]
 # JAX
 
 
-def _shapes(w: Workload) -> tuple[Any, Any, Any, PQIndex]:
+def _config_for(w: Workload, selector: str | None) -> IndexerConfig:
+    """The workload's, with the state that the selector needs."""
+    return dataclasses.replace(w.config, cells=True) if selector == "cells" else w.config
+
+
+def _no_cells(w: Workload) -> str | None:
+    """Why "cells" cannot do a workload, or None."""
+    if w.T > 1:
+        return f"takes one query token, not T={w.T}"
+    if w.config.num_cells > MOST_CELLS:
+        return f"takes up to {MOST_CELLS} cells, not {w.config.num_centroids}**" + str(
+            w.config.num_subspaces
+        )
+    return None
+
+
+def _shapes(w: Workload, config: IndexerConfig) -> tuple[Any, Any, Any, PQIndex]:
     """Shapes of a step's query, new keys, lengths and index."""
-    config, dtype = w.config, jnp.dtype(w.dtype)
+    dtype = jnp.dtype(w.dtype)
     heads = (w.B, w.K, config.num_subspaces)
     augmented = config.metric == "ip"
     lengths = jax.ShapeDtypeStruct((w.B,), np.int32)
@@ -101,6 +120,8 @@ def _shapes(w: Workload) -> tuple[Any, Any, Any, PQIndex]:
         lengths=lengths,
         phi=jax.ShapeDtypeStruct(heads, np.float32) if augmented else None,
     )
+    if config.cells:
+        index = jax.eval_shape(lambda index: with_cells(index, config), index)
     query = jax.ShapeDtypeStruct((w.B, w.T, w.N, w.H), dtype)
     key_new = jax.ShapeDtypeStruct((w.B, w.T, w.K, w.H), dtype)
     return query, key_new, lengths, index
@@ -114,6 +135,7 @@ def jax_programs(
     w: Workload, forms: Forms, *, implementation: str, selector: str | None
 ) -> Programs:
     """`indexer_next` under jit, and many of it in a row, with the index donated."""
+    config = _config_for(w, selector)
 
     # The step's index arrives with the length it left; every call starts at L - T by taking this
     # array instead, which costs no kernel.
@@ -122,7 +144,7 @@ def jax_programs(
             query,
             key_new,
             dataclasses.replace(index, lengths=lengths),
-            config=w.config,
+            config=config,
             return_weights=w.weights,
             implementation=implementation,
             selector=selector,
@@ -142,7 +164,7 @@ def jax_programs(
             query = jnp.where(impossible, jnp.zeros_like(query), query)
         return selections, index
 
-    query, key_new, lengths, index = _shapes(w)
+    query, key_new, lengths, index = _shapes(w, config)
     programs = {"step": Program(forms, step, (query, key_new, lengths, index), donate="index")}
     if forms.chains:
         keys_new = (key_new,) * _chain_steps(w)
@@ -155,9 +177,9 @@ def jax_programs(
 class JaxStep(Step):
     """`indexer_next` under jit, with the index donated."""
 
-    def __init__(self, reference: Reference, programs: Programs):
+    def __init__(self, reference: Reference, programs: Programs, selector: str | None = None):
         self._workload, inputs = reference.workload, reference.inputs
-        self._programs = programs
+        self._programs, self._config = programs, _config_for(reference.workload, selector)
         self._query = jnp.asarray(inputs.query)
         self._key_new = jnp.asarray(inputs.key_new)
         self._lengths = jnp.asarray(inputs.lengths - np.int32(self._workload.T))
@@ -168,8 +190,16 @@ class JaxStep(Step):
             lengths=jnp.array(inputs.lengths),
             phi=None if inputs.phi is None else jnp.array(inputs.phi),
         )
+        self._index = self._sealed_at(self._lengths)
         self.compile_seconds = programs["step"].seconds
         self.memory_bytes = programs["step"].memory_bytes
+
+    def _sealed_at(self, lengths: jax.Array) -> PQIndex:
+        """The index with the state of rows of these lengths, for a selector that has some."""
+        if not self._config.cells:
+            return self._index
+        index = dataclasses.replace(self._index, lengths=jnp.copy(lengths))
+        return with_cells(index, self._config)
 
     def _launch(self, function: Callable[..., Any]) -> None:
         self._selection, self._index = function(
@@ -196,7 +226,7 @@ class JaxStep(Step):
         keys_new = tuple(jnp.array(self._key_new) for _ in range(steps))
         start = self._lengths - np.int32((steps - 1) * w.T)
         arguments = (self._query, keys_new, start)
-        return Chain(self._programs["chain"], steps, arguments, self._index)
+        return Chain(self._programs["chain"], steps, arguments, self._sealed_at(start))
 
 
 class Chain(Step):
@@ -518,8 +548,16 @@ def _peer_work(w: Workload) -> Work:
 
 def _jax(name: str, implementation: str, selector: str | None, *, pipeline: bool = True):
     programs = functools.partial(jax_programs, implementation=implementation, selector=selector)
+    build = functools.partial(JaxStep, selector=selector)
     return Implementation(
-        f"jax:{name}", "jax", JaxStep, _jax_bytes, programs, needs_gpu=pipeline, pipeline=pipeline
+        f"jax:{name}",
+        "jax",
+        build,
+        _jax_bytes,
+        programs,
+        needs_gpu=pipeline,
+        pipeline=pipeline,
+        refuses=_no_cells if selector == "cells" else lambda w: None,
     )
 
 
@@ -542,6 +580,7 @@ def _peer(name: str, framework: str, build: Callable[[Reference, Programs], Step
 IMPLEMENTATIONS = {
     implementation.name: implementation
     for implementation in (
+        _jax("cells", "triton", "cells"),
         _jax("threshold", "triton", "threshold"),
         _jax("top_k", "triton", "top_k"),
         _jax("xla", "xla", None, pipeline=False),

@@ -170,6 +170,8 @@ def why_not(workload: Workload, implementation: Implementation, gpu: bool) -> st
     """Why a row is not worth trying, or None."""
     if implementation.needs_gpu and not gpu:
         return "needs an NVIDIA GPU"
+    if reason := implementation.refuses(workload):
+        return reason
     if implementation.framework == "torch" and machine.version("torch") is None:
         return "PyTorch is not installed"
     if min(workload.lengths) < workload.T:

@@ -11,6 +11,7 @@ from benchmarks.tables import (
     Results,
     build_table,
     by_workload,
+    decode_table,
     detail_table,
     kind_of,
     load,
@@ -134,6 +135,13 @@ def section(results: Sequence[Results], pictures: Sequence[tuple[str, str]]) -> 
             "codes' reconstruction, of normal keys. The original's k-means is beside it.",
             markdown(build_table(one["rows"])),
         )
+    for one in [one for one in results if one["kind"] == "decode"][-1:]:
+        lines += folded(
+            "Decoding with cells: sealing",
+            "Kernel times of a step in microseconds while all rows grow by a segment and more. The "
+            "mean is over the steps of one segment, sealing included.",
+            markdown(decode_table(one["rows"])),
+        )
     for name, (_, rows) in workloads.items():
         lines += folded(
             f"<code>{name}</code>: all implementations, and the command of each row",
@@ -226,6 +234,8 @@ def show_all(results: Sequence[Results], folder: Path | None) -> int:
     for one in results:
         if one["kind"] == "build":
             show("build_index, milliseconds", build_table(one["rows"]))
+        if one["kind"] == "decode":
+            show("a decode, microseconds", decode_table(one["rows"]))
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
         wanted = pictures_of(results)

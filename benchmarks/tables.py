@@ -10,7 +10,7 @@ from benchmarks.workloads import WORKLOADS
 
 ITERATION_4 = "torch:iteration4"
 NOTHING = "-"
-KINDS = ("named", "sweep", "build")
+KINDS = ("named", "sweep", "build", "decode")
 KEYS = {"time", "command", "commit", "dirty", "machine", "quick", "seconds", "rows"}
 
 Results = dict[str, Any]  # one file
@@ -242,6 +242,33 @@ def build_table(rows: Sequence[Row]) -> Table:
                 NOTHING if memory is None else f"{memory / 2**20:.0f}",
                 NOTHING if memory is None else f"{memory / row['key_bytes']:.2f}x",
                 f"{row['error']:.3f}",
+                NOTHING,
+            ]
+        )
+    return without_empty_columns((heads, lines))
+
+
+def decode_table(rows: Sequence[Row]) -> Table:
+    """Steps of a decode, in microseconds."""
+    heads = ["workload", "steps", "segment", "median", "mean", "p99", "max", "max / median", "note"]
+    lines = []
+    for row in rows:
+        name = f"`{row['workload']}`"
+        if row["status"] != "ok":
+            note = f"{row['status']}: {row['reason']}"
+            lines.append([name, *[NOTHING] * (len(heads) - 2), note])
+            continue
+        times = row["warm"]
+        lines.append(
+            [
+                name,
+                str(row["steps"]),
+                str(row["segment"]),
+                us(times["median"]),
+                us(row["mean_of_a_segment"]),
+                us(times["p99"]),
+                us(times["max"]),
+                ratio(times["max"], times["median"]),
                 NOTHING,
             ]
         )

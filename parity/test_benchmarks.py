@@ -18,6 +18,7 @@ from benchmarks import (
     ceilings,
     choice,
     clock,
+    decode,
     implementations,
     machine,
     measure,
@@ -33,6 +34,7 @@ from benchmarks.__main__ import main
 from benchmarks.clock import ClockError, Kernel
 from benchmarks.programs import Forms
 from benchmarks.workloads import SMALL, WORKLOADS, make_inputs
+from jax_indexer import cells
 
 CEILINGS = ceilings.Ceilings(
     copy_bytes_per_second=3e12,
@@ -237,6 +239,8 @@ def test_our_kernels_are_grouped_by_stage_and_whatever_xla_adds_is_other():
         "append_kernel_and_lookup_table_kernel": "append, look-up table",
         "lookup_table_kernel": "append, look-up table",
         "group_maxima_kernel": "group maxima",
+        "append_kernel_and_lookup_table_kernel_and_seal_kernel": "append, look-up table",
+        "cells_select_kernel": "cells select",
         "threshold_select_kernel": "threshold select",
         "score_kernel": "scores",
         "count_kernel": "sparse index",
@@ -910,7 +914,10 @@ def test_results_that_are_named_are_shown_and_leave_the_readme_alone(folder, cap
         ("", "expected a results file"),
         ("{broken", "expected a results file"),
         ("[1]", "expected a results file"),
-        ('{"kind": "quality"}', "expected results of a kind in named, sweep, build, got quality"),
+        (
+            '{"kind": "quality"}',
+            "expected results of a kind in named, sweep, build, decode, got quality",
+        ),
         ('{"kind": "named", "rows": []}', "expected command, commit, dirty, machine"),
     ],
 )
@@ -995,6 +1002,47 @@ def test_a_build_is_checked_timed_and_reported(folder, monkeypatch, capsys):
     text = (folder / "README.md").read_text()
     assert "| `seed` | `torch:indexer_first` |" in text
     assert "python -m benchmarks.build --workload seed --tokens 128" in text
+
+
+def test_a_decode_goes_on_until_a_segment_is_sealed(folder, monkeypatch, capsys):
+    """On XLA, which keeps the state too, with a clock that makes times up."""
+    monkeypatch.setattr(cells, "SMALLEST_SEGMENT", 16)
+    monkeypatch.setattr(cells, "SMALLEST_BLOCK", 64)
+    monkeypatch.setattr(cells, "MOST_MOVES", 4)
+    monkeypatch.setattr(machine, "has_gpu", lambda: True)
+    monkeypatch.setattr(clock, "open_kernel_clock", FakeClock)
+    monkeypatch.setattr(decode, "SELECTOR", None)
+    small = dataclasses.replace(SMALL["small"], name="seed")
+    monkeypatch.setitem(decode.DECODED, "seed", small)
+    monkeypatch.setitem(decode.DECODED, "wide", dataclasses.replace(small, B=1))
+    sealed = []
+    measured = decode.Decoder
+
+    class Decoder(measured):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            sealed.append([self.index.cells.sealed.tolist()])
+
+        def wait(self):
+            super().wait()
+            sealed[-1].append(self.index.cells.sealed.tolist())
+
+    monkeypatch.setattr(decode, "Decoder", Decoder)
+    output = folder / "decode.json"
+    assert decode.main(["--workload", "seed", "wide", "seed", "--output", str(output)]) == 0
+    first, second = rows_of(output)
+    assert (first["status"], first["segment"]) == ("ok", 32)
+    assert (second["workload"], second["status"]) == ("wide", "ok")
+    assert len(first["times"]) == first["steps"] == 32 + 4 + 2
+    assert sealed == [[[192, 192], [224, 224]], [[192], [224]]]
+    assert run_report(folder) == 0
+    assert "Decoding with cells" in (folder / "README.md").read_text()
+
+
+def test_a_decode_needs_a_gpu(capsys):
+    with pytest.raises(SystemExit):
+        decode.main([])
+    assert "no NVIDIA GPU" in capsys.readouterr().err
 
 
 def test_a_build_on_a_cpu_is_made_smaller_only_if_asked(capsys):
