@@ -127,7 +127,8 @@ def progress(length: Array, sealed: Array, plan: SealPlan, capacity: int) -> Pro
       A Progress, the same for all heads of the row.
     """
     length = jnp.minimum(jnp.maximum(length, 0), capacity)
-    waiting = jnp.maximum(length - plan.margin - sealed, 0)
+    # Step by step: sizes may be so large that a sum would overflow.
+    waiting = jnp.maximum(jnp.maximum(length - plan.margin, 0) - sealed, 0)
     entries = jnp.maximum(sealed - plan.first_candidate, 0)
     moves = lax.div(entries + (plan.block - 1), jnp.full_like(entries, plan.block))
     moved = jnp.minimum(jnp.maximum(waiting - plan.segment, 0), moves)

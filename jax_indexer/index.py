@@ -10,7 +10,16 @@ import numpy as np
 from jax import Array, lax
 
 from jax_indexer import _arguments, kmeans, reference
-from jax_indexer.cells import MOST_NEW, Cells, empty_rows, grow, no_cells, seal, seal_plan
+from jax_indexer.cells import (
+    MOST_NEW,
+    Cells,
+    SealPlan,
+    empty_rows,
+    grow,
+    no_cells,
+    seal,
+    seal_plan,
+)
 from jax_indexer.config import IndexerConfig
 from jax_indexer.kernels import backend, pipeline
 from jax_indexer.layout import KVLayout, head_major, token_axis
@@ -180,6 +189,8 @@ def reset(index: PQIndex, rows: Array) -> PQIndex:
     sizes = _arguments.Sizes()
     _arguments.check_array("index.lengths", index.lengths, "B", sizes, _arguments.INT32)
     _arguments.check_array("rows", rows, "B", sizes, _arguments.BOOL)
+    if index.cells is not None:
+        _check_cells(index.cells, sizes)
     cells = None if index.cells is None else empty_rows(index.cells, rows)
     return dataclasses.replace(index, lengths=jnp.where(rows, 0, index.lengths), cells=cells)
 
@@ -208,6 +219,11 @@ def with_cells(index: PQIndex, config: IndexerConfig) -> PQIndex:
         raise ValueError("config.cells: expected True, got False; use dataclasses.replace")
     sizes = _arguments.Sizes()
     shape = getattr(index.codebooks, "shape", ())
+    if len(shape) == 5 and shape[2] != config.num_subspaces:
+        raise ValueError(
+            f"index.codebooks: expected M={config.num_subspaces} as in config, got M={shape[2]}; "
+            "use the config that the index was built with"
+        )
     if len(shape) == 5:
         augmented = config.metric == "ip"
         sizes.learn("index.codebooks", H=(shape[-1] - augmented) * config.num_subspaces)
@@ -309,21 +325,32 @@ def check_index(index: Any, config: IndexerConfig, sizes: _arguments.Sizes) -> N
         )
     if cells is None:
         return
-    if not isinstance(cells, Cells):
-        raise ValueError(
-            f"index.cells: expected None or Cells, got {type(cells).__name__}; use with_cells"
-        )
+    sizes.learn("config", **{"C**M+1": config.num_cells + 1})
+    _check_cells(cells, sizes)
     plan = seal_plan(sizes["S"], config)
     if cells.plan != plan:
         raise ValueError(
             f"index.cells.plan: expected {plan}, got {cells.plan}; use the config that the index "
             "was built with, or with_cells(index, config)"
         )
-    sizes.learn("config", **{"2": 2, "C**M+1": config.num_cells + 1})
-    starts, order = "B K 2 C**M+1", "B K S"
-    _arguments.check_array("index.cells.starts", cells.starts, starts, sizes, _arguments.INT32)
-    _arguments.check_array("index.cells.order", cells.order, order, sizes, _arguments.INT32)
-    _arguments.check_array("index.cells.sealed", cells.sealed, "B", sizes, _arguments.INT32)
+
+
+def _check_cells(cells: Any, sizes: _arguments.Sizes) -> None:
+    """Checks the state of the "cells" selector against the sizes that are known."""
+    if not isinstance(cells, Cells) or not isinstance(cells.plan, SealPlan):
+        plan = f" with {type(cells.plan).__name__}" if isinstance(cells, Cells) else ""
+        raise ValueError(
+            "index.cells: expected None, or Cells with a SealPlan, "
+            f"got {type(cells).__name__}{plan}; use with_cells(index, config)"
+        )
+    sizes.learn("PQIndex", **{"before/after": 2})
+    for name, letters in (
+        ("starts", "B K before/after C**M+1"),
+        ("order", "B K S"),
+        ("sealed", "B"),
+    ):
+        array = getattr(cells, name)
+        _arguments.check_array(f"index.cells.{name}", array, letters, sizes, _arguments.INT32)
 
 
 def _check_arrays(index: PQIndex, config: IndexerConfig, sizes: _arguments.Sizes) -> None:

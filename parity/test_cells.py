@@ -27,7 +27,7 @@ from jax_indexer import (
 )
 from jax_indexer.kernels import backend, pipeline
 from jax_indexer.kernels import cells as kernels
-from parity.checked_memory import checked
+from parity.checked_memory import Memory, checked
 
 B, K, G, S = 3, 2, 2, 150
 F32 = np.dtype(np.float32)
@@ -349,6 +349,56 @@ def test_no_access_leaves_an_array(kind, monkeypatch):
     check_lists(got, want)
 
 
+@pytest.mark.parametrize("most_paired", [16, 512])
+@pytest.mark.parametrize("made_for", [120, 20])
+def test_lengths_set_by_hand_give_some_list_of_the_right_length(made_for, most_paired, monkeypatch):
+    """What was sealed for another length, with segments at all stages; see the contract."""
+    monkeypatch.setattr(kernels, "MOST_PAIRED", most_paired)
+    # A token that is listed twice has one place.
+    check = Memory.check
+    monkeypatch.setattr(
+        Memory, "check", lambda self, good, what: check(self, good or "twice" in what, what)
+    )
+    config = config_of(heavy_size=30)
+    rng = np.random.default_rng(0)
+    index = start(config, [made_for, made_for, made_for + 17])
+    two_cells = (index.codes // 128).astype(jnp.uint8).at[..., 60:].set(3)
+    key = jnp.asarray(rng.standard_normal((B, 1, K, 8)), F32)
+    for codes, kind, lengths in (
+        (index.codes, "random", [50, made_for - 1, made_for - 9]),
+        (two_cells, "zeros", [55, 58, S]),
+        (two_cells, "two values", [made_for + 40, made_for + 47, S]),
+        (index.codes, "zeros", [made_for + 52, made_for + 60, -5]),
+    ):
+        wrong = dataclasses.replace(index, codes=codes, lengths=jnp.asarray(lengths, jnp.int32))
+        with checked(seed=0):
+            first, taken, grown = reference.make_room(wrong.lengths, None, 1, S)
+            inputs = key, wrong.codebooks, wrong.codes, None, wrong.cells, first, taken, config
+            made = pipeline.append_tokens(*inputs, kv_layout="BSKH")
+            wrong = dataclasses.replace(wrong, codes=made.codes, lengths=grown, cells=made.cells)
+            got, want = lists_of(tables_of(kind, config, rng), wrong, config)
+        np.testing.assert_array_equal(got[1], want[1])
+        listed_ones = np.arange(got[0].shape[-1]) < np.asarray(got[1])[..., None]
+        visible = np.clip(np.asarray(wrong.lengths), 0, S)[:, None, None, None]
+        assert ((np.asarray(got[0]) >= 0) == listed_ones).all()
+        assert (np.asarray(got[0]) < np.maximum(visible, 1)).all()
+
+
+@pytest.mark.parametrize("window_size", [2**31 - 254, 7])
+def test_sizes_beyond_any_cache(window_size):
+    config = IndexerConfig(
+        cells=True, num_bits=1, heavy_size=0, sink_size=0, window_size=window_size,
+        init_offset=2**31 - 250,
+    )  # fmt: skip
+    index = start(config, [0, 20, 32], capacity=32)
+    key = jnp.zeros((B, 8, K, 8), F32)
+    with checked(seed=0):
+        first, taken, _ = reference.make_room(index.lengths, None, 8, 32)
+        inputs = key, index.codebooks, index.codes, None, index.cells, first, taken, config
+        made = pipeline.append_tokens(*inputs, kv_layout="BSKH")
+    assert made.cells.sealed.tolist() == [2**31 - 250] * 3
+
+
 # What is refused
 
 
@@ -382,6 +432,21 @@ def test_what_cells_cannot_do_is_said():
             key,
             config,
         )
+    for cells_like, message in (
+        ("cells", "got str"),
+        (dataclasses.replace(index.cells, plan=None), "got Cells with NoneType"),
+        (dataclasses.replace(index.cells, starts=None), "starts: expected int32"),
+        (dataclasses.replace(index.cells, sealed=index.cells.sealed[:1]), "sealed: expected int32"),
+    ):
+        odd = dataclasses.replace(index, cells=cells_like)
+        for function in (
+            lambda odd=odd: reset(odd, jnp.ones(B, bool)),
+            lambda odd=odd: append(odd, key, config),
+        ):
+            with pytest.raises(ValueError, match=rf"^index\.cells.*{message}"):
+                function()
+    with pytest.raises(ValueError, match=r"^index\.codebooks: expected M=1 as in config"):
+        with_cells(index, dataclasses.replace(config, num_subspaces=1))
     with pytest.raises(ValueError, match=r'^selector: .*"cells" with config\.cells=False'):
         select(query, without, plain, selector="cells")
     with pytest.raises(ValueError, match=r"^config\.cells: expected True"):

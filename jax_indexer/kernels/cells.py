@@ -149,11 +149,28 @@ def cells_select_kernel(
         )
         return before + lax.population_count(bits & (bit - 1))
 
-    @pl.when(listed.num_heavy > 0)
+    # A state that was made for another length, set by hand, is not used; what is not seen of it may
+    # make lists wrong, but no access leaves an array.
+    sealed = sealed_ref[batch_row]
+    most_tail = plan.most_tail(capacity)
+    state = progress(lengths_ref[batch_row], sealed, plan, capacity)
+    counted = starts_ref[row, 1, num_cells] - starts_ref[row, 0, num_cells]
+    fits = (sealed >= listed.first) & (sealed <= listed.last)
+    fits &= listed.last - sealed <= most_tail
+    fits &= (counted == plan.segment) | ~state.begun
+    place = jnp.arange(power_of_2_from(budget), dtype=jnp.int32)
+
+    @pl.when((listed.num_heavy > 0) & ~fits)
     def _():
-        sealed = jnp.minimum(jnp.maximum(sealed_ref[batch_row], listed.first), listed.last)
-        state = progress(lengths_ref[batch_row], sealed_ref[batch_row], plan, capacity)
-        place = jnp.arange(power_of_2_from(budget), dtype=jnp.int32)
+        list_tokens(listed.first + place, place, place < listed.num_heavy)
+
+    @pl.when((listed.num_heavy > 0) & fits)
+    def _():
+        # So that no place in the list is left as it was.
+        slot = jnp.where(place < listed.num_heavy, listed.num_sink + place, list_size)
+        backend.store(
+            indices_ref.at[row, query, slot], listed.first + place, mask=place < listed.num_heavy
+        )
         backend.store(begins_ref.at[row, query, place], jnp.zeros_like(place), mask=place < budget)
         if bits_refs:
             clear_bits(listed.last)
@@ -167,8 +184,7 @@ def cells_select_kernel(
         )
         rank = jnp.where(size > 0, rank, NOT_A_CANDIDATE)
 
-        most_tail = power_of_2_from(plan.most_tail(capacity))
-        tail = sealed + jnp.arange(most_tail, dtype=jnp.int32)
+        tail = sealed + jnp.arange(power_of_2_from(most_tail), dtype=jnp.int32)
         tail_rank = ranks_of_tokens(tail, tail < listed.last)
 
         tokens = Weighted((rank, tail_rank), (size, (tail < listed.last).astype(jnp.int32)))
@@ -189,7 +205,9 @@ def cells_select_kernel(
         # Two counts share a prefix sum: cells that are taken from, and what is taken.
         until = jnp.cumsum(jnp.where(taken, 1 << 16, 0) + take)
         first = (until & 0xFFFF) - take
-        whole = jnp.max(until & 0xFFFF)  # neither count shrinks along the cells
+        # Neither count shrinks along the cells.
+        whole = jnp.minimum(jnp.max(until & 0xFFFF), listed.num_heavy)
+        taken &= (first >= 0) & (first < budget) & (until >> 16 > 0) & (until >> 16 <= budget)
         backend.barrier(interpret)
         into = jnp.where(taken, (until >> 16) - 1, budget)
         backend.store(cell_ref.at[row, query, into], cell, mask=taken)
@@ -199,12 +217,13 @@ def cells_select_kernel(
         backend.barrier(interpret)
 
         begin = backend.load(begins_ref.at[row, query, place], mask=place < budget, other=0)
-        number, exists = jnp.cumsum(begin) - 1, place < whole
+        number, exists = jnp.maximum(jnp.cumsum(begin) - 1, 0), place < whole
         from_cell, base = (
             backend.load(ref.at[row, query, number], mask=exists, other=0)
             for ref in (cell_ref, base_ref)
         )
         entry = base + place
+        from_cell = jnp.clip(from_cell, 0, num_cells - 1)
         has_moved = exists & state.begun & (entry >= state.still)
         old, new = (
             backend.load(starts_ref.at[row, which, from_cell], mask=has_moved, other=0)
@@ -214,34 +233,32 @@ def cells_select_kernel(
         position = backend.load(order_ref.at[row, entry], mask=exists, other=0)
         backend.store(positions_ref.at[row, query, place], position, mask=exists)
 
-        @pl.when(~by_cell)
-        def _():
-            def search(state):
-                begin, count = state
-                token = begin + jnp.arange(TIED_BLOCK, dtype=jnp.int32)
-                mark = ranks_of_tokens(token, token < sealed) == cut.rank
-                until = count + jnp.cumsum(mark.astype(jnp.int32))
-                taken = mark & (until <= from_cells)
-                into = jnp.where(taken, whole + until - 1, budget + PAIRS_AT_ONCE)
-                backend.store(positions_ref.at[row, query, into], token, mask=taken)
-                return begin + TIED_BLOCK, jnp.max(until)
+        def search(state):
+            begin, count = state
+            token = begin + jnp.arange(TIED_BLOCK, dtype=jnp.int32)
+            mark = ranks_of_tokens(token, token < sealed) == cut.rank
+            until = count + jnp.cumsum(mark.astype(jnp.int32))
+            taken = mark & (until <= from_cells)
+            into = jnp.where(taken, whole + until - 1, budget + PAIRS_AT_ONCE)
+            taken &= into < budget
+            backend.store(positions_ref.at[row, query, into], token, mask=taken)
+            return begin + TIED_BLOCK, jnp.max(until)
 
-            lax.while_loop(
-                lambda state: (state[1] < from_cells) & (state[0] < sealed),
-                search,
-                (listed.first, jnp.int32(0)),
-            )
-
-        count = jnp.where(by_cell, whole, whole + from_cells)
+        _, found = lax.while_loop(
+            lambda state: ~by_cell & (state[1] < from_cells) & (state[0] < sealed),
+            search,
+            (listed.first, jnp.int32(0)),
+        )
+        count = jnp.minimum(whole + jnp.minimum(found, from_cells), listed.num_heavy)
         # So that positions are compared by loads without a mask.
         behind = count + jnp.arange(PAIRS_AT_ONCE, dtype=jnp.int32)
         positions_ref[row, query, behind] = jnp.full(PAIRS_AT_ONCE, HIGHEST)
         backend.barrier(interpret)
-        position = backend.load(
-            positions_ref.at[row, query, place], mask=place < count, other=HIGHEST
-        )
-        smaller = count_by_bits if bits_refs else count_by_pairs
-        list_tokens(position, smaller(position, place < count, count), place < count)
+        exists = place < count
+        position = backend.load(positions_ref.at[row, query, place], mask=exists, other=HIGHEST)
+        position = jnp.where(exists, jnp.clip(position, listed.first, listed.last - 1), HIGHEST)
+        smaller = (count_by_bits if bits_refs else count_by_pairs)(position, exists, count)
+        list_tokens(position, smaller, exists & (smaller < listed.num_heavy))
 
         # The tail lies behind all that is sealed, in its order.
         ties_left = cut.ties - from_cells
@@ -249,7 +266,8 @@ def cells_select_kernel(
         until = jnp.cumsum(mark)
         ties = until & 0xFFFF
         taken = (mark > 1) | ((mark == 1) & (ties <= ties_left))
-        list_tokens(tail, count + (until >> 16) + jnp.minimum(ties, ties_left) - 1, taken)
+        behind = count + (until >> 16) + jnp.minimum(ties, ties_left) - 1
+        list_tokens(tail, behind, taken & (behind >= 0) & (behind < listed.num_heavy))
 
 
 def always_attended_kernel(

@@ -117,12 +117,13 @@ def seal_kernel(
         entry = stop - 1 - jnp.arange(plan.block, dtype=jnp.int32)
         exists = entry >= 0
         position = backend.load(order_ref.at[row, entry], mask=exists, other=0)
+        position = jnp.clip(position, 0, capacity - 1)
         cell = cells_at(position, exists)
         old, new = (
             backend.load(starts_ref.at[row, which, cell], mask=exists, other=0) for which in (0, 1)
         )
         barrier()
-        into = jnp.where(exists, jnp.minimum(entry + new - old, capacity - 1), capacity)
+        into = jnp.where(exists, jnp.clip(entry + new - old, 0, capacity - 1), capacity)
         backend.store(order_ref.at[row, into], position, mask=exists)
         barrier()
         return carry
@@ -137,7 +138,7 @@ def seal_kernel(
                 backend.load(starts_ref.at[row, which, cell + offset], mask=exists, other=0)
                 for which, offset in ((0, 0), (0, 1), (1, 0))
             )
-            into = jnp.minimum(new + old_end - old + earlier, capacity - 1)
+            into = jnp.clip(new + old_end - old + earlier, 0, capacity - 1)
             into = jnp.where(exists, into, capacity)
             token = i * TOKENS_AT_ONCE + jnp.arange(TOKENS_AT_ONCE, dtype=jnp.int32)
             backend.store(order_ref.at[row, into], sealed + token, mask=exists)
