@@ -11,7 +11,7 @@ import datetime
 import gc
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -21,7 +21,13 @@ import numpy as np
 from benchmarks import clock as clocks
 from benchmarks import machine
 from benchmarks.clock import ClockError, KernelClock, Stream, summary
-from benchmarks.files import add_output_arguments, chosen_output, repeatable_command, write
+from benchmarks.files import (
+    add_output_arguments,
+    chosen_output,
+    exit_status,
+    fill,
+    repeatable_command,
+)
 from benchmarks.implementations import TorchMemory
 from benchmarks.measure import say
 from benchmarks.programs import Forms, Program, compilers
@@ -231,8 +237,8 @@ def chosen(arguments: argparse.Namespace) -> list[Workload]:
     return [dataclasses.replace(w, L=arguments.tokens, S=None) for w in workloads]
 
 
-def parser() -> argparse.ArgumentParser:
-    """The command line."""
+def parsed(argv: Sequence[str]) -> argparse.Namespace:
+    """The command line and its parser; wrong usage exits with 2."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.build", description=__doc__, allow_abbrev=False
     )
@@ -246,19 +252,14 @@ def parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--tokens", type=int, help="of each prompt, instead of the workload's")
     add_output_arguments(parser)
-    return parser
-
-
-def parsed(argv: Sequence[str]) -> argparse.Namespace:
-    """The arguments; wrong usage exits with 2."""
-    arguments = parser().parse_args(argv)
+    arguments = parser.parse_args(argv, argparse.Namespace(parser=parser))
     arguments.workload = list(dict.fromkeys(arguments.workload))
     if arguments.tokens is None and not machine.has_gpu():
-        parser().error("no NVIDIA GPU: give fewer tokens to build on the CPU, as in --tokens 2048")
+        parser.error("no NVIDIA GPU: give fewer tokens to build on the CPU, as in --tokens 2048")
     configs = [WORKLOADS[name].config for name in arguments.workload]
     least = max(config.first_trained + SAMPLE + config.window_size for config in configs)
     if arguments.tokens is not None and arguments.tokens < least:
-        parser().error(f"--tokens: expected at least {least}, got {arguments.tokens}")
+        parser.error(f"--tokens: expected at least {least}, got {arguments.tokens}")
     return arguments
 
 
@@ -273,7 +274,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     started = time.perf_counter()
     now = datetime.datetime.now(datetime.UTC)
     default = f"build-{now.strftime('%Y%m%d-%H%M%S')}.json"
-    output = chosen_output(arguments.output, default, parser())
+    output = chosen_output(arguments.output, default, arguments.parser)
     clock, failures = None, 0
     if not machine.has_gpu():
         say("No NVIDIA GPU: wall-clock times only.")
@@ -294,26 +295,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         "machine": machine.describe_machine(),
         "quick": False,
         "kernel_clock": clock.name if clock else None,
-        "seconds": 0.0,
-        "rows": [],
     }
-    interrupted = False
-    try:
+
+    def rows_of_workloads() -> Iterator[list[dict[str, Any]]]:
         programs = compiled(workloads, recorded=clock is not None)
         for w in workloads:
-            results["rows"] += measure(w, programs, clock, options)
-            results["seconds"] = round(time.perf_counter() - started, 1)
-            write(output, results)
-    except KeyboardInterrupt:
-        interrupted = True
-    write(output, results)
+            yield measure(w, programs, clock, options)
+
+    interrupted = fill(output, results, rows_of_workloads(), started)
     show(f"build_index, {results['machine']['device']}", build_table(results["rows"]))
     say(f"{output} ({results['seconds']:.0f} s)")
-    if interrupted:
-        say("interrupted: what was measured until then is kept")
-        return 130
-    failures += sum(row["status"] == "failed" for row in results["rows"])
-    return 1 if failures else 0
+    return exit_status(results, interrupted=interrupted, failures=failures)
 
 
 def compiled(workloads: Sequence[Workload], *, recorded: bool) -> dict[str, Program]:

@@ -14,7 +14,7 @@ import dataclasses
 import datetime
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -24,13 +24,20 @@ import numpy as np
 from benchmarks import clock as clocks
 from benchmarks import machine
 from benchmarks.clock import LEAD, ClockError, KernelClock, Stream, summary
-from benchmarks.files import add_output_arguments, chosen_output, repeatable_command, write
+from benchmarks.files import (
+    add_output_arguments,
+    chosen_output,
+    exit_status,
+    fill,
+    repeatable_command,
+)
+from benchmarks.implementations import index_of, shapes_of
 from benchmarks.measure import say
 from benchmarks.programs import Forms, Program, compilers
 from benchmarks.run import shape_of
 from benchmarks.tables import decode_table, show
 from benchmarks.workloads import WORKLOADS, Workload, make_inputs
-from jax_indexer import PQIndex, Selection, indexer_next, select, with_cells
+from jax_indexer import Selection, indexer_next, select, with_cells
 from jax_indexer.cells import seal_plan
 
 SELECTOR = "cells"
@@ -73,18 +80,13 @@ class Decoder:
     def __init__(self, decode: Decode, program: Program):
         w, inputs = decode.workload, make_inputs(decode.workload)
         self._program = program
-        self._inputs = jnp.asarray(inputs.query), jnp.asarray(inputs.key_new)
-        index = PQIndex(
-            codebooks=jnp.array(inputs.codebooks),
-            codes=jnp.array(inputs.codes),
-            lengths=jnp.array(inputs.lengths),
-            phi=None if inputs.phi is None else jnp.array(inputs.phi),
-        )
-        self.index = with_cells(index, w.config)
+        self.query, self._key_new = jnp.asarray(inputs.query), jnp.asarray(inputs.key_new)
+        self.index = with_cells(index_of(inputs), w.config)
         self.selection: Selection | None = None
 
     def launch(self) -> None:
-        self.selection, self.index = self._program.recorded(*self._inputs, self.index)
+        inputs = self.query, self._key_new, self.index
+        self.selection, self.index = self._program.recorded(*inputs)
 
     def wait(self) -> None:
         jax.block_until_ready((self.selection, self.index))
@@ -93,20 +95,12 @@ class Decoder:
 def program_of(decode: Decode, forms: Forms) -> Program:
     """`indexer_next` under jit, with the index donated."""
     w, config = decode.workload, decode.workload.config
-    dtype, heads = jnp.dtype(w.dtype), (w.B, w.K, config.num_subspaces)
 
     def step(query, key_new, index):
         options = {"return_weights": w.weights, "selector": SELECTOR}
         return indexer_next(query, key_new, index, config, **options)
 
-    index = PQIndex(
-        codebooks=jax.ShapeDtypeStruct((*heads, config.num_centroids, w.H // heads[2]), dtype),
-        codes=jax.ShapeDtypeStruct((*heads, w.capacity), np.uint8),
-        lengths=jax.ShapeDtypeStruct((w.B,), np.int32),
-    )
-    index = jax.eval_shape(lambda index: with_cells(index, config), index)
-    query = jax.ShapeDtypeStruct((w.B, 1, w.N, w.H), dtype)
-    key_new = jax.ShapeDtypeStruct((w.B, 1, w.K, w.H), dtype)
+    query, key_new, _, index = shapes_of(w, config)
     return Program(forms, step, (query, key_new, index), donate="index")
 
 
@@ -125,8 +119,7 @@ def measure(decode: Decode, program: Program, clock: KernelClock) -> dict[str, A
     calls = clocks.cut(kernels, decode.steps, cold=False)
     lengths = np.asarray(w.lengths) + LEAD + decode.steps
     np.testing.assert_array_equal(decoder.index.lengths, lengths)
-    query = jnp.asarray(make_inputs(w).query)
-    want = select(query, decoder.index, w.config)
+    want = select(decoder.query, decoder.index, w.config)
     assert decoder.selection is not None
     np.testing.assert_array_equal(decoder.selection.indices, want.indices)
     times = [sum(kernel.duration for kernel in call) for call in calls]
@@ -138,6 +131,31 @@ def measure(decode: Decode, program: Program, clock: KernelClock) -> dict[str, A
         "launches": len(calls[0]),
         "times": [round(x, 2) for x in times],
     }
+
+
+def rows_of(names: Sequence[str], clock: KernelClock) -> Iterator[list[dict[str, Any]]]:
+    """The row of each workload, as a results file has it."""
+    decodes = {name: Decode.of(DECODED[name]) for name in names}
+    with compilers() as pool:
+        forms = Forms(pool, user=False, recorded=True)
+        programs = {name: program_of(decode, forms) for name, decode in decodes.items()}
+    for name, decode in decodes.items():
+        row: dict[str, Any] = {
+            "workload": name,
+            "shape": shape_of(decode.workload),
+            "implementation": f"jax:{SELECTOR}",
+            "framework": "jax",
+            "status": "ok",
+            "reason": None,
+            "command": f"python -m benchmarks.decode --workload {name}",
+        }
+        say(name)
+        try:
+            row |= measure(decode, programs[name], clock)
+        except Exception as error:
+            row |= {"status": "failed", "reason": f"{type(error).__name__}: {error}"[:500]}
+            say(f"failed: {name}: {row['reason']}\n  repeat it: {row['command']}")
+        yield [row]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -180,43 +198,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         "machine": machine.describe_machine(),
         "quick": False,
         "kernel_clock": clock.name,
-        "seconds": 0.0,
-        "rows": [],
     }
-    interrupted, names = False, list(dict.fromkeys(arguments.workload))
-    try:
-        with compilers() as pool:
-            forms = Forms(pool, user=False, recorded=True)
-            decodes = {name: Decode.of(DECODED[name]) for name in names}
-            programs = {name: program_of(decode, forms) for name, decode in decodes.items()}
-        for name, decode in decodes.items():
-            row: dict[str, Any] = {
-                "workload": name,
-                "shape": shape_of(decode.workload),
-                "implementation": f"jax:{SELECTOR}",
-                "framework": "jax",
-                "status": "ok",
-                "reason": None,
-                "command": f"python -m benchmarks.decode --workload {name}",
-            }
-            say(name)
-            try:
-                row |= measure(decode, programs[name], clock)
-            except Exception as error:
-                row |= {"status": "failed", "reason": f"{type(error).__name__}: {error}"[:500]}
-                say(f"failed: {name}: {row['reason']}\n  repeat it: {row['command']}")
-            results["rows"].append(row)
-            results["seconds"] = round(time.perf_counter() - started, 1)
-            write(output, results)
-    except KeyboardInterrupt:
-        interrupted = True
-    write(output, results)
+    rows = rows_of(list(dict.fromkeys(arguments.workload)), clock)
+    interrupted = fill(output, results, rows, started)
     show(f"a decode, {results['machine']['device']}", decode_table(results["rows"]))
     say(f"{output} ({results['seconds']:.0f} s)")
-    if interrupted:
-        say("interrupted: what was measured until then is kept")
-        return 130
-    return 1 if any(row["status"] == "failed" for row in results["rows"]) else 0
+    return exit_status(results, interrupted=interrupted)
 
 
 if __name__ == "__main__":

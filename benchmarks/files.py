@@ -4,7 +4,8 @@ import argparse
 import json
 import shlex
 import tempfile
-from collections.abc import Sequence
+import time
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,45 @@ def chosen_output(chosen: Path | None, default: str, parser: argparse.ArgumentPa
 def write(path: Path, results: dict[str, Any]) -> None:
     """Writes a results file."""
     path.write_text(json.dumps(results, indent=1) + "\n")
+
+
+def fill(
+    path: Path,
+    results: dict[str, Any],
+    parts: Iterable[list[dict[str, Any]]],
+    started: float,
+) -> bool:
+    """Adds rows to a results file as they come, so that what ends it early loses none.
+
+    Args:
+      path: of the file.
+      results: what is known before the first row; gets `rows`, and `seconds` until the last.
+      parts: makes some rows at a time.
+      started: by `time.perf_counter`, when the program began.
+
+    Returns:
+      Whether the user interrupted it.
+    """
+    interrupted = False
+    results |= {"seconds": 0.0, "rows": []}
+    try:
+        for rows in parts:
+            results["rows"] += rows
+            results["seconds"] = round(time.perf_counter() - started, 1)
+            write(path, results)
+    except KeyboardInterrupt:
+        interrupted = True
+    write(path, results)
+    return interrupted
+
+
+def exit_status(results: dict[str, Any], *, interrupted: bool, failures: int = 0) -> int:
+    """0, or 1 if anything failed, or 130 if the user interrupted it, which is said."""
+    if interrupted:
+        print("interrupted: what was measured until then is kept", flush=True)
+        return 130
+    failures += sum(row["status"] == "failed" for row in results["rows"])
+    return 1 if failures else 0
 
 
 def repeatable_command(argv: Sequence[str], module: str) -> str:

@@ -16,7 +16,7 @@ from jax import lax
 from benchmarks.agreement import Lists, Reference, check_lists, check_top_k
 from benchmarks.ceilings import Work, step_work, top_k_work
 from benchmarks.programs import Forms, Program
-from benchmarks.workloads import Workload
+from benchmarks.workloads import Inputs, Workload
 from jax_indexer import IndexerConfig, PQIndex, Selection, indexer_next, with_cells
 from jax_indexer.config import MOST_CELLS
 
@@ -106,7 +106,7 @@ def _no_cells(w: Workload) -> str | None:
     return None
 
 
-def _shapes(w: Workload, config: IndexerConfig) -> tuple[Any, Any, Any, PQIndex]:
+def shapes_of(w: Workload, config: IndexerConfig) -> tuple[Any, Any, Any, PQIndex]:
     """Shapes of a step's query, new keys, lengths and index."""
     dtype = jnp.dtype(w.dtype)
     heads = (w.B, w.K, config.num_subspaces)
@@ -125,6 +125,16 @@ def _shapes(w: Workload, config: IndexerConfig) -> tuple[Any, Any, Any, PQIndex]
     query = jax.ShapeDtypeStruct((w.B, w.T, w.N, w.H), dtype)
     key_new = jax.ShapeDtypeStruct((w.B, w.T, w.K, w.H), dtype)
     return query, key_new, lengths, index
+
+
+def index_of(inputs: Inputs) -> PQIndex:
+    """The index of a step; copies, since donated memory must not be numpy's."""
+    return PQIndex(
+        codebooks=jnp.array(inputs.codebooks),
+        codes=jnp.array(inputs.codes),
+        lengths=jnp.array(inputs.lengths),
+        phi=None if inputs.phi is None else jnp.array(inputs.phi),
+    )
 
 
 def _chain_steps(w: Workload) -> int:
@@ -164,7 +174,7 @@ def jax_programs(
             query = jnp.where(impossible, jnp.zeros_like(query), query)
         return selections, index
 
-    query, key_new, lengths, index = _shapes(w, config)
+    query, key_new, lengths, index = shapes_of(w, config)
     programs = {"step": Program(forms, step, (query, key_new, lengths, index), donate="index")}
     if forms.chains:
         keys_new = (key_new,) * _chain_steps(w)
@@ -183,13 +193,7 @@ class JaxStep(Step):
         self._query = jnp.asarray(inputs.query)
         self._key_new = jnp.asarray(inputs.key_new)
         self._lengths = jnp.asarray(inputs.lengths - np.int32(self._workload.T))
-        self._index = PQIndex(
-            # Copies: donated memory must not be numpy's.
-            codebooks=jnp.array(inputs.codebooks),
-            codes=jnp.array(inputs.codes),
-            lengths=jnp.array(inputs.lengths),
-            phi=None if inputs.phi is None else jnp.array(inputs.phi),
-        )
+        self._index = index_of(inputs)
         self._index = self._sealed_at(self._lengths)
         self.compile_seconds = programs["step"].seconds
         self.memory_bytes = programs["step"].memory_bytes

@@ -7,13 +7,11 @@ from typing import Any
 
 from benchmarks.tables import (
     ITERATION_4,
-    KINDS,
     Results,
     build_table,
     by_workload,
     decode_table,
     detail_table,
-    kind_of,
     load,
     markdown,
     named,
@@ -178,7 +176,10 @@ def report(arguments: argparse.Namespace) -> int:
     if arguments.files and arguments.check:
         arguments.parser.error("--check: expected no files, since it is about the README")
     try:
-        results = load(arguments.files or committed())
+        if arguments.files:
+            results = load(arguments.files)
+        else:
+            results = load(sorted(RESULTS.glob("*.json")), others=True)
         if not results:
             print(f"no results in {RESULTS}; show those of a run: python -m benchmarks report FILE")
             return 0
@@ -210,11 +211,6 @@ def report(arguments: argparse.Namespace) -> int:
     arguments.readme.write_text(new)
     print(f"{arguments.readme} rewritten")
     return 0
-
-
-def committed() -> list[Path]:
-    """The results that the README's section is made from."""
-    return [file for file in sorted(RESULTS.glob("*.json")) if kind_of(file) in KINDS]
 
 
 def pictures_of(results: Sequence[Results]) -> list[Any]:

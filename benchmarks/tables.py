@@ -25,14 +25,19 @@ class DifferentDevices(ValueError):
 # Reading results
 
 
-def load(files: Iterable[Path]) -> list[Results]:
+def load(files: Iterable[Path], *, others: bool = False) -> list[Results]:
     """Reads results files, the oldest first; each remembers its name.
+
+    Args:
+      files: what to read.
+      others: leave out JSON of other kinds than KINDS instead of refusing it.
 
     Raises:
       ValueError: for a file that holds no results of a kind in KINDS.
       DifferentDevices: if they were not all measured on one kind of device.
     """
-    results = [_read(file) for file in files]
+    read = [_read(file, others) for file in files]
+    results = [one for one in read if one is not None]
     devices: dict[str, list[str]] = {}
     for one in results:
         devices.setdefault(one["machine"]["device"], []).append(one["file"])
@@ -44,31 +49,17 @@ def load(files: Iterable[Path]) -> list[Results]:
     return sorted(results, key=lambda one: (one["time"], one["file"]))
 
 
-def kind_of(file: Path) -> Any:
-    """The kind of results in a JSON file, one of KINDS if they are of this program.
-
-    Raises:
-      ValueError: for a file that holds no JSON object.
-    """
-    return _json_of(file).get("kind")
-
-
-def _json_of(file: Path) -> dict[str, Any]:
+def _read(file: Path, others: bool) -> Results | None:
     try:
-        found = json.loads(file.read_text())
-    except ValueError as error:
+        results = json.loads(file.read_text())
+        kind, missing = results.get("kind"), KEYS - results.keys()
+    except (ValueError, AttributeError) as error:
         raise ValueError(f"{file}: expected a results file of this program: {error}") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"{file}: expected a results file of this program, got {type(found)}")
-    return found
-
-
-def _read(file: Path) -> Results:
-    results = _json_of(file)
-    kind = results.get("kind")
     if kind not in KINDS:
+        if others:
+            return None
         raise ValueError(f"{file}: expected results of a kind in {', '.join(KINDS)}, got {kind}")
-    if missing := KEYS - results.keys():
+    if missing:
         raise ValueError(f"{file}: expected {', '.join(sorted(missing))} too, got none of these")
     return results | {"file": file.name}
 
