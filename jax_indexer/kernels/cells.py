@@ -22,7 +22,7 @@ from jax_indexer.kernels import backend
 from jax_indexer.kernels.best import HIGHEST, PAIRS_AT_ONCE, Weighted, find_cut, read_together
 from jax_indexer.kernels.codebook import power_of_2_from
 from jax_indexer.kernels.lookup_table import Tables
-from jax_indexer.kernels.plan import plan_row, write_settled_entries
+from jax_indexer.kernels.plan import always_attended, plan_row, write_settled_entries
 from jax_indexer.kernels.tuning import cells_warps
 from jax_indexer.reference import NOT_A_CANDIDATE, ordered
 
@@ -289,8 +289,7 @@ def always_attended_kernel(
         capacity=capacity,
     )
     position = block * WEIGHTS_BLOCK + jnp.arange(WEIGHTS_BLOCK, dtype=jnp.int32)
-    window = (position < plan.visible) & (position >= plan.visible - config.window_size)
-    weights = ((position < plan.num_sink) | window).astype(weights_ref.dtype)
+    weights = always_attended(plan, position, config).astype(weights_ref.dtype)
     backend.store(weights_ref.at[row, query, position], weights, mask=position < capacity)
 
 

@@ -13,6 +13,7 @@ from jaxtyping import Float, Int32, UInt8
 from jax_indexer.config import IndexerConfig
 from jax_indexer.kernels import backend
 from jax_indexer.kernels.lookup_table import Tables
+from jax_indexer.kernels.plan import always_attended
 from jax_indexer.kernels.scores import Tile, for_each_tile, share_blocks
 
 
@@ -73,9 +74,8 @@ def _write_always_attended(weights_ref, tile: Tile, config: IndexerConfig) -> No
     """Weights 1 at sink and window tokens, 0 at all others: the heavy ones follow."""
     position = tile.number * tile.size + jnp.arange(tile.size, dtype=jnp.int32)
     for lane in range(tile.lanes):
-        plan = tile.plan_of_lane(lane)
-        window = (position < plan.visible) & (position >= plan.visible - config.window_size)
-        weights = ((position < plan.num_sink) | window).astype(weights_ref.dtype)
+        attended = always_attended(tile.plan_of_lane(lane), position, config)
+        weights = attended.astype(weights_ref.dtype)
         query = tile.lane_group * tile.lanes + lane
         there = (position < weights_ref.shape[2]) & (query < weights_ref.shape[1])
         backend.store(weights_ref.at[tile.row, query, position], weights, mask=there)

@@ -32,6 +32,12 @@ class RowPlan(NamedTuple):
     num_listed: Int32[Array, "*queries"]
 
 
+def always_attended(plan: RowPlan, position: Array, config: IndexerConfig) -> Array:
+    """Which positions are in the list whatever the scores are (rules 1 and 5)."""
+    window = (position < plan.visible) & (position >= plan.visible - config.window_size)
+    return (position < plan.num_sink) | window
+
+
 def plan_row(
     length: Int32[Array, ""],
     token: Int32[Array, "*queries"] | int,
