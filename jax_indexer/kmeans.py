@@ -53,7 +53,7 @@ def training_set(
     Returns:
       A TrainingSet without `phi`, which `train` finds.
     """
-    axis, first = token_axis(kv_layout), config.first_trained
+    axis, first, augmented = token_axis(kv_layout), config.first_trained, config.metric == "ip"
     sample = config.train_tokens
     if sample is None or sample >= key.shape[axis] - first:
         position = jnp.arange(key.shape[axis], dtype=jnp.int32)
@@ -72,13 +72,15 @@ def training_set(
     def inspect(row) -> tuple[Bool[Array, "K M S"], Float[Array, "K M"]]:
         key, exists = row
         parts = subvectors(key.astype(jnp.float32), config.num_subspaces)
-        norms = jnp.moveaxis(jnp.sum(parts * parts, axis=-1), axis - 1, -1)
+        # The order of a sum would depend on the cache's shape, and codes depend on phi.
+        norms = reference.squared_norm(parts) if augmented else jnp.sum(parts * parts, axis=-1)
+        norms = jnp.moveaxis(norms, axis - 1, -1)
         trainable = exists & jnp.isfinite(norms)
         return trainable, jnp.max(jnp.where(trainable, norms, 0), axis=-1)
 
     # Row by row, which keeps a row's bits from depending on the batch.
     trainable, phi = lax.map(inspect, (key, exists))
-    return TrainingSet(key, trainable, stop, stride, phi if config.metric == "ip" else None)
+    return TrainingSet(key, trainable, stop, stride, phi if augmented else None)
 
 
 def train(

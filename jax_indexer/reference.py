@@ -179,18 +179,22 @@ def augment(
 ) -> Float[Array, "*batch D_"]:
     """Adds the coordinate that gives every subvector the squared norm `phi`, if it is shorter.
 
-    Among vectors of one norm the nearest centroid is the one of largest inner product. The norm is
-    added one dimension after the other, as in `encode` and for the same reason.
+    Among vectors of one norm the nearest centroid is the one of largest inner product.
 
     Source: the reduction of maximum inner product to nearest neighbour (Bachrach et al., 2014).
     """
+    extra = jnp.sqrt(jnp.maximum(phi - squared_norm(parts), 0))
+    return jnp.concatenate([parts, extra[..., None]], axis=-1)
+
+
+def squared_norm(parts: Float[Array, "*batch D"]) -> Float[Array, "*batch"]:
+    """Added one dimension after the other, as in `encode` and for the same reason."""
     along = jnp.moveaxis(parts, -1, 0)
 
     def add(d, total):
         return total + along[d] * along[d]
 
-    norm = lax.fori_loop(1, len(along), add, along[0] * along[0])
-    return jnp.concatenate([parts, jnp.sqrt(jnp.maximum(phi - norm, 0))[..., None]], axis=-1)
+    return lax.fori_loop(1, len(along), add, along[0] * along[0])
 
 
 def encode(
