@@ -2,19 +2,15 @@
 
     compute-sanitizer --tool memcheck --error-exitcode 9 python -m parity.memcheck
 
-With `--plant` a kernel stores past the end of its output instead, which the checker must report.
-Arrays come from CUDA's own asynchronous allocator, whose ends the checker knows to the byte: JAX's
-pool hides them, and so do the 2 MiB granules of its "platform" allocator.
+All shapes take minutes, `--case` is for one of them. With `--plant` a kernel stores past the end
+of its output instead, which the checker must report. Arrays come from CUDA's own asynchronous
+allocator, whose ends the checker knows to the byte: JAX's pool hides them, and so do the 2 MiB
+granules of its "platform" allocator.
 """
 
 import argparse
 import dataclasses
 import os
-
-os.environ["XLA_PYTHON_CLIENT_ALLOCATOR"] = "cuda_async"
-os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-# A captured graph would keep its buffers in one allocation.
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_enable_command_buffer="
 
 import jax
 import jax.numpy as jnp
@@ -134,9 +130,9 @@ def check_cells(config, query, inputs, indices, start, options) -> None:
             np.testing.assert_array_equal(np.asarray(lists[2]).sum(-1), lists[1])
 
 
-def run_kernels() -> None:
+def run_kernels(cases) -> None:
     interpret = backend.no_gpu() is not None
-    for case in CASES:
+    for case in cases:
         run_case(case, interpret)
         print(f"checked {case[:-1]}", flush=True)
 
@@ -158,7 +154,22 @@ def run_overrun() -> None:
     jax.block_until_ready(out)
 
 
+def make_allocations_visible() -> None:
+    """Takes effect before JAX first touches the GPU."""
+    os.environ["XLA_PYTHON_CLIENT_ALLOCATOR"] = "cuda_async"
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    # A captured graph would keep its buffers in one allocation.
+    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_enable_command_buffer="
+
+
 if __name__ == "__main__":
+    make_allocations_visible()
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--plant", action="store_true", help="store past the end of an output")
-    (run_overrun if parser.parse_args().plant else run_kernels)()
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument("--case", type=int, choices=range(len(CASES)), help="default: all")
+    group.add_argument("--plant", action="store_true", help="store past the end of an output")
+    arguments = parser.parse_args()
+    if arguments.plant:
+        run_overrun()
+    else:
+        run_kernels(CASES if arguments.case is None else [CASES[arguments.case]])

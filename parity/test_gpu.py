@@ -31,7 +31,7 @@ from jax_indexer import (
 )
 from jax_indexer.kernels import cells as cells_kernels
 from jax_indexer.kernels import pipeline, threshold
-from parity import test_cells
+from parity import memcheck, test_cells
 from parity.compare import check_selection
 
 pytestmark = pytest.mark.gpu
@@ -483,17 +483,31 @@ def test_the_pipeline_beats_iteration_4_on_the_seeds_workload(tmp_path, capsys):
 SANITIZER = shutil.which("compute-sanitizer")
 
 
-@pytest.mark.skipif(SANITIZER is None, reason="compute-sanitizer is not on the PATH")
-@pytest.mark.parametrize("planted", [False, True], ids=["kernels", "planted overrun"])
-def test_memcheck_finds_only_what_was_planted(planted):
+def under_memcheck(*arguments):
+    """(exit status, output) of `parity.memcheck` under the memory checker."""
     command = [SANITIZER, "--tool", "memcheck", "--error-exitcode", "9", sys.executable]
-    command += ["-m", "parity.memcheck", *(["--plant"] if planted else [])]
+    command += ["-m", "parity.memcheck", *arguments]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400)
-    text = done.stdout + done.stderr
+    return done.returncode, done.stdout + done.stderr
+
+
+needs_sanitizer = pytest.mark.skipif(
+    SANITIZER is None, reason="compute-sanitizer is not on the PATH"
+)
+
+
+@needs_sanitizer
+@pytest.mark.parametrize("case", range(len(memcheck.CASES)))
+def test_memcheck_finds_nothing(case):
+    status, text = under_memcheck("--case", str(case))
+    assert status == 0, text[-3000:]
     assert "checked" in text, text[-3000:]
-    if planted:
-        assert done.returncode == 9, text[-3000:]
-        assert "Invalid __global__ write" in text
-    else:
-        assert done.returncode == 0, text[-3000:]
-        assert "ERROR SUMMARY: 0 errors" in text
+    assert "ERROR SUMMARY: 0 errors" in text
+
+
+@needs_sanitizer
+def test_memcheck_finds_a_planted_overrun():
+    status, text = under_memcheck("--plant")
+    assert "checked" in text, text[-3000:]
+    assert status == 9, text[-3000:]
+    assert "Invalid __global__ write" in text
