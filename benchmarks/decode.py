@@ -69,7 +69,7 @@ class Decode:
         steps = 0
         for _ in range(2):  # the plan depends on the capacity, which depends on the plan
             plan = seal_plan(longest + steps, config)
-            steps = plan.segment + -(-longest // plan.block) + 2
+            steps = plan.most_waiting(longest) + 2
         w = dataclasses.replace(w, config=config, S=longest + LEAD + steps)
         return cls(w, steps, plan.segment)
 

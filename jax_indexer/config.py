@@ -39,7 +39,7 @@ class IndexerConfig:
       train_tokens: train on a strided sample of at most this many tokens of a row; None for all.
       table_dtype: float32, bfloat16 or float16: what look-up table entries are rounded to, once.
       cells: keep the state that the "cells" selector needs: for C**M up to 16384, 4 bytes a token
-        and kv head.
+        and kv head, and some more (`Cells`).
 
     Raises:
       ValueError: for a value out of its range, naming the field.

@@ -344,10 +344,13 @@ def _check_cells(cells: Any, sizes: _arguments.Sizes) -> None:
             f"got {type(cells).__name__}{plan}; use with_cells(index, config)"
         )
     sizes.learn("PQIndex", **{"before/after": 2})
+    sizes.learn("index.cells.plan", segment=cells.plan.segment, ring=cells.plan.ring)
     for name, letters in (
         ("starts", "B K before/after C**M+1"),
         ("order", "B K S"),
-        ("sealed", "B"),
+        ("earlier", "B K segment"),
+        ("ring", "B K ring"),
+        ("base", "B"),
     ):
         array = getattr(cells, name)
         _arguments.check_array(f"index.cells.{name}", array, letters, sizes, _arguments.INT32)

@@ -54,8 +54,8 @@ def select(
       return_weights: whether to write the dense weights too.
       implementation: "triton", "xla", or None: Triton on an NVIDIA GPU where it supports the
         case, else XLA.
-      selector: how the heavy tokens are found, or None; all give the same list. "cells" needs
-        `config.cells`.
+      selector: how the heavy tokens are found; all give the same list. "cells" needs
+        `config.cells`. None: with Triton "cells" where it is possible, else "threshold".
 
     Returns:
       A Selection.
@@ -187,7 +187,8 @@ def _select(
         )
 
     def triton(query: Array, index: PQIndex) -> Selection:
-        if selector == "cells":
+        chosen = _selector_for(selector, query, config)
+        if chosen == "cells":
             tables, weights = pipeline.tables_and_weights(
                 query,
                 index.codebooks,
@@ -198,7 +199,7 @@ def _select(
             )
             return _select_from_cells(tables, index, config, weights)
         tables = pipeline.tables_of(query, index.codebooks, config.table_dtype)
-        return _select_from_tables(tables, query, index, config, weights_dtype, selector)
+        return _select_from_tables(tables, query, index, config, weights_dtype, chosen)
 
     if implementation == "triton":
         return triton(query, index)
@@ -207,13 +208,21 @@ def _select(
     return backend.dispatch(xla, triton, query, index)
 
 
+def _selector_for(selector: Selector | None, query: Array, config: IndexerConfig) -> Selector:
+    """The one asked for, or Triton's default."""
+    if selector is not None:
+        return selector
+    can_cells = config.cells and query.shape[1] == 1 and config.heavy_size <= LARGEST_BUDGET
+    return "cells" if can_cells else "threshold"
+
+
 def _select_from_tables(
     tables: Tables,
     query: Array,
     index: PQIndex,
     config: IndexerConfig,
     weights_dtype: np.dtype | None,
-    selector: Selector | None,
+    selector: Literal["threshold", "top_k"],
 ) -> Selection:
     return Selection(
         *pipeline.select_from_tables(
@@ -224,7 +233,7 @@ def _select_from_tables(
             query.shape[1],
             query.shape[2],
             weights_dtype,
-            "top_k" if selector == "top_k" else "threshold",
+            selector,
         )
     )
 
@@ -273,6 +282,7 @@ def _step(
         num_new, capacity = query.shape[1], index.codes.shape[-1]
         start, taken, lengths = reference.make_room(index.lengths, counts, num_new, capacity)
         weights_dtype = query.dtype if return_weights else None
+        chosen = _selector_for(selector, query, config)
         made = pipeline.append_tokens(
             key_new,
             index.codebooks,
@@ -283,14 +293,14 @@ def _step(
             taken,
             config,
             query=query,
-            weights_dtype=weights_dtype if selector == "cells" else None,
+            weights_dtype=weights_dtype if chosen == "cells" else None,
             kv_layout=kv_layout,
         )
         assert made.tables is not None
         index = dataclasses.replace(index, codes=made.codes, lengths=lengths, cells=made.cells)
-        if selector == "cells":
+        if chosen == "cells":
             return _select_from_cells(made.tables, index, config, made.weights), index
-        selection = _select_from_tables(made.tables, query, index, config, weights_dtype, selector)
+        selection = _select_from_tables(made.tables, query, index, config, weights_dtype, chosen)
         return selection, index
 
     arguments = query, key_new, index, counts

@@ -1021,20 +1021,20 @@ def test_a_decode_goes_on_until_a_segment_is_sealed(folder, monkeypatch, capsys)
     class Decoder(measured):
         def __init__(self, *arguments):
             super().__init__(*arguments)
-            sealed.append([self.index.cells.sealed.tolist()])
+            sealed.append([self.index.cells.sealed(self.index.lengths).tolist()])
 
         def wait(self):
             super().wait()
-            sealed[-1].append(self.index.cells.sealed.tolist())
+            sealed[-1].append(self.index.cells.sealed(self.index.lengths).tolist())
 
     monkeypatch.setattr(decode, "Decoder", Decoder)
     output = folder / "decode.json"
     assert decode.main(["--workload", "seed", "wide", "seed", "--output", str(output)]) == 0
     first, second = rows_of(output)
-    assert (first["status"], first["segment"]) == ("ok", 32)
+    assert (first["status"], first["segment"]) == ("ok", 64)
     assert (second["workload"], second["status"]) == ("wide", "ok")
-    assert len(first["times"]) == first["steps"] == 32 + 4 + 2
-    assert sealed == [[[192, 192], [224, 224]], [[192], [224]]]
+    assert len(first["times"]) == first["steps"] == 64 + 2 + 16 + 2
+    assert sealed == [[[192, 192], [256, 256]], [[192], [256]]]
     assert run_report(folder) == 0
     assert "Decoding with cells" in (folder / "README.md").read_text()
 

@@ -27,9 +27,10 @@ from jax_indexer import (
 )
 from jax_indexer.kernels import backend, pipeline
 from jax_indexer.kernels import cells as kernels
+from jax_indexer.kernels import seal as seal_kernels
 from parity.checked_memory import Memory, checked
 
-B, K, G, S = 3, 2, 2, 150
+B, K, G, S = 3, 2, 2, 300
 F32 = np.dtype(np.float32)
 
 
@@ -37,7 +38,9 @@ F32 = np.dtype(np.float32)
 def small_segments(monkeypatch):
     monkeypatch.setattr(cells, "SMALLEST_SEGMENT", 16)
     monkeypatch.setattr(cells, "SMALLEST_BLOCK", 8)
-    monkeypatch.setattr(cells, "MOST_MOVES", 16)
+    monkeypatch.setattr(cells, "MOST_MOVES", 32)
+    for name, number in (("ENTRIES_AT_ONCE", 8), ("STARTS_AT_ONCE", 16), ("FILLED_AT_ONCE", 32)):
+        monkeypatch.setattr(seal_kernels, name, number)
     jax.clear_caches()
     yield
     jax.clear_caches()
@@ -70,7 +73,7 @@ def start(config, lengths, *, kv_heads=K, capacity=S, seed=0):
 def listed(index, config):
     """{(row, kv head): the list of each cell}, read as a selection does."""
     state = index.cells
-    now = cells.progress(index.lengths, state.sealed, state.plan, index.codes.shape[-1])
+    now = progress_of(index)
     found = {}
     for b, k in np.ndindex(*state.starts.shape[:2]):
         old, new = np.asarray(state.starts[b, k])
@@ -89,12 +92,63 @@ def check_state(index, config):
     for (b, k), lists in listed(index, config).items():
         number = functools.reduce(lambda n, digit: n * config.num_centroids + digit.astype(int),
                                   codes[b, k], 0)  # fmt: skip
-        sealed = int(index.cells.sealed[b])
+        sealed = int(index.cells.sealed(index.lengths)[b])
         positions = np.arange(config.first_candidate, sealed)
         assert lists == [positions[number[positions] == c].tolist() for c in range(len(lists))]
+        check_segment(index, b, k, number[sealed:], [x for each in lists for x in each])
         last = min(max(int(index.lengths[b]), 0), codes.shape[-1]) - config.window_size
         assert sealed <= max(last, config.first_candidate)
         assert last - sealed <= index.cells.plan.most_tail(codes.shape[-1])
+
+
+def check_segment(index, b, k, waiting, sealed_ones):
+    """What is known of the next segment: counts or new starts, and the blocks on their way.
+
+    `waiting` are cells of the tokens that are not sealed, `sealed_ones` are positions as listed.
+    """
+    state, plan = index.cells, index.cells.plan
+    now = progress_of(index)
+    counted, read, moved = (int(x[b]) for x in (now.counted, now.read, now.moved))
+    old, new = np.asarray(state.starts[b, k])
+    counts = np.bincount(waiting[:counted], minlength=len(old))
+    want = counts if counted < plan.segment else old + np.cumsum(counts) - counts
+    np.testing.assert_array_equal(new, want)
+    before = [int((waiting[:j] == waiting[j]).sum()) for j in range(counted)]
+    np.testing.assert_array_equal(state.earlier[b, k, :counted], before)
+    ring, end = np.asarray(state.ring[b, k]).reshape(-1, plan.block), len(sealed_ones)
+    for i in range(moved, read):
+        block = sealed_ones[max(end - (i + 1) * plan.block, 0) : end - i * plan.block]
+        assert ring[i % len(ring)][plan.block - len(block) :].tolist() == block
+
+
+def progress_of(index):
+    return cells.progress(
+        index.lengths, index.cells.sealed(index.lengths), index.cells.plan, index.codes.shape[-1]
+    )
+
+
+def by_kernels(index, key, config, counts=None, *, query=None, **options):
+    """`append` by the kernels, and the tables of a query."""
+    first, taken, lengths = reference.make_room(
+        index.lengths, counts, key.shape[1], index.codes.shape[-1]
+    )
+    made = pipeline.append_tokens(
+        key, index.codebooks, index.codes, None, index.cells, first, taken, config,
+        query=query, weights_dtype=None if query is None else F32, kv_layout="BSKH", **options,
+    )  # fmt: skip
+    index = dataclasses.replace(index, codes=made.codes, lengths=lengths, cells=made.cells)
+    return index, made.tables
+
+
+def advanced(index, config, tokens):
+    """The index with as many more tokens in each row, appended by XLA."""
+    rng, left = np.random.default_rng(1), np.asarray(tokens)
+    while left.any():
+        key = jnp.asarray(rng.standard_normal((len(left), 8, index.codes.shape[1], 8)), F32)
+        counts = np.minimum(left, 8)
+        index = append(index, key, config, counts=jnp.asarray(counts, jnp.int32))
+        left = left - counts
+    return index
 
 
 def lists_of(tables, index, config, dtype=F32, **options):
@@ -139,27 +193,134 @@ def test_a_segment_is_done_before_the_next_begins(capacity, monkeypatch):
     monkeypatch.undo()
     plan = cells.seal_plan(capacity, IndexerConfig())
     moves = -(-capacity // plan.block)
-    assert moves + 1 + cells.MOST_NEW < plan.segment
     assert moves <= cells.MOST_MOVES
-    assert plan.most_tail(capacity) <= 1024 + 512
+    most = plan.most_waiting(capacity)
+    left = most + cells.MOST_NEW - plan.segment
+    now = cells.progress(jnp.int32(left + plan.margin), jnp.int32(0), plan, capacity + 4096)
+    assert (now.waiting, now.counted) == (left, 0)
+    assert plan.segment == 512 or plan.segment * 3 // 8 < moves + 3 * cells.MOST_NEW
+
+
+@pytest.mark.parametrize(
+    ("capacity", "block", "segment", "most_tail"),
+    [
+        (1000, 256, 512, 532),
+        (32768, 256, 512, 656),
+        (131072, 1024, 512, 656),
+        (1 << 20, 4096, 512, 784),
+        (3 << 20, 8192, 1024, 1424),
+    ],
+)
+def test_plans(capacity, block, segment, most_tail, monkeypatch):
+    monkeypatch.undo()
+    plan = cells.seal_plan(capacity, IndexerConfig())
+    assert (plan.block, plan.segment, plan.most_tail(capacity)) == (block, segment, most_tail)
+    assert capacity < 32768 or 4 * plan.ring <= capacity / 2
+
+
+def test_a_step_writes_what_an_earlier_one_read_and_what_no_other_program_needs():
+    plan, entries = cells.seal_plan(S, config_of()), 150
+    sealed = entries + plan.first_candidate
+    waiting = jnp.arange(plan.most_waiting(entries) + 1)[:, None]
+    lengths = sealed + plan.margin + waiting + jnp.arange(cells.MOST_NEW + 1)
+    sealed = jnp.full_like(lengths, sealed)
+    now = cells.progress(lengths, sealed, plan, 2 * S)
+    was = jax.tree.map(lambda x: x[:, :1], now)
+    moves = -(-entries // plan.block)
+    assert (now.counted - was.counted <= cells.RATE * cells.MOST_NEW).all()
+    assert (now.counted <= now.waiting).all()
+    assert (now.begun == (now.counted == plan.segment)).all()
+    writes = now.moved > was.moved
+    assert (~writes | (was.begun & (now.moved <= was.read))).all()
+    assert ((now.read - was.moved) * plan.block <= plan.ring).all()
+    seals = now.done & ~was.done
+    assert seals.any()
+    assert (~seals | (was.moved == moves)).all()
+    after = cells.progress(lengths, sealed + plan.segment, plan, 2 * S)
+    assert (~seals | (after.counted == 0)).all()
+    assert (now.done | (now.waiting <= plan.most_waiting(entries))).all()
+
+
+@pytest.mark.parametrize("base", [3, 40, 77])
+def test_what_is_sealed_follows_from_the_length_alone(base):
+    capacity = 3000
+    plan = cells.seal_plan(capacity, config_of())
+    want, sealed = [], base
+    for length in range(capacity + 20):
+        while cells.progress(jnp.int32(length), jnp.int32(sealed), plan, capacity).done:
+            sealed += plan.segment
+        want.append(sealed)
+    got = cells.sealed_at(jnp.arange(capacity + 20), jnp.int32(base), plan, capacity)
+    np.testing.assert_array_equal(got, want)
+    assert sealed > base + 10 * plan.segment
 
 
 # State
 
 
+@pytest.mark.usefixtures("interpreted")
 @pytest.mark.parametrize("num_new", [1, 3, 8])
 @pytest.mark.parametrize("window_size", [0, 12])
-def test_lists_hold_what_is_sealed_after_every_append(window_size, num_new):
+@pytest.mark.parametrize("implementation", ["xla", "triton"])
+def test_lists_hold_what_is_sealed_after_every_append(implementation, window_size, num_new):
     config = config_of(window_size=window_size)
     rng = np.random.default_rng(num_new)
-    index = start(config, [20, 0, 60])
-    sealed = index.cells.sealed
-    for _ in range(100 // num_new):
+    step = functools.partial(append, config=config)
+    if implementation == "triton":
+        step = jax.jit(lambda *x, **y: by_kernels(*x, config, **y, interpret=True)[0])
+    index = start(config, [150, 0, 60])
+    sealed = index.cells.sealed(index.lengths)
+    for _ in range(240 // num_new):
         key = jnp.asarray(rng.standard_normal((B, num_new, K, 8)), F32)
-        counts = jnp.asarray(rng.integers(0, num_new + 1, B), jnp.int32)
-        index = append(index, key, config, counts=counts)
+        counts = jnp.asarray(np.where(rng.random(B) < 0.2, 0, rng.integers(1, num_new + 1, B)))
+        index = step(index, key, counts=counts.astype(jnp.int32))
         check_state(index, config)
-    assert (index.cells.sealed > sealed).sum() >= 2
+    assert (index.cells.sealed(index.lengths) > sealed).sum() >= 2
+
+
+STAGES = ("counted", "begun", "read", "moved", "last read", "last moved", "done")
+
+
+def waiting_at(stage, plan, moves):
+    """Tokens that wait in the first step of a stage."""
+    return {
+        "counted": plan.segment - plan.segment // cells.RATE + 1,
+        "begun": plan.segment,
+        "read": plan.segment + 1,
+        "moved": plan.segment + cells.MOST_NEW + 1,
+        "last read": plan.segment + moves,
+        "last moved": plan.segment + cells.MOST_NEW + moves,
+        "done": plan.segment + 2 * cells.MOST_NEW + moves + 1,
+    }[stage]
+
+
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("window_size", [0, 12])
+def test_a_step_of_any_size_across_any_bound(window_size):
+    """From some tokens before a bound to as many or fewer behind it, and then one token more."""
+    config = config_of(window_size=window_size)
+    step = jax.jit(lambda *x: by_kernels(*x[:2], config, x[2], interpret=True)[0])
+    by_xla = jax.jit(lambda *x: append(*x[:2], config, counts=x[2]))
+    key = jnp.asarray(np.random.default_rng(0).standard_normal((2, B, 8, K, 8)), F32)
+    index = start(config, [150, 45, 77])
+    first = np.asarray(progress_of(index).entries)
+    plan = index.cells.plan
+    bounds = [[waiting_at(stage, plan, -(-n // plan.block)) for n in first] for stage in STAGES]
+    reached = np.zeros(B, int)
+    for stage, bound in zip(STAGES, np.asarray(bounds), strict=True):
+        for before in (8, 3, 1):
+            wanted = np.maximum(bound - before, reached)
+            index, reached = advanced(index, config, wanted - reached), wanted
+            for count in range(9):
+                counts = jnp.asarray([count, 8 - count, count // 2], jnp.int32)
+                got, want = step(index, key[0], counts), by_xla(index, key[0], counts)
+                check_state(got, config)
+                np.testing.assert_array_equal(
+                    got.cells.sealed(got.lengths), want.cells.sealed(want.lengths), err_msg=stage
+                )
+                check_state(want, config)
+                check_state(step(got, key[1], counts // counts.clip(1)), config)
+    assert (np.asarray(progress_of(index).waiting) == reached).all()
 
 
 def test_many_tokens_at_once_are_all_sealed_and_other_rows_keep_their_bits():
@@ -168,7 +329,7 @@ def test_many_tokens_at_once_are_all_sealed_and_other_rows_keep_their_bits():
     key = jnp.asarray(np.random.default_rng(0).standard_normal((B, 9, K, 8)), F32)
     after = append(index, key, config, counts=jnp.asarray([9, 0, 1], jnp.int32))
     check_state(after, config)
-    assert after.cells.sealed.tolist() == [21, 3, 53]
+    assert after.cells.sealed(after.lengths).tolist() == [21, 3, 53]
     jax.tree.map(lambda x, y: np.testing.assert_array_equal(x[1], y[1]), after.cells, index.cells)
 
 
@@ -180,17 +341,17 @@ def test_built_reset_and_rebuilt_rows():
     some = jnp.asarray([True, False, False])
     emptied = reset(index, some)
     check_state(emptied, config)
-    assert emptied.cells.sealed.tolist() == [3, 62, 3]
+    assert emptied.cells.sealed(emptied.lengths).tolist() == [3, 62, 3]
     # Appended to, a row is sealed again.
     grown = emptied
-    for first in range(0, 72, 8):
+    for first in range(0, 120, 8):
         counts = jnp.asarray([8, 0, 0], jnp.int32)
         grown = append(grown, key[:, first : first + 8], config, counts=counts)
         check_state(grown, config)
-    assert grown.cells.sealed[0] > 3
+    assert grown.cells.sealed(grown.lengths)[0] > 3
     again = rebuild(grown, key, config, some, lengths=jnp.asarray([90, 1, 1], jnp.int32))
     check_state(again, config)
-    assert again.cells.sealed.tolist() == [82, 62, 3]
+    assert again.cells.sealed(again.lengths).tolist() == [82, 62, 3]
     none = rebuild(grown, key, config, some, lengths=jnp.zeros(B, jnp.int32))
     check_state(none, config)
 
@@ -224,36 +385,31 @@ def test_layers_are_stacked_and_scanned():
 
 
 @pytest.mark.usefixtures("interpreted")
-@pytest.mark.parametrize(("num_new", "window_size"), [(1, 4), (5, 0)])
-def test_a_decode_keeps_state_and_lists_right(num_new, window_size):
+@pytest.mark.parametrize(("num_new", "steps", "window_size"), [(1, 150, 4), (5, 50, 0)])
+def test_a_decode_keeps_state_and_lists_right(num_new, steps, window_size):
     """Step after step: segments begin, move and end in the middle of selections."""
     config = config_of(window_size=window_size)
     rng = np.random.default_rng(0)
 
     @jax.jit
     def step(query, key, index, counts):
-        first, taken, lengths = reference.make_room(index.lengths, counts, num_new, S)
-        made = pipeline.append_tokens(
-            key, index.codebooks, index.codes, None, index.cells, first, taken, config,
-            query=query, weights_dtype=F32, kv_layout="BSKH", interpret=True,
-        )  # fmt: skip
-        index = dataclasses.replace(index, codes=made.codes, lengths=lengths, cells=made.cells)
-        return index, lists_of(made.tables, index, config, interpret=True)
+        index, tables = by_kernels(index, key, config, counts, query=query, interpret=True)
+        return index, lists_of(tables, index, config, interpret=True)
 
-    index = start(config, [20, 3, 40])
-    sealed, phases = index.cells.sealed, set()
-    for number in range(110 // num_new):
+    index = start(config, [150, 3, 40])
+    sealed, phases = index.cells.sealed(index.lengths), set()
+    for number in range(steps):
         query = rng.standard_normal((B, 1, K * G, 8)) * (number % 10 != 9)  # zeros tie all cells
         if number % 10 == 5:
             query[:, :, 0] = np.nan
         key = jnp.asarray(rng.standard_normal((B, num_new, K, 8)), F32)
-        counts = jnp.asarray(rng.integers(0, num_new + 1, B), jnp.int32)
+        counts = jnp.asarray(rng.integers(0, num_new + 2, B).clip(0, num_new), jnp.int32)
         index, (got, want) = step(jnp.asarray(query, F32), key, index, counts)
         check_state(index, config)
         check_lists(got, want, f"step {number}")
-        now = cells.progress(index.lengths, index.cells.sealed, index.cells.plan, S)
+        now = progress_of(index)
         phases |= set(zip(now.begun.tolist(), now.moved.tolist(), strict=True))
-    assert (index.cells.sealed > sealed).sum() >= 2
+    assert (index.cells.sealed(index.lengths) > sealed).sum() >= 2
     assert len(phases) >= 3
 
 
@@ -336,17 +492,32 @@ def test_no_access_leaves_an_array(kind, monkeypatch):
     index = start(config, [S - 1, 61, 30])
     key = jnp.asarray(rng.standard_normal((B, 1, K, 8)), F32)
     with checked(seed=0):
-        for _ in range(3):
-            before = index.lengths
-            first, taken, lengths = reference.make_room(before, None, 1, S)
-            made = pipeline.append_tokens(
-                key, index.codebooks, index.codes, None, index.cells, first, taken, config,
-                kv_layout="BSKH",
-            )  # fmt: skip
-            index = dataclasses.replace(index, codes=made.codes, lengths=lengths, cells=made.cells)
+        for _ in range(2):
+            index, _ = by_kernels(index, key, config)
             check_state(index, config)
         got, want = lists_of(tables_of(kind, config, rng), index, config)
     check_lists(got, want)
+
+
+@pytest.mark.parametrize("num_new", [1, 8])
+@pytest.mark.parametrize(
+    "stages", [("counted", "begun", "read"), ("moved", "last read", "last moved"), ("done",) * 3]
+)
+def test_programs_that_seal_need_nothing_of_one_another(stages, num_new):
+    """Every row is before a bound; on checked memory, with programs in random order."""
+    config = config_of()
+    index = start(config, [50, 70, 150], kv_heads=1)
+    entries, plan = progress_of(index).entries, index.cells.plan
+    moves = -(-entries // plan.block)
+    bounds = [waiting_at(stage, plan, int(n)) for stage, n in zip(stages, moves, strict=True)]
+    index = advanced(index, config, np.asarray(bounds) - num_new // 2 - 1)
+    key = jnp.asarray(np.random.default_rng(0).standard_normal((B, num_new, 1, 8)), F32)
+    sealed = index.cells.sealed(index.lengths)
+    with checked(seed=0):
+        for _ in range(2):
+            index, _ = by_kernels(index, key, config)
+            check_state(index, config)
+    assert (index.cells.sealed(index.lengths) > sealed).all() or stages[0] != "done"
 
 
 @pytest.mark.parametrize("most_paired", [16, 512])
@@ -372,10 +543,7 @@ def test_lengths_set_by_hand_give_some_list_of_the_right_length(made_for, most_p
     ):
         wrong = dataclasses.replace(index, codes=codes, lengths=jnp.asarray(lengths, jnp.int32))
         with checked(seed=0):
-            first, taken, grown = reference.make_room(wrong.lengths, None, 1, S)
-            inputs = key, wrong.codebooks, wrong.codes, None, wrong.cells, first, taken, config
-            made = pipeline.append_tokens(*inputs, kv_layout="BSKH")
-            wrong = dataclasses.replace(wrong, codes=made.codes, lengths=grown, cells=made.cells)
+            wrong, _ = by_kernels(wrong, key, config)
             got, want = lists_of(tables_of(kind, config, rng), wrong, config)
         np.testing.assert_array_equal(got[1], want[1])
         listed_ones = np.arange(got[0].shape[-1]) < np.asarray(got[1])[..., None]
@@ -396,7 +564,7 @@ def test_sizes_beyond_any_cache(window_size):
         first, taken, _ = reference.make_room(index.lengths, None, 8, 32)
         inputs = key, index.codebooks, index.codes, None, index.cells, first, taken, config
         made = pipeline.append_tokens(*inputs, kv_layout="BSKH")
-    assert made.cells.sealed.tolist() == [2**31 - 250] * 3
+    assert made.cells.sealed(first + taken).tolist() == [2**31 - 250] * 3
 
 
 # What is refused
@@ -436,7 +604,9 @@ def test_what_cells_cannot_do_is_said():
         ("cells", "got str"),
         (dataclasses.replace(index.cells, plan=None), "got Cells with NoneType"),
         (dataclasses.replace(index.cells, starts=None), "starts: expected int32"),
-        (dataclasses.replace(index.cells, sealed=index.cells.sealed[:1]), "sealed: expected int32"),
+        (dataclasses.replace(index.cells, earlier=index.cells.order), "earlier: expected int32"),
+        (dataclasses.replace(index.cells, ring=index.cells.ring[..., 1:]), "ring: expected int32"),
+        (dataclasses.replace(index.cells, base=index.cells.base[:1]), "base: expected int32"),
     ):
         odd = dataclasses.replace(index, cells=cells_like)
         for function in (

@@ -150,6 +150,27 @@ def test_a_step_with_cells_is_two_kernels_and_asks_the_host_nothing(name, weight
     assert len(re.findall(r"tf.aliasing_output|jax.buffer_donor", signature)) >= 5
 
 
+def test_an_index_with_cells_is_searched_by_them_where_that_is_possible():
+    for tokens, heavy_size, cells, selector in (
+        (1, 128, True, "cells"),
+        (1, 1 << 15, True, "threshold"),
+        (2, 128, True, "threshold"),
+        (1, 128, False, "threshold"),
+    ):
+        config = IndexerConfig(cells=cells, heavy_size=heavy_size)
+        query, key_new, index = arguments(T=tokens, config=config)
+        if cells:
+            index = jax.eval_shape(functools.partial(with_cells, config=config), index)
+        found = []
+        for chosen in (None, selector):
+            options = {"config": config, "implementation": "triton", "selector": chosen}
+            with an_h100():
+                step = lowered(functools.partial(indexer_next, **options), query, key_new, index)
+                found.append((kernels(step), step.count("custom_call")))
+        assert found[0] == found[1]
+        assert any(selector in name for name in found[0][0])
+
+
 @pytest.mark.parametrize("tokens", [1, 8, 9])
 def test_append_with_cells(tokens):
     config = IndexerConfig(cells=True)

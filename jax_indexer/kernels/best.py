@@ -9,6 +9,7 @@ import numpy as np
 from jax import Array, lax
 
 from jax_indexer.kernels import backend
+from jax_indexer.kernels.codebook import power_of_2_from
 from jax_indexer.reference import NOT_A_CANDIDATE, ordered
 
 # Steps of a search after which it looks for ties: most data need no more of them.
@@ -126,33 +127,34 @@ class Weighted(NamedTuple):
     def extremes(self) -> tuple[Array, Array]:
         """The smallest rank of a candidate and the largest."""
         candidates = [jnp.where(rank == NOT_A_CANDIDATE, HIGHEST, rank) for rank in self.ranks]
-        return (
-            _reduced(candidates, jnp.minimum, jnp.min),
-            _reduced(self.ranks, jnp.maximum, jnp.max),
-        )
+        least = functools.reduce(jnp.minimum, candidates)
+        most = functools.reduce(jnp.maximum, self.ranks)
+        least, most = reduced_together((~least, most), jnp.max)
+        return ~least, most
 
     def largest_below(self, high: Array) -> Array:
         """The largest rank below `high`."""
         below = [jnp.where(rank < high, rank, NOT_A_CANDIDATE) for rank in self.ranks]
-        return _reduced(below, jnp.maximum, jnp.max)
+        return jnp.max(functools.reduce(jnp.maximum, below))
 
     def counts(self, thresholds: tuple[Array, ...]) -> list[Array]:
         """How many tokens reach each threshold."""
         both = list(zip(self.ranks, self.sizes, strict=True))
-        return [
-            _reduced([jnp.where(rank >= least, size, 0) for rank, size in both], jnp.add, jnp.sum)
-            for least in thresholds
-        ]
+
+        def reaching(least):
+            return [jnp.where(rank >= least, size, 0) for rank, size in both]
+
+        totals = [functools.reduce(jnp.add, reaching(least)) for least in thresholds]
+        return reduced_together(totals, jnp.sum)
 
 
-def _reduced(parts: Sequence[Array], combine: Callable, reduce: Callable) -> Array:
-    """One reduction of arrays of several lengths: each costs a barrier or two."""
-    length = min(part.shape[0] for part in parts)
-    same = [
-        part if part.shape[0] == length else reduce(part.reshape(-1, length), axis=0)
-        for part in parts
-    ]
-    return reduce(functools.reduce(combine, same))
+def reduced_together(columns: Sequence[Array], reduce: Callable) -> list[Array]:
+    """Each of some int32[n] reduced; a reduction has two barriers, however many it is of."""
+    count = len(columns)
+    columns = [*columns, *columns[: power_of_2_from(count) - count]]
+    found = reduce(backend.join_columns(columns), axis=0)
+    column = jnp.arange(len(columns), dtype=jnp.int32)
+    return [jnp.sum(jnp.where(column == i, found, 0)) for i in range(count)]
 
 
 class Cut(NamedTuple):

@@ -8,6 +8,7 @@ Source: CONTRACT.md, section 3; the inverted multi-index of Babenko and Lempitsk
 """
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,30 +17,47 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jaxtyping import Float, Int32, UInt8
 
-from jax_indexer.cells import Cells, SealPlan, progress
+from jax_indexer.cells import Cells, SealPlan, progress, sealed_at
 from jax_indexer.config import IndexerConfig
 from jax_indexer.kernels import backend
-from jax_indexer.kernels.best import HIGHEST, PAIRS_AT_ONCE, Weighted, find_cut, read_together
+from jax_indexer.kernels.best import (
+    HIGHEST,
+    PAIRS_AT_ONCE,
+    Weighted,
+    find_cut,
+    read_together,
+    reduced_together,
+)
 from jax_indexer.kernels.codebook import power_of_2_from
 from jax_indexer.kernels.lookup_table import Tables
 from jax_indexer.kernels.plan import always_attended, plan_row, write_settled_entries
-from jax_indexer.kernels.tuning import cells_warps
+from jax_indexer.kernels.tuning import MOST_PAIRED, cells_warps
 from jax_indexer.reference import NOT_A_CANDIDATE, ordered
 
-# Counts of tokens and of cells share an integer.
-LARGEST_BUDGET = (1 << 15) - 1
+# Counts of tokens and of cells share an integer, and so do a cell and a place.
+FIRST_BITS = 15
+LARGEST_BUDGET = (1 << FIRST_BITS) - 1
 # Tokens looked at at once for those that tie at the cut.
 TIED_BLOCK = 1024
-# Budgets above it are put in order by a bit for every position instead of comparing all pairs.
-MOST_PAIRED = 512
 WORDS_AT_ONCE = 4096
+# Parts that the cells are taken in: each is code of its own.
+MOST_PARTS = 4
 # Positions that a program of the weights writes.
 WEIGHTS_BLOCK = 4096
 
 
+class Part(NamedTuple):
+    """Some cells: their numbers, where their lists begin, how long these are, and their ranks."""
+
+    cell: Array
+    start: Array
+    size: Array
+    rank: Array
+
+
 def cells_select_kernel(
     lengths_ref,  # i32[B]
-    sealed_ref,  # i32[B]
+    base_ref,  # i32[B]
     table_ref,  # [R, Q, M * C]
     codes_ref,  # u8[R, M, S]
     starts_ref,  # i32[R, 2, cells + 1]
@@ -47,6 +65,7 @@ def cells_select_kernel(
     *refs,  # weights before; outputs: i32[R, Q, P], i32[R, Q], scratch, weights
     config: IndexerConfig,
     plan: SealPlan,
+    num_warps: int,
     with_weights: bool,
     interpret: bool,
 ):
@@ -55,7 +74,7 @@ def cells_select_kernel(
         refs, weights_ref = refs[1:-1], refs[-1]
     # Scratch: a 1 at each place of the winners where a cell's begin; the cells that are taken from,
     # and where the first of all winners would be if it were theirs; positions; bits, if need be.
-    indices_ref, counts_ref, begins_ref, cell_ref, base_ref, positions_ref, *bits_refs = refs
+    indices_ref, counts_ref, begins_ref, cell_ref, positions_ref, *bits_refs = refs
     num_rows, num_subspaces, capacity = codes_ref.shape
     num_queries, list_size = indices_ref.shape[1:]
     num_cells, num_centroids = config.num_cells, config.num_centroids
@@ -151,14 +170,18 @@ def cells_select_kernel(
 
     # A state that was made for another length, set by hand, is not used; what is not seen of it may
     # make lists wrong, but no access leaves an array.
-    sealed = sealed_ref[batch_row]
+    length = lengths_ref[batch_row]
+    sealed = sealed_at(length, base_ref[batch_row], plan, capacity)
+    state = progress(length, sealed, plan, capacity)
     most_tail = plan.most_tail(capacity)
-    state = progress(lengths_ref[batch_row], sealed, plan, capacity)
-    counted = starts_ref[row, 1, num_cells] - starts_ref[row, 0, num_cells]
+    end, new_end = starts_ref[row, 0, num_cells], starts_ref[row, 1, num_cells]
     fits = (sealed >= listed.first) & (sealed <= listed.last)
     fits &= listed.last - sealed <= most_tail
-    fits &= (counted == plan.segment) | ~state.begun
-    place = jnp.arange(power_of_2_from(budget), dtype=jnp.int32)
+    fits &= end == sealed - config.first_candidate
+    fits &= (new_end - end == plan.segment) | ~state.begun
+    # A place a thread, or else those that compare pairs would exchange what they read.
+    place = jnp.arange(max(power_of_2_from(budget), 32 * num_warps), dtype=jnp.int32)
+    part_size = max(power_of_2_from(most_tail), power_of_2_from(num_cells) // MOST_PARTS)
 
     @pl.when((listed.num_heavy > 0) & ~fits)
     def _():
@@ -175,19 +198,27 @@ def cells_select_kernel(
         if bits_refs:
             clear_bits(listed.last)
 
-        cell = jnp.arange(num_cells, dtype=jnp.int32)
-        start = starts_ref[row, 0, cell]
-        size = jnp.maximum(starts_ref[row, 0, cell + 1] - start, 0)
-        rank = rank_of(
-            (cell >> (config.num_bits * (num_subspaces - 1 - m))) & (num_centroids - 1)
-            for m in range(num_subspaces)
-        )
-        rank = jnp.where(size > 0, rank, NOT_A_CANDIDATE)
-
-        tail = sealed + jnp.arange(power_of_2_from(most_tail), dtype=jnp.int32)
+        # Cells in parts as long as the tail, so that a search takes all of them in one go.
+        lane = jnp.arange(part_size, dtype=jnp.int32)
+        parts = []
+        for first_cell in range(0, num_cells, part_size):
+            # Not known to be neighbours, as the places are not that it is put to: one layout.
+            cell = jnp.minimum(first_cell + lane, num_cells - 1)
+            start = starts_ref[row, 0, cell]
+            size = jnp.maximum(starts_ref[row, 0, cell + 1] - start, 0)
+            size = jnp.where(first_cell + lane < num_cells, size, 0)
+            rank = rank_of(
+                (cell >> (config.num_bits * (num_subspaces - 1 - m))) & (num_centroids - 1)
+                for m in range(num_subspaces)
+            )
+            parts.append(Part(cell, start, size, jnp.where(size > 0, rank, NOT_A_CANDIDATE)))
+        tail = sealed + lane
         tail_rank = ranks_of_tokens(tail, tail < listed.last)
 
-        tokens = Weighted((rank, tail_rank), (size, (tail < listed.last).astype(jnp.int32)))
+        tokens = Weighted(
+            (*(part.rank for part in parts), tail_rank),
+            (*(part.size for part in parts), (tail < listed.last).astype(jnp.int32)),
+        )
         least, most = tokens.extremes()
         cut = find_cut(
             tokens, listed.num_heavy, least, most + 1, listed.last - listed.first, slack=0
@@ -195,41 +226,49 @@ def cells_select_kernel(
 
         # Of the cells at the cut all tokens are taken, or the first of the only one; otherwise
         # their tokens are looked for in the order of their positions.
-        at = (rank == cut.rank).astype(jnp.int32)
-        tied = jnp.sum(at * size)
-        by_cell = (jnp.sum(at) <= 1) | (tied <= cut.ties)
+        at = [(part.rank == cut.rank).astype(jnp.int32) for part in parts]
+        sizes_at = [one * part.size for one, part in zip(at, parts, strict=True)]
+        cells_at_cut, tied = reduced_together(
+            (sum(at[1:], at[0]), sum(sizes_at[1:], sizes_at[0])), jnp.sum
+        )
+        by_cell = (cells_at_cut <= 1) | (tied <= cut.ties)
         from_cells = jnp.minimum(tied, cut.ties)
         of_tied = jnp.where(by_cell, from_cells, 0)
-        take = jnp.where(rank > cut.rank, size, at * jnp.minimum(size, of_tied))
-        taken = take > 0
+        takes = [
+            jnp.where(part.rank > cut.rank, part.size, one * jnp.minimum(part.size, of_tied))
+            for one, part in zip(at, parts, strict=True)
+        ]
         # Two counts share a prefix sum: cells that are taken from, and what is taken.
-        until = jnp.cumsum(jnp.where(taken, 1 << 16, 0) + take)
-        first = (until & 0xFFFF) - take
+        marks = [jnp.where(take > 0, (1 << 16) + take, 0) for take in takes]
+        own = sum(marks[1:], marks[0])
+        until = jnp.cumsum(own)
         # Neither count shrinks along the cells.
         whole = jnp.minimum(jnp.max(until & 0xFFFF), listed.num_heavy)
-        taken &= (first >= 0) & (first < budget) & (until >> 16 > 0) & (until >> 16 <= budget)
         backend.barrier(interpret)
-        into = jnp.where(taken, (until >> 16) - 1, budget)
-        backend.store(cell_ref.at[row, query, into], cell, mask=taken)
-        backend.store(base_ref.at[row, query, into], start - first, mask=taken)
-        into = jnp.where(taken, first, budget)
-        backend.store(begins_ref.at[row, query, into], jnp.ones_like(cell), mask=taken)
+        before = until - own
+        for part, take, mark in zip(parts, takes, marks, strict=True):
+            first, number = before & 0xFFFF, before >> 16
+            taken = (take > 0) & (first < budget) & (number >= 0) & (number < budget)
+            into = jnp.where(taken, number, budget)
+            both = part.cell << FIRST_BITS | first
+            backend.store(cell_ref.at[row, query, into], both, mask=taken)
+            into = jnp.where(taken, first, budget)
+            backend.store(begins_ref.at[row, query, into], jnp.ones_like(lane), mask=taken)
+            before += mark
         backend.barrier(interpret)
 
         begin = backend.load(begins_ref.at[row, query, place], mask=place < budget, other=0)
         number, exists = jnp.maximum(jnp.cumsum(begin) - 1, 0), place < whole
-        from_cell, base = (
-            backend.load(ref.at[row, query, number], mask=exists, other=0)
-            for ref in (cell_ref, base_ref)
-        )
-        entry = base + place
-        from_cell = jnp.clip(from_cell, 0, num_cells - 1)
-        has_moved = exists & state.begun & (entry >= state.still)
+        both = backend.load(cell_ref.at[row, query, number], mask=exists, other=0)
+        from_cell = jnp.clip(both >> FIRST_BITS, 0, num_cells - 1)
         old, new = (
-            backend.load(starts_ref.at[row, which, from_cell], mask=has_moved, other=0)
+            backend.load(starts_ref.at[row, which, from_cell], mask=exists, other=0)
             for which in (0, 1)
         )
-        entry = jnp.clip(entry + new - old, 0, capacity - 1)
+        entry = old + place - (both & ((1 << FIRST_BITS) - 1))
+        has_moved = state.begun & (entry >= state.still)
+        entry += jnp.where(has_moved, new - old, 0)
+        entry = jnp.clip(entry, 0, capacity - 1)
         position = backend.load(order_ref.at[row, entry], mask=exists, other=0)
         backend.store(positions_ref.at[row, query, place], position, mask=exists)
 
@@ -352,7 +391,7 @@ def select_cells(
     """
     rows, _, capacity = codes.shape
     budget = max(min(config.heavy_size, capacity), 1)
-    num_warps = cells_warps(config.num_cells)
+    num_warps = cells_warps(config.num_cells, budget)
 
     def integers(*shape):
         return jax.ShapeDtypeStruct((rows, num_queries, *shape), np.int32)
@@ -362,7 +401,6 @@ def select_cells(
         integers(),
         integers(budget),
         integers(budget),
-        integers(budget),
         integers(budget + PAIRS_AT_ONCE),
     ]
     if budget > MOST_PAIRED:
@@ -370,7 +408,7 @@ def select_cells(
         out_shape += [integers(num_words + 1), integers(num_words)]
     operands = [
         lengths,
-        cells.sealed,
+        cells.base,
         tables.by_query,
         codes,
         cells.starts.reshape(rows, *cells.starts.shape[2:]),
@@ -386,6 +424,7 @@ def select_cells(
             cells_select_kernel,
             config=config,
             plan=cells.plan,
+            num_warps=num_warps,
             with_weights=weights is not None,
             interpret=interpret,
         ),

@@ -7,7 +7,7 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float, Int32, Shaped, UInt8
 
-from jax_indexer.cells import MOST_NEW, Cells, seal, sealed_after
+from jax_indexer.cells import MOST_NEW, Cells, seal
 from jax_indexer.config import IndexerConfig
 from jax_indexer.kernels import backend
 from jax_indexer.kernels.append import append_launch
@@ -116,13 +116,12 @@ def append_tokens(
     (new_codes,) = made["codes"]
     new_codes = new_codes.reshape(codes.shape)
     if cells is not None and num_new <= MOST_NEW:
-        starts, order = made["cells"]
-        cells = dataclasses.replace(
-            cells,
-            starts=starts.reshape(cells.starts.shape),
-            order=order.reshape(cells.order.shape),
-            sealed=sealed_after(cells, start, after),
-        )
+        names = "starts", "order", "earlier", "ring"
+        state = {
+            name: x.reshape(getattr(cells, name).shape)
+            for name, x in zip(names, made["cells"], strict=True)
+        }
+        cells = dataclasses.replace(cells, **state)
     elif cells is not None:
         cells = seal(cells, new_codes, after, taken > 0, config)
     tables = Tables(*made["tables"]) if "tables" in made else None

@@ -9,24 +9,30 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jaxtyping import Int32
 
-from jax_indexer.cells import Cells, SealPlan, progress
+from jax_indexer.cells import MOST_NEW, RATE, Cells, SealPlan, progress, sealed_at
 from jax_indexer.config import IndexerConfig
 from jax_indexer.kernels import backend
 
-# Cells whose starts are added up at once, and tokens that are compared with others at once.
+# Cells whose starts are added up at once, tokens that are counted, and that are put into lists.
 STARTS_AT_ONCE = 1024
-TOKENS_AT_ONCE = 128
-OTHERS_AT_ONCE = 32
+COUNTED_AT_ONCE = RATE * MOST_NEW  # all of a step
+FILLED_AT_ONCE = 512
+# Entries of a block that a program moves.
+ENTRIES_AT_ONCE = 256
 
 
 def seal_kernel(
     before_ref,  # i32[B]  tokens before the append
     after_ref,  # i32[B]   and after it
-    sealed_ref,  # i32[B]
+    base_ref,  # i32[B]
     _starts_before_ref,
     _order_before_ref,
+    _earlier_before_ref,
+    _ring_before_ref,
     starts_ref,  # i32[R, 2, cells + 1], in the memory of those before
-    order_ref,  # i32[R, S], likewise
+    order_ref,  # i32[R, S], likewise, as are those that follow
+    earlier_ref,  # i32[R, segment]
+    ring_ref,  # i32[R, 2 * MOST_NEW * block]
     codes_ref,  # u8[R, M, S]; tokens that are being appended are not read
     *,
     plan: SealPlan,
@@ -35,46 +41,27 @@ def seal_kernel(
 ):
     num_rows, num_subspaces, capacity = codes_ref.shape
     num_cells, segment = config.num_cells, plan.segment
-    row = backend.program_id()
-    batch_row = row // (num_rows // sealed_ref.shape[0])
-    sealed = sealed_ref[batch_row]
+    at_once, parts = _parts(plan)
+    # Of a row the first program counts and fills, some read blocks, and as many write them: what
+    # one writes, no other needs in the same step (see `progress`).
+    program = backend.program_id()
+    row, job = program // (1 + 2 * parts), program % (1 + 2 * parts)
+    batch_row = row // (num_rows // base_ref.shape[0])
+    sealed = sealed_at(before_ref[batch_row], base_ref[batch_row], plan, capacity)
     was = progress(before_ref[batch_row], sealed, plan, capacity)
     now = progress(after_ref[batch_row], sealed, plan, capacity)
 
     def barrier():
         backend.barrier(interpret)
 
-    def cells_at(position, exists) -> Array:
+    def cells_at(position, exists=None) -> Array:
         number = jnp.zeros(position.shape, jnp.int32)
         for m in range(num_subspaces):
-            code = backend.load(codes_ref.at[row, m, position], mask=exists, other=0)
+            other = None if exists is None else 0
+            code = backend.load(codes_ref.at[row, m, position], mask=exists, other=other)
             digit = code.astype(jnp.int32) & (config.num_centroids - 1)
             number = number * config.num_centroids + digit
         return number
-
-    def earlier_and_later(first) -> tuple[Array, Array, Array, Array]:
-        """Of some tokens of the segment: which there are, their cells, and how many others of the
-        segment are in these cells before and behind them."""
-        token = first + jnp.arange(TOKENS_AT_ONCE, dtype=jnp.int32)
-        exists = token < segment
-        cell = cells_at(sealed + token, exists)
-
-        def count(i, counts):
-            other = i * OTHERS_AT_ONCE + jnp.arange(OTHERS_AT_ONCE, dtype=jnp.int32)
-            there = other < segment
-            # What is not there is in no cell.
-            of_other = jnp.where(there, cells_at(sealed + other, there), num_cells)
-            same = of_other[None, :] == cell[:, None]
-            earlier = same & (other[None, :] < token[:, None])
-            later = same & (other[None, :] > token[:, None])
-            return (
-                counts[0] + jnp.sum(earlier.astype(jnp.int32), axis=1),
-                counts[1] + jnp.sum(later.astype(jnp.int32), axis=1),
-            )
-
-        nothing = jnp.zeros(TOKENS_AT_ONCE, jnp.int32)
-        steps = pl.cdiv(segment, OTHERS_AT_ONCE)
-        return exists, cell, *lax.fori_loop(0, steps, count, (nothing, nothing))
 
     def for_each_start(visit, carry=0):
         def step(i, carry):
@@ -83,76 +70,103 @@ def seal_kernel(
 
         return lax.fori_loop(0, pl.cdiv(num_cells + 1, STARTS_AT_ONCE), step, carry)
 
-    @pl.when(now.begun & ~was.begun)
+    @pl.when((job == 0) & (now.counted > was.counted))
     def _():
-        def clear(cell, exists, carry):
-            backend.store(starts_ref.at[row, 1, cell], jnp.zeros_like(cell), mask=exists)
+        lane = jnp.arange(COUNTED_AT_ONCE, dtype=jnp.int32)
+        token = was.counted + lane
+        exists = token < now.counted
+        cell = cells_at(sealed + token, exists)
+        cell = jnp.where(exists, cell, num_cells)  # where nothing else is
+        earlier = backend.load(starts_ref.at[row, 1, cell], mask=exists, other=0)
+        same = cell[None, :] == cell[:, None]
+        before, behind = lane[None, :] < lane[:, None], lane[None, :] > lane[:, None]
+        earlier += jnp.sum((same & before).astype(jnp.int32), axis=1)
+        later = jnp.sum((same & behind).astype(jnp.int32), axis=1)
+        backend.store(earlier_ref.at[row, token], earlier, mask=exists)
+        barrier()
+        # The last token of a cell knows how many there are.
+        is_last = exists & (later == 0)
+        into = jnp.where(is_last, cell, num_cells + 1)
+        backend.store(starts_ref.at[row, 1, into], earlier + 1, mask=is_last)
+
+        @pl.when(now.begun)
+        def _():
+            barrier()
+
+            def add_up(cell, exists, so_far):
+                old, own = (
+                    backend.load(starts_ref.at[row, which, cell], mask=exists, other=0)
+                    for which in (0, 1)
+                )
+                new = old + so_far + jnp.cumsum(own) - own
+                backend.store(starts_ref.at[row, 1, cell], new, mask=exists)
+                return so_far + jnp.sum(own)
+
+            for_each_start(add_up, jnp.int32(0))
+
+    def part_of(block) -> tuple[Array, Array]:
+        """This program's entries of a block, and where they are in the ring."""
+        offset = (job - 1) % parts * at_once + jnp.arange(at_once, dtype=jnp.int32)
+        entry = was.entries - (block + 1) * plan.block + offset
+        return entry, block % (2 * MOST_NEW) * plan.block + offset
+
+    @pl.when((job > 0) & (job <= parts))
+    def _():
+        def read(block, carry):
+            entry, slot = part_of(block)
+            exists = entry >= 0
+            position = backend.load(order_ref.at[row, entry], mask=exists, other=0)
+            backend.store(ring_ref.at[row, slot], position)
             return carry
 
-        for_each_start(clear)
-        barrier()
+        lax.fori_loop(was.read, now.read, read, 0)
 
-        def count(i, carry):
-            # The last token of a cell knows how many there are.
-            exists, cell, earlier, later = earlier_and_later(i * TOKENS_AT_ONCE)
-            is_last = exists & (later == 0)
-            into = jnp.where(is_last, cell + 1, num_cells + 1)
-            backend.store(starts_ref.at[row, 1, into], earlier + 1, mask=is_last)
+    @pl.when(job > parts)
+    def _():
+        def write(block, carry):
+            entry, slot = part_of(block)
+            exists = entry >= 0
+            position = jnp.clip(backend.load(ring_ref.at[row, slot]), 0, capacity - 1)
+            cell = cells_at(position)
+            old, new = (backend.load(starts_ref.at[row, which, cell]) for which in (0, 1))
+            into = jnp.where(exists, jnp.clip(entry + new - old, 0, capacity - 1), capacity)
+            backend.store(order_ref.at[row, into], position, mask=exists)
             return carry
 
-        lax.fori_loop(0, pl.cdiv(segment, TOKENS_AT_ONCE), count, 0)
-        barrier()
+        lax.fori_loop(was.moved, now.moved, write, 0)
 
-        def add_up(cell, exists, so_far):
-            own = backend.load(starts_ref.at[row, 1, cell], mask=exists, other=0)
-            old = backend.load(starts_ref.at[row, 0, cell], mask=exists, other=0)
-            backend.store(starts_ref.at[row, 1, cell], old + so_far + jnp.cumsum(own), mask=exists)
-            return so_far + jnp.sum(own)
-
-        for_each_start(add_up, jnp.int32(0))
-        barrier()
-
-    def move(i, carry):
-        stop = was.entries - i * plan.block
-        entry = stop - 1 - jnp.arange(plan.block, dtype=jnp.int32)
-        exists = entry >= 0
-        position = backend.load(order_ref.at[row, entry], mask=exists, other=0)
-        position = jnp.clip(position, 0, capacity - 1)
-        cell = cells_at(position, exists)
-        old, new = (
-            backend.load(starts_ref.at[row, which, cell], mask=exists, other=0) for which in (0, 1)
-        )
-        barrier()
-        into = jnp.where(exists, jnp.clip(entry + new - old, 0, capacity - 1), capacity)
-        backend.store(order_ref.at[row, into], position, mask=exists)
-        barrier()
-        return carry
-
-    lax.fori_loop(was.moved, now.moved, move, 0)
-
-    @pl.when(now.done & ~was.done)
+    @pl.when((job == 0) & now.done & ~was.done)
     def _():
+        tokens = min(segment, FILLED_AT_ONCE)
+
         def fill(i, carry):
-            exists, cell, earlier, _ = earlier_and_later(i * TOKENS_AT_ONCE)
+            token = i * tokens + jnp.arange(tokens, dtype=jnp.int32)
+            cell = cells_at(sealed + token)
             old, old_end, new = (
-                backend.load(starts_ref.at[row, which, cell + offset], mask=exists, other=0)
+                backend.load(starts_ref.at[row, which, cell + offset])
                 for which, offset in ((0, 0), (0, 1), (1, 0))
             )
+            earlier = backend.load(earlier_ref.at[row, token])
             into = jnp.clip(new + old_end - old + earlier, 0, capacity - 1)
-            into = jnp.where(exists, into, capacity)
-            token = i * TOKENS_AT_ONCE + jnp.arange(TOKENS_AT_ONCE, dtype=jnp.int32)
-            backend.store(order_ref.at[row, into], sealed + token, mask=exists)
+            backend.store(order_ref.at[row, into], sealed + token)
             return carry
 
-        lax.fori_loop(0, pl.cdiv(segment, TOKENS_AT_ONCE), fill, 0)
+        lax.fori_loop(0, segment // tokens, fill, 0)
         barrier()
 
         def take_over(cell, exists, carry):
             new = backend.load(starts_ref.at[row, 1, cell], mask=exists, other=0)
             backend.store(starts_ref.at[row, 0, cell], new, mask=exists)
+            backend.store(starts_ref.at[row, 1, cell], jnp.zeros_like(new), mask=exists)
             return carry
 
         for_each_start(take_over)
+
+
+def _parts(plan: SealPlan) -> tuple[int, int]:
+    """Entries of a block that a program moves, and programs that share a block."""
+    at_once = min(plan.block, ENTRIES_AT_ONCE)
+    return at_once, plan.block // at_once
 
 
 def seal_launch(
@@ -175,15 +189,18 @@ def seal_launch(
       interpret: run on the CPU.
 
     Returns:
-      A launch whose outputs are starts [R, 2, C**M + 1] and order [R, S], in place.
+      A launch whose outputs are starts [R, 2, C**M + 1], order [R, S], earlier [R, segment] and
+      ring [R, 2 * MOST_NEW * block], in place.
     """
     rows = cells.starts.shape[0] * cells.starts.shape[1]
-    lists = [x.reshape(rows, *x.shape[2:]) for x in (cells.starts, cells.order)]
+    state = cells.starts, cells.order, cells.earlier, cells.ring
+    state = [x.reshape(rows, *x.shape[2:]) for x in state]
+    _, parts = _parts(cells.plan)
     return backend.Launch(
         functools.partial(seal_kernel, plan=cells.plan, config=config, interpret=interpret),
-        [before, after, cells.sealed, *lists],
-        programs=rows,
-        out_shape=[jax.ShapeDtypeStruct(x.shape, np.int32) for x in lists],
-        aliases={3: 0, 4: 1},
+        [before, after, cells.base, *state],
+        programs=rows * (1 + 2 * parts),
+        out_shape=[jax.ShapeDtypeStruct(x.shape, np.int32) for x in state],
+        aliases={3: 0, 4: 1, 5: 2, 6: 3},
         borrowed=(codes,),
     )

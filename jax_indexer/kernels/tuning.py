@@ -15,6 +15,10 @@ SUMS_BLOCK = 1024
 # Bytes that one look-up loads at the most: queries that share codes share it.
 LOOKUP_BYTES = 16
 
+# The cells selector: budgets above it are put in order by a bit for every position instead of
+# comparing all pairs.
+MOST_PAIRED = 512
+
 # Sparse index: tokens a program looks at, and those of a thread.
 INDEX_BLOCK = 1024
 INDEX_RUN = 4
@@ -36,9 +40,10 @@ def centroid_sums_tuning(num_centroids: int, dimensions: int) -> tuple[int, int]
     return 64 if num_centroids <= 64 else 32, 4 if num_centroids * dimensions <= 4096 else 8
 
 
-def cells_warps(num_cells: int) -> int:
+def cells_warps(num_cells: int, budget: int) -> int:
     """Warps of the cells-select kernel: a thread takes 16 cells, where that is enough threads."""
-    return min(max(num_cells // (16 * 32), 4), 32)
+    # More for winners that have a bit set, one atomic addition after the other.
+    return min(max(num_cells // (16 * 32), 16 if budget > MOST_PAIRED else 4), 32)
 
 
 def select_warps(num_groups: int, programs: int) -> int:
