@@ -24,7 +24,7 @@ PATTERNS = {
         ("group maxima", r"group_maxima_kernel"),
         ("threshold select", r"threshold_select_kernel"),
         ("scores", r"score_kernel"),
-        ("sparse index", r"count_kernel|sparse_index_kernel"),
+        ("sparse index", r"count_kernel|verify_cut_kernel|sparse_index_kernel"),
         ("k-means", r"centroid_sums_kernel|add_parts_kernel"),
         ("top-k", r"sort|top_?k|radix|raft|select_k"),
     ),

@@ -244,6 +244,7 @@ def test_our_kernels_are_grouped_by_stage_and_whatever_xla_adds_is_other():
         "threshold_select_kernel": "threshold select",
         "score_kernel": "scores",
         "count_kernel": "sparse index",
+        "verify_cut_kernel": "sparse index",
         "sparse_index_kernel": "sparse index",
         "raft::matrix::detail::select::warpsort::block_kernel": "top-k",
         "void cub::DeviceSegmentedRadixSortKernel<float, 4>(float*)": "top-k",

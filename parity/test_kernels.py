@@ -395,9 +395,13 @@ def test_scores_have_the_order_and_the_ties_of_the_reference(run, small_blocks):
 # Sparse index.
 
 
+@pytest.mark.parametrize("given", ["right", "wrong"])
 @pytest.mark.parametrize("T", [1, 3])
-def test_the_sparse_index_follows_from_scores_and_cut(T, run, small_blocks):
-    """Any scores and their cut, which is the last of several numbers, the others garbage."""
+def test_the_sparse_index_follows_from_scores_and_cut(T, given, run, small_blocks):
+    """Any scores and their cut, which is the last of several numbers, the others garbage.
+
+    Cuts that are too low, too high or not even numbers are found out.
+    """
     config = IndexerConfig(num_bits=3, heavy_size=37, sink_size=4, window_size=9, init_offset=2)
     S, kv_heads, group = 271, 2, 1
     rng = np.random.default_rng(T)
@@ -422,6 +426,8 @@ def test_the_sparse_index_follows_from_scores_and_cut(T, run, small_blocks):
         weights[row, q, chosen] = 1
         # Not to be looked at: what is no candidate.
         ranked[row, q, :first] = ranked[row, q, last:] = np.nan
+    if given == "wrong":
+        cut[..., -1] = rng.choice([-np.inf, -3, -0.5, 3, 30, np.inf, np.nan], cut.shape[:2])
     got = run(
         sparse_index.sparse_index,
         ranked,

@@ -181,7 +181,7 @@ class Cut(NamedTuple):
         return jnp.where(self.ties > 0, self.rank, self.rank + 1)
 
 
-def _number(rank: Array) -> Array:
+def number_of(rank: Array) -> Array:
     """The float32 that `ordered` gave this rank."""
     bits = jnp.where(rank < 0, -rank | np.int32(-(2**31)), rank)
     return lax.bitcast_convert_type(bits, jnp.float32)
@@ -193,7 +193,7 @@ def _thresholds(low: Array, high: Array) -> tuple[Array, Array, Array]:
     Two cut the interval of the numbers in three, which suits most data; the middle of the ranks
     is between them or beside them, so that every step halves the ranks at least.
     """
-    a, b = _number(low), _number(high)
+    a, b = number_of(low), number_of(high)
     third = jnp.float32(1 / 3)
     first, second = (
         jnp.clip(ordered(a * (1 - share) + b * share), low + 1, high - 1)

@@ -6,15 +6,17 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, lax
 from jax.experimental import pallas as pl
 from jaxtyping import Float, Int32
 
 from jax_indexer.config import IndexerConfig
 from jax_indexer.kernels import backend
+from jax_indexer.kernels.best import Ranks, find_cut, number_of
 from jax_indexer.kernels.codebook import power_of_2_from
 from jax_indexer.kernels.plan import RowPlan, plan_row
 from jax_indexer.kernels.tuning import INDEX_BLOCK, INDEX_RUN, INDEX_WARPS
+from jax_indexer.reference import NOT_A_CANDIDATE, ordered
 
 # Two counts in one integer, so that one sum or prefix sum serves both: a block's tokens above the
 # cut in the high bits, those at it in the low ones.
@@ -50,13 +52,20 @@ def _program(lengths_ref, scores_ref, block: int, config, num_query_tokens: int)
     return _Program(row, query, program % num_blocks, position, plan)
 
 
-def _against_cut(scores_ref, cut_ref, p: _Program) -> list[Array]:
+def _is_candidate(position: Array, plan: RowPlan) -> Array:
+    return (position >= plan.first) & (position < plan.last)
+
+
+def _marks(score: Array, candidate: Array, cut: Array) -> list[Array]:
     """For each place of a run: 1 << ABOVE_SHIFT for candidates above the cut, 1 for those at it."""
-    candidate = (p.position >= p.plan.first) & (p.position < p.plan.last)
-    score = backend.load(scores_ref.at[p.row, p.query, p.position], mask=candidate, other=0)
-    cut = cut_ref[p.row, p.query, cut_ref.shape[2] - 1]
     at = (candidate & (score == cut)).astype(jnp.int32)
     return backend.split_columns(jnp.where(candidate & (score > cut), 1 << ABOVE_SHIFT, at))
+
+
+def _against_cut(scores_ref, cut_ref, p: _Program) -> list[Array]:
+    candidate = _is_candidate(p.position, p.plan)
+    score = backend.load(scores_ref.at[p.row, p.query, p.position], mask=candidate, other=0)
+    return _marks(score, candidate, cut_ref[p.row, p.query, cut_ref.shape[2] - 1])
 
 
 def count_kernel(
@@ -73,10 +82,69 @@ def count_kernel(
     counts_ref[p.row, p.query, p.block] = jnp.sum(sum(_against_cut(scores_ref, cut_ref, p)))
 
 
+def verify_cut_kernel(
+    lengths_ref,  # i32[B]
+    scores_ref,  # f32[R, Q, S]
+    given_ref,  # f32[R, Q, k], the last of which should be the cut
+    _counts_before_ref,
+    counts_ref,  # i32[R, Q, blocks], for the cut given, in the memory of those before
+    cut_ref,  # f32[R, Q, 1]
+    *,
+    config: IndexerConfig,
+    num_query_tokens: int,
+    block: int,
+):
+    """Takes over a cut that the counts prove, or finds it and counts again."""
+    num_rows, num_queries, capacity = scores_ref.shape
+    num_blocks = counts_ref.shape[2]
+    program = backend.program_id()
+    row, query = program // num_queries, program % num_queries
+    plan = plan_row(
+        lengths_ref[row // (num_rows // lengths_ref.shape[0])],
+        query // (num_queries // num_query_tokens),
+        config=config,
+        num_query_tokens=num_query_tokens,
+        capacity=capacity,
+    )
+    number = jnp.arange(power_of_2_from(num_blocks), dtype=jnp.int32)
+    counts = backend.load(counts_ref.at[row, query, number], mask=number < num_blocks, other=0)
+    num_above, num_at = jnp.sum(counts >> ABOVE_SHIFT), jnp.sum(counts & AT_MASK)
+    cut_ref[row, query, 0] = given_ref[row, query, given_ref.shape[2] - 1]
+
+    @pl.when((num_above > plan.num_heavy) | (num_above + num_at < plan.num_heavy))
+    def _():
+        threads = block // INDEX_RUN
+
+        def scores_at(run) -> tuple[Array, Array]:
+            position = run[:, None] + jnp.arange(INDEX_RUN, dtype=jnp.int32)[None, :]
+            candidate = _is_candidate(position, plan)
+            score = backend.load(scores_ref.at[row, query, position], mask=candidate, other=0)
+            return score, candidate
+
+        def read(run):
+            score, candidate = scores_at(run)
+            rank = jnp.where(candidate, ordered(score), NOT_A_CANDIDATE)
+            return backend.split_columns(rank), run
+
+        ranks = Ranks(read, threads, INDEX_RUN, plan.last, capacity)
+        least, most = ranks.extremes()
+        candidates = plan.last - plan.first
+        found = find_cut(ranks, plan.num_heavy, least, most + 1, candidates, slack=0)
+        cut = number_of(found.lowest)
+        cut_ref[row, query, 0] = cut
+
+        def count(i, carry):
+            marks = _marks(*scores_at(ranks.starts(i)), cut)
+            counts_ref[row, query, i] = jnp.sum(sum(marks[1:], marks[0]))
+            return carry
+
+        lax.fori_loop(0, num_blocks, count, 0)
+
+
 def sparse_index_kernel(
     lengths_ref,  # i32[B]
     scores_ref,  # f32[R, Q, S]
-    cut_ref,  # f32[R, Q, k]
+    cut_ref,  # f32[R, Q, 1]
     block_counts_ref,  # i32[R, Q, blocks]
     indices_ref,  # i32[R, Q, P]
     counts_ref,  # i32[R, Q]
@@ -162,13 +230,14 @@ def sparse_index(
     """Writes lists in ascending order by counting: nothing is sorted.
 
     A first kernel counts, block by block, the candidates above the cut and those at it. A second
-    one puts each winner into its slot: the number of winners before it. Ties at the cut are taken
-    in the order of their positions as long as there are slots.
+    one sees whether they are as many as they must be, and finds the cut itself where they are not.
+    A third puts each winner into its slot: the number of winners before it. Ties at the cut are
+    taken in the order of their positions as long as there are slots.
 
     Args:
       scores: as `rankable_scores` returns them.
-      cut: its last entry along k is the heavy_size-th largest score, or the smallest if there are
-        fewer; +inf takes nothing.
+      cut: its last entry along k should be the heavy_size-th largest score, or the smallest if
+        there are fewer; any other number, NaN too, costs time only.
       lengths: tokens in the cache, clipped to 0..S.
       config: sizes.
       num_query_tokens: T.
@@ -196,6 +265,21 @@ def sparse_index(
         scores,
         cut,
         out_shape=[jax.ShapeDtypeStruct((rows, queries, num_blocks), np.int32)],
+    )
+    block_counts, cut = backend.launch(
+        functools.partial(verify_cut_kernel, **static),
+        lengths,
+        scores,
+        cut,
+        block_counts,
+        programs=rows * queries,
+        out_shape=[
+            jax.ShapeDtypeStruct(block_counts.shape, np.int32),
+            jax.ShapeDtypeStruct((rows, queries, 1), np.float32),
+        ],
+        num_warps=INDEX_WARPS,
+        aliases={3: 0},
+        interpret=interpret,
     )
     out_shape = [
         jax.ShapeDtypeStruct((rows, queries, list_size), np.int32),
