@@ -14,6 +14,7 @@ from jax_indexer.index import PQIndex, append, check_append, check_index
 from jax_indexer.kernels import backend, pipeline
 from jax_indexer.kernels.cells import LARGEST_BUDGET
 from jax_indexer.kernels.lookup_table import Tables
+from jax_indexer.kernels.tuning import CELLS_FROM
 from jax_indexer.layout import KVLayout
 
 Implementation = Literal["triton", "xla"]
@@ -55,7 +56,8 @@ def select(
       implementation: "triton", "xla", or None: Triton on an NVIDIA GPU where it supports the
         case, else XLA.
       selector: how the heavy tokens are found; all give the same list. "cells" needs
-        `config.cells`. None: with Triton "cells" where it is possible, else "threshold".
+        `config.cells`. None: with Triton "cells" where it is possible in caches of 32768 tokens or
+        more, else "threshold".
 
     Returns:
       A Selection.
@@ -187,7 +189,7 @@ def _select(
         )
 
     def triton(query: Array, index: PQIndex) -> Selection:
-        chosen = _selector_for(selector, query, config)
+        chosen = _selector_for(selector, query, index, config)
         if chosen == "cells":
             tables, weights = pipeline.tables_and_weights(
                 query,
@@ -208,12 +210,14 @@ def _select(
     return backend.dispatch(xla, triton, query, index)
 
 
-def _selector_for(selector: Selector | None, query: Array, config: IndexerConfig) -> Selector:
+def _selector_for(
+    selector: Selector | None, query: Array, index: PQIndex, config: IndexerConfig
+) -> Selector:
     """The one asked for, or Triton's default."""
     if selector is not None:
         return selector
     can_cells = config.cells and query.shape[1] == 1 and config.heavy_size <= LARGEST_BUDGET
-    return "cells" if can_cells else "threshold"
+    return "cells" if can_cells and index.codes.shape[-1] >= CELLS_FROM else "threshold"
 
 
 def _select_from_tables(
@@ -282,7 +286,7 @@ def _step(
         num_new, capacity = query.shape[1], index.codes.shape[-1]
         start, taken, lengths = reference.make_room(index.lengths, counts, num_new, capacity)
         weights_dtype = query.dtype if return_weights else None
-        chosen = _selector_for(selector, query, config)
+        chosen = _selector_for(selector, query, index, config)
         made = pipeline.append_tokens(
             key_new,
             index.codebooks,

@@ -31,7 +31,7 @@ from jax_indexer.kernels import backend
 COMMON = {"append_kernel_and_lookup_table_kernel"}
 KERNELS = {
     "threshold": {"group_maxima_kernel", "threshold_select_kernel"},
-    "top_k": {"score_kernel", "count_kernel", "sparse_index_kernel"},
+    "top_k": {"score_kernel", "count_kernel", "verify_cut_kernel", "sparse_index_kernel"},
 }
 H100 = "NVIDIA H100 80GB HBM3"
 
@@ -151,14 +151,15 @@ def test_a_step_with_cells_is_two_kernels_and_asks_the_host_nothing(name, weight
 
 
 def test_an_index_with_cells_is_searched_by_them_where_that_is_possible():
-    for tokens, heavy_size, cells, selector in (
-        (1, 128, True, "cells"),
-        (1, 1 << 15, True, "threshold"),
-        (2, 128, True, "threshold"),
-        (1, 128, False, "threshold"),
+    for capacity, tokens, heavy_size, cells, selector in (
+        (32768, 1, 128, True, "cells"),
+        (32767, 1, 128, True, "threshold"),
+        (32768, 1, 1 << 15, True, "threshold"),
+        (32768, 2, 128, True, "threshold"),
+        (32768, 1, 128, False, "threshold"),
     ):
         config = IndexerConfig(cells=cells, heavy_size=heavy_size)
-        query, key_new, index = arguments(T=tokens, config=config)
+        query, key_new, index = arguments(T=tokens, S=capacity, config=config)
         if cells:
             index = jax.eval_shape(functools.partial(with_cells, config=config), index)
         found = []

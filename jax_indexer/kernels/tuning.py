@@ -15,6 +15,9 @@ SUMS_BLOCK = 1024
 # Bytes that one look-up loads at the most: queries that share codes share it.
 LOOKUP_BYTES = 16
 
+# Tokens of a cache from which on the cells selector is faster than the threshold selector.
+CELLS_FROM = 32768
+
 # The cells selector: budgets above it are put in order by a bit for every position instead of
 # comparing all pairs.
 MOST_PAIRED = 512
