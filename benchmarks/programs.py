@@ -54,7 +54,9 @@ class Program:
           arguments: arrays or their shapes.
           donate: the name of an argument.
         """
-        self.as_user = jax.jit(function, donate_argnames=donate)
+        # A donated array that the function only replaces stays where it is: without it, another
+        # output would take its memory, and be copied there.
+        self.as_user = jax.jit(function, donate_argnames=donate, keep_unused=True)
         start = time.perf_counter()
         lowered = self.as_user.lower(*arguments)
         self._tracing = time.perf_counter() - start

@@ -29,6 +29,7 @@ from jax import Array, lax
 from jaxtyping import Int32, UInt8
 
 from jax_indexer.config import IndexerConfig
+from jax_indexer.kernels.codebook import power_of_2_from
 
 # New tokens that an update takes; where more come at once, all of the row is listed anew.
 MOST_NEW = 8
@@ -79,8 +80,8 @@ class SealPlan:
 def seal_plan(capacity: int, config: IndexerConfig) -> SealPlan:
     """The plan for a cache of this capacity."""
     block = max(
-        min(_power_of_2_from(-(-capacity // MOVES)), LARGE_BLOCK),
-        _power_of_2_from(-(-capacity // MOST_MOVES)),
+        min(power_of_2_from(-(-capacity // MOVES)), LARGE_BLOCK),
+        power_of_2_from(-(-capacity // MOST_MOVES)),
         SMALLEST_BLOCK,
     )
     moves = -(-capacity // block)
@@ -89,12 +90,8 @@ def seal_plan(capacity: int, config: IndexerConfig) -> SealPlan:
     # moves + 3 * MOST_NEW are left, and counting must begin with more: behind
     # segment - segment / RATE.
     least = -(-(moves + 3 * MOST_NEW) * RATE // (RATE - 1))
-    segment = max(_power_of_2_from(least), SMALLEST_SEGMENT)
+    segment = max(power_of_2_from(least), SMALLEST_SEGMENT)
     return SealPlan(config.first_candidate, config.window_size, segment, block)
-
-
-def _power_of_2_from(number: int) -> int:
-    return 1 << (number - 1).bit_length()
 
 
 @jax.tree_util.register_dataclass
@@ -170,7 +167,7 @@ def progress(length: Array, sealed: Array, plan: SealPlan, capacity: int) -> Pro
     # Step by step: sizes may be so large that a sum would overflow.
     waiting = jnp.maximum(jnp.maximum(length - plan.margin, 0) - sealed, 0)
     entries = jnp.maximum(sealed - plan.first_candidate, 0)
-    moves = lax.div(entries + (plan.block - 1), jnp.full_like(entries, plan.block))
+    moves = _moves(entries, plan)
     missing = jnp.maximum(plan.segment - waiting, 0)
     counted = jnp.maximum(plan.segment - RATE * jnp.minimum(missing, plan.segment), 0)
     # A step writes what an earlier one read: no two programs of a launch need the same entry.
@@ -179,6 +176,11 @@ def progress(length: Array, sealed: Array, plan: SealPlan, capacity: int) -> Pro
     still = jnp.maximum(entries - moved * plan.block, 0)
     begun, done = missing == 0, waiting - (plan.segment + 2 * MOST_NEW) > moves
     return Progress(waiting, entries, counted, read, moved, still, begun, done)
+
+
+def _moves(entries: Array, plan: SealPlan) -> Array:
+    """Blocks of the lists."""
+    return lax.div(entries + (plan.block - 1), jnp.full_like(entries, plan.block))
 
 
 def sealed_at(length: Array, base: Array, plan: SealPlan, capacity: int) -> Array:
@@ -194,15 +196,17 @@ def sealed_at(length: Array, base: Array, plan: SealPlan, capacity: int) -> Arra
       capacity: S.
 
     Returns:
-      base plus the segments that were sealed since.
+      base plus the segments that were sealed since; base is clipped to the cache.
     """
+    # No position before the first is read, whatever is set by hand.
+    base = jnp.minimum(jnp.maximum(base, plan.first_candidate), max(capacity, plan.first_candidate))
     now = progress(length, base, plan, capacity)
     # Of segments before it a segment needs so many tokens: i * segment + moves(i) < behind. It is
     # the last with i * segment < behind, or the one before, since moves take less than a segment.
     behind = now.waiting - (plan.segment + 2 * MOST_NEW)
     last = lax.div(jnp.maximum(behind - 1, 0), jnp.full_like(behind, plan.segment))
     entries = now.entries + last * plan.segment
-    moves = lax.div(entries + (plan.block - 1), jnp.full_like(entries, plan.block))
+    moves = _moves(entries, plan)
     is_sealed = last * plan.segment + moves < behind
     return base + jnp.where(behind > 0, last + is_sealed.astype(jnp.int32), 0) * plan.segment
 

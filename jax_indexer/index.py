@@ -24,6 +24,8 @@ from jax_indexer.config import IndexerConfig
 from jax_indexer.kernels import backend, pipeline
 from jax_indexer.layout import KVLayout, head_major, token_axis
 
+SEVERAL_LAYERS = "of an index for several layers take one at a time, by lax.scan or jax.vmap"
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -187,7 +189,8 @@ def reset(index: PQIndex, rows: Array) -> PQIndex:
     """
     _check_type(index)
     sizes = _arguments.Sizes()
-    _arguments.check_array("index.lengths", index.lengths, "B", sizes, _arguments.INT32)
+    fixes = {"B": SEVERAL_LAYERS}
+    _arguments.check_array("index.lengths", index.lengths, "B", sizes, _arguments.INT32, fixes)
     _arguments.check_array("rows", rows, "B", sizes, _arguments.BOOL)
     if index.cells is not None:
         _check_cells(index.cells, sizes)
@@ -318,10 +321,12 @@ def check_index(index: Any, config: IndexerConfig, sizes: _arguments.Sizes) -> N
     _check_arrays(index, config, sizes)
     cells = index.cells
     if (cells is not None) != config.cells:
-        wanted, got = ("a state", None) if config.cells else (None, type(cells).__name__)
+        wanted, got, advice = None, type(cells).__name__, "dataclasses.replace(index, cells=None)"
+        if config.cells:
+            wanted, got, advice = "a state", None, "with_cells(index, config)"
         raise ValueError(
             f"index.cells: expected {wanted} with config.cells={config.cells}, got {got}; "
-            "use with_cells(index, config), or the config that the index was built with"
+            f"use {advice}, or the config that the index was built with"
         )
     if cells is None:
         return
@@ -365,8 +370,7 @@ def _check_arrays(index: PQIndex, config: IndexerConfig, sizes: _arguments.Sizes
         f"metric={config.metric!r} and H={sizes['H']} the config says otherwise; "
         "use the config that the index was built with"
     )
-    layers = "of an index for several layers take one at a time, by lax.scan or jax.vmap"
-    fixes = {"M": fix, "C": fix, "D'": fix, "B K M C D'": layers}
+    fixes = {"M": fix, "C": fix, "D'": fix, "B K M C D'": SEVERAL_LAYERS}
     _arguments.check_array(
         "index.codebooks", index.codebooks, "B K M C D'", sizes, _arguments.FLOAT_DTYPES, fixes
     )

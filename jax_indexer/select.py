@@ -149,15 +149,8 @@ def check_select(query, index, config, return_weights, implementation, selector)
             'selector: expected another than "cells" with config.cells=False, got "cells"; '
             "build the index with cells=True, or use None"
         )
-    if selector == "cells" and sizes["T"] > 1:
-        raise NotImplementedError(
-            f'selector: "cells" takes one query token, not T={sizes["T"]}; use None'
-        )
-    if selector == "cells" and config.heavy_size > LARGEST_BUDGET:
-        raise NotImplementedError(
-            f'selector: "cells" takes budgets up to {LARGEST_BUDGET}, not heavy_size='
-            f"{config.heavy_size}; use None"
-        )
+    if selector == "cells" and (reason := _beyond_cells(sizes["T"], config)):
+        raise NotImplementedError(f'selector: "cells" takes {reason}; use None')
     if selector in ("cells", "threshold") and implementation == "xla":
         raise NotImplementedError('selector: "xla" has "top_k" only; use None')
     missing = backend.no_gpu() or backend.unaddressable(query, *jax.tree.leaves(index))
@@ -216,8 +209,17 @@ def _selector_for(
     """The one asked for, or Triton's default."""
     if selector is not None:
         return selector
-    can_cells = config.cells and query.shape[1] == 1 and config.heavy_size <= LARGEST_BUDGET
+    can_cells = config.cells and not _beyond_cells(query.shape[1], config)
     return "cells" if can_cells and index.codes.shape[-1] >= CELLS_FROM else "threshold"
+
+
+def _beyond_cells(num_tokens: int, config: IndexerConfig) -> str | None:
+    """What the "cells" selector takes instead of this, or None."""
+    if num_tokens > 1:
+        return f"one query token, not T={num_tokens}"
+    if config.heavy_size > LARGEST_BUDGET:
+        return f"budgets up to {LARGEST_BUDGET}, not heavy_size={config.heavy_size}"
+    return None
 
 
 def _select_from_tables(

@@ -116,14 +116,17 @@ def check_cells(config, query, inputs, indices, start, options) -> None:
     taken = jnp.ones_like(start)
     index = PQIndex(codebooks, codes, start, phi)
     plan = with_cells(index, config).cells.plan
-    segment = plan.segment
-    # Tokens that wait when the last block has moved, long enough ago for the segment to be sealed.
-    moved = segment + 2 * MOST_NEW
-    entries = jnp.maximum(start - moved - plan.margin - plan.first_candidate, 0)
-    done = moved + entries // plan.block
-    done = moved + -(-jnp.maximum(entries - (done - moved), 0) // plan.block)
-    # Counting, new starts and reading, writing, sealing.
-    for back in (0, segment - segment // RATE, segment, segment + MOST_NEW, done):
+
+    def most_waiting(waiting):
+        return plan.most_waiting(
+            jnp.maximum(start - waiting - plan.margin - plan.first_candidate, 0)
+        )
+
+    # A row has as many entries as do not wait.
+    done = most_waiting(most_waiting(plan.segment))
+    counting = plan.segment - plan.segment // RATE
+    bounds = (0, counting, plan.segment, plan.segment + MOST_NEW, done)
+    for number, back in enumerate(bounds):  # counting, new starts and reading, writing, sealing
         before = jnp.maximum(start - back, 0)
         cells = with_cells(dataclasses.replace(index, lengths=before), config).cells
         for first in (start - 1, start):  # what is due in both steps is done in one or the other
@@ -136,7 +139,7 @@ def check_cells(config, query, inputs, indices, start, options) -> None:
             made.tables, codes, start + 1, cells, config, made.weights,
             interpret=options["interpret"],
         )  # fmt: skip
-        if isinstance(back, int) and back == 0:
+        if number == 0:
             np.testing.assert_array_equal(lists[0], indices)
             np.testing.assert_array_equal(np.asarray(lists[2]).sum(-1), lists[1])
 

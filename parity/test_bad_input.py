@@ -316,6 +316,8 @@ def test_an_index_for_several_layers_is_known_by_its_axes():
     layers = jax.tree.map(lambda x: np.stack([x, x]), PQIndex(**ARGUMENTS["select"]["index"]))
     with pytest.raises(ValueError, match=r"^index.codebooks: .*lax\.scan or jax\.vmap"):
         call("select", index=layers)
+    with pytest.raises(ValueError, match=r"^index.lengths: .*lax\.scan or jax\.vmap"):
+        call("reset", index=layers)
 
 
 def test_a_traced_seed_is_said_to_be_static():

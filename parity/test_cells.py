@@ -255,6 +255,20 @@ def test_what_is_sealed_follows_from_the_length_alone(base):
     assert sealed > base + 10 * plan.segment
 
 
+def test_a_base_outside_of_the_candidates_is_taken_for_the_nearest_inside():
+    capacity, config = 3000, config_of()
+    plan = cells.seal_plan(capacity, config)
+    lengths = jnp.arange(capacity + 20)
+
+    def sealed(base):
+        return np.asarray(cells.sealed_at(lengths, jnp.int32(base), plan, capacity))
+
+    for base in (-(2**31), -1, config.first_candidate - 1):
+        np.testing.assert_array_equal(sealed(base), sealed(config.first_candidate))
+    for base in (capacity + 1, 2**31 - 1):
+        np.testing.assert_array_equal(sealed(base), np.full(len(lengths), capacity))
+
+
 # State
 
 
@@ -582,10 +596,11 @@ def test_what_cells_cannot_do_is_said():
     for function in (
         lambda: select(query, without, config),
         lambda: append(without, key, config),
-        lambda: append(index, key, plain),
     ):
-        with pytest.raises(ValueError, match=r"^index\.cells: expected .* use with_cells"):
+        with pytest.raises(ValueError, match=r"^index\.cells: expected a state .*; use with_cells"):
             function()
+    with pytest.raises(ValueError, match=r"^index\.cells: expected None .*cells=None"):
+        append(index, key, plain)
     for other in (
         dataclasses.replace(config, window_size=5),
         dataclasses.replace(config, sink_size=4),

@@ -47,10 +47,9 @@ WEIGHTS_BLOCK = 4096
 
 
 class Part(NamedTuple):
-    """Some cells: their numbers, where their lists begin, how long these are, and their ranks."""
+    """Some cells: their numbers, how long their lists are, and their ranks."""
 
     cell: Array
-    start: Array
     size: Array
     rank: Array
 
@@ -73,7 +72,7 @@ def cells_select_kernel(
     if with_weights:
         refs, weights_ref = refs[1:-1], refs[-1]
     # Scratch: a 1 at each place of the winners where a cell's begin; the cells that are taken from,
-    # and where the first of all winners would be if it were theirs; positions; bits, if need be.
+    # each with that place; positions; bits, if need be.
     indices_ref, counts_ref, begins_ref, cell_ref, positions_ref, *bits_refs = refs
     num_rows, num_subspaces, capacity = codes_ref.shape
     num_queries, list_size = indices_ref.shape[1:]
@@ -211,7 +210,7 @@ def cells_select_kernel(
                 (cell >> (config.num_bits * (num_subspaces - 1 - m))) & (num_centroids - 1)
                 for m in range(num_subspaces)
             )
-            parts.append(Part(cell, start, size, jnp.where(size > 0, rank, NOT_A_CANDIDATE)))
+            parts.append(Part(cell, size, jnp.where(size > 0, rank, NOT_A_CANDIDATE)))
         tail = sealed + lane
         tail_rank = ranks_of_tokens(tail, tail < listed.last)
 

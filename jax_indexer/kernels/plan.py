@@ -59,6 +59,30 @@ def plan_row(
     return RowPlan(visible, first, last, num_sink, num_heavy, num_sink + num_heavy + num_window)
 
 
+def plan_query(
+    lengths_ref,
+    row: Int32[Array, ""],
+    query: Int32[Array, ""],
+    shape: tuple[int, int],
+    *,
+    config: IndexerConfig,
+    num_query_tokens: int,
+    capacity: int,
+) -> RowPlan:
+    """The plan of one query of one row, of shape = (R, Q) of them.
+
+    R = B * K; queries of a row are ordered by token, then by head.
+    """
+    num_rows, num_queries = shape
+    return plan_row(
+        lengths_ref[row // (num_rows // lengths_ref.shape[0])],
+        query // (num_queries // num_query_tokens),
+        config=config,
+        num_query_tokens=num_query_tokens,
+        capacity=capacity,
+    )
+
+
 def write_settled_entries(indices_ref, counts_ref, row, query, plan: RowPlan) -> None:
     """Writes what follows from the length: the count, and all entries but the heavy ones."""
     list_size = indices_ref.shape[2]

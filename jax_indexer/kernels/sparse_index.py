@@ -14,7 +14,7 @@ from jax_indexer.config import IndexerConfig
 from jax_indexer.kernels import backend
 from jax_indexer.kernels.best import Ranks, find_cut, number_of
 from jax_indexer.kernels.codebook import power_of_2_from
-from jax_indexer.kernels.plan import RowPlan, plan_row
+from jax_indexer.kernels.plan import RowPlan, plan_query
 from jax_indexer.kernels.tuning import INDEX_BLOCK, INDEX_RUN, INDEX_WARPS
 from jax_indexer.reference import NOT_A_CANDIDATE, ordered
 
@@ -40,9 +40,11 @@ def _program(lengths_ref, scores_ref, block: int, config, num_query_tokens: int)
     program = backend.program_id()
     query = program // num_blocks % num_queries
     row = program // (num_blocks * num_queries)
-    plan = plan_row(
-        lengths_ref[row // (num_rows // lengths_ref.shape[0])],
-        query // (num_queries // num_query_tokens),
+    plan = plan_query(
+        lengths_ref,
+        row,
+        query,
+        (num_rows, num_queries),
         config=config,
         num_query_tokens=num_query_tokens,
         capacity=capacity,
@@ -52,8 +54,11 @@ def _program(lengths_ref, scores_ref, block: int, config, num_query_tokens: int)
     return _Program(row, query, program % num_blocks, position, plan)
 
 
-def _is_candidate(position: Array, plan: RowPlan) -> Array:
-    return (position >= plan.first) & (position < plan.last)
+def _scores_at(scores_ref, row, query, position: Array, plan: RowPlan) -> tuple[Array, Array]:
+    """Scores of the candidates among some tokens, and which these are."""
+    candidate = (position >= plan.first) & (position < plan.last)
+    score = backend.load(scores_ref.at[row, query, position], mask=candidate, other=0)
+    return score, candidate
 
 
 def _marks(score: Array, candidate: Array, cut: Array) -> list[Array]:
@@ -63,8 +68,7 @@ def _marks(score: Array, candidate: Array, cut: Array) -> list[Array]:
 
 
 def _against_cut(scores_ref, cut_ref, p: _Program) -> list[Array]:
-    candidate = _is_candidate(p.position, p.plan)
-    score = backend.load(scores_ref.at[p.row, p.query, p.position], mask=candidate, other=0)
+    score, candidate = _scores_at(scores_ref, p.row, p.query, p.position, p.plan)
     return _marks(score, candidate, cut_ref[p.row, p.query, cut_ref.shape[2] - 1])
 
 
@@ -99,9 +103,11 @@ def verify_cut_kernel(
     num_blocks = counts_ref.shape[2]
     program = backend.program_id()
     row, query = program // num_queries, program % num_queries
-    plan = plan_row(
-        lengths_ref[row // (num_rows // lengths_ref.shape[0])],
-        query // (num_queries // num_query_tokens),
+    plan = plan_query(
+        lengths_ref,
+        row,
+        query,
+        (num_rows, num_queries),
         config=config,
         num_query_tokens=num_query_tokens,
         capacity=capacity,
@@ -117,9 +123,7 @@ def verify_cut_kernel(
 
         def scores_at(run) -> tuple[Array, Array]:
             position = run[:, None] + jnp.arange(INDEX_RUN, dtype=jnp.int32)[None, :]
-            candidate = _is_candidate(position, plan)
-            score = backend.load(scores_ref.at[row, query, position], mask=candidate, other=0)
-            return score, candidate
+            return _scores_at(scores_ref, row, query, position, plan)
 
         def read(run):
             score, candidate = scores_at(run)

@@ -27,7 +27,7 @@ from jax_indexer.kernels.best import PAIRS_AT_ONCE, Ranks, cut_of_few, emit_best
 from jax_indexer.kernels.codebook import power_of_2_from
 from jax_indexer.kernels.group_maxima import group_maxima
 from jax_indexer.kernels.lookup_table import Tables
-from jax_indexer.kernels.plan import plan_row, write_settled_entries
+from jax_indexer.kernels.plan import plan_query, write_settled_entries
 from jax_indexer.kernels.scores import ranks_of_runs
 from jax_indexer.kernels.tuning import select_warps
 from jax_indexer.reference import NAN_RANK, NOT_A_CANDIDATE
@@ -87,9 +87,11 @@ def threshold_select_kernel(
 
     program = backend.program_id()
     row, query = program // num_queries, program % num_queries
-    plan = plan_row(
-        lengths_ref[row // (num_rows // lengths_ref.shape[0])],
-        query // (num_queries // num_query_tokens),
+    plan = plan_query(
+        lengths_ref,
+        row,
+        query,
+        (num_rows, num_queries),
         config=config,
         num_query_tokens=num_query_tokens,
         capacity=capacity,
