@@ -14,7 +14,7 @@ from jax_indexer.index import PQIndex, append, check_append, check_index
 from jax_indexer.kernels import backend, pipeline
 from jax_indexer.kernels.cells import LARGEST_BUDGET
 from jax_indexer.kernels.lookup_table import Tables
-from jax_indexer.kernels.tuning import CELLS_FROM
+from jax_indexer.kernels.tuning import CELLS_FROM, FEW_CELLS
 from jax_indexer.layout import KVLayout
 
 Implementation = Literal["triton", "xla"]
@@ -56,8 +56,8 @@ def select(
       implementation: "triton", "xla", or None: Triton on an NVIDIA GPU where it supports the
         case, else XLA.
       selector: how the heavy tokens are found; all give the same list. "cells" needs
-        `config.cells`. None: with Triton "cells" where it is possible in caches of 32768 tokens or
-        more, else "threshold".
+        `config.cells`. None: with Triton "cells" where it is possible and faster (caches of 32768
+        tokens or more, C**M up to 4096, a float32 table), else "threshold".
 
     Returns:
       A Selection.
@@ -210,7 +210,10 @@ def _selector_for(
     if selector is not None:
         return selector
     can_cells = config.cells and not _beyond_cells(query.shape[1], config)
-    return "cells" if can_cells and index.codes.shape[-1] >= CELLS_FROM else "threshold"
+    # Entries of 16 bits make cells tie, and those that tie at the cut are searched for slowly.
+    wins = index.codes.shape[-1] >= CELLS_FROM and config.num_cells <= FEW_CELLS
+    wins &= config.table_dtype == np.float32
+    return "cells" if can_cells and wins else "threshold"
 
 
 def _beyond_cells(num_tokens: int, config: IndexerConfig) -> str | None:

@@ -30,7 +30,7 @@ from jax_indexer import (
     with_cells,
 )
 from jax_indexer.kernels import cells as cells_kernels
-from jax_indexer.kernels import pipeline, threshold
+from jax_indexer.kernels import pipeline, scores, threshold, top_k
 from parity import memcheck, test_cells
 from parity.compare import check_selection
 
@@ -371,6 +371,41 @@ def test_a_donated_index_stays_where_it_is():
     donating = jax.jit(lambda i, q, k: step(q, k, i), donate_argnums=0)
     _, after = donating(index, query, key_new)
     assert [x.unsafe_buffer_pointer() for x in jax.tree.leaves(after)] == before
+
+
+def test_top_k_gives_the_lists_of_threshold_whatever_cuts_it_is_given(capsys):
+    """With this many distinct scores RAFT's selection, which `lax.top_k` may be, misses some."""
+    workload, calls = WORKLOADS["fine-128k-b4"], 500
+    inputs, config = make_inputs(workload), workload.config
+    query = jnp.asarray(inputs.query)
+    index = PQIndex(*map(jnp.asarray, (inputs.codebooks, inputs.codes, inputs.lengths)))
+
+    def step(selector):
+        return jax.jit(lambda query: select(query, index, config, selector=selector))
+
+    @jax.jit
+    def scores_of(query):
+        rows = inputs.codes.shape[0] * inputs.codes.shape[1]
+        codes = index.codes.reshape(rows, *index.codes.shape[2:])
+        tables = pipeline.tables_of(query, index.codebooks, config.table_dtype)
+        return scores.rankable_scores(
+            tables, codes, index.lengths, config, workload.N // workload.K, 1
+        )
+
+    found = scores_of(query)
+    best = jnp.sort(found, axis=-1)[..., -config.heavy_size :]
+    given = jax.jit(lambda found: jax.lax.top_k(found, config.heavy_size, **top_k.UNSTABLE)[0])
+    is_wrong = jax.jit(lambda given: jnp.any(given[..., -1] != best[..., 0]))
+    wrong = sum(is_wrong(given(found)).astype(jnp.int32) for _ in range(calls))
+
+    want, by_top_k = step("threshold")(query), step("top_k")
+    differs = jax.jit(
+        lambda got: jnp.any(got.indices != want.indices) | jnp.any(got.counts != want.counts)
+    )
+    different = sum(differs(by_top_k(query)).astype(jnp.int32) for _ in range(calls))
+    with capsys.disabled():
+        print(f"\nlax.top_k cut wrongly in {int(wrong)} of {calls} calls, fine-128k-b4")
+    assert int(different) == 0
 
 
 @pytest.mark.parametrize("selector", SELECTORS)

@@ -150,17 +150,20 @@ def test_a_step_with_cells_is_two_kernels_and_asks_the_host_nothing(name, weight
     assert len(re.findall(r"tf.aliasing_output|jax.buffer_donor", signature)) >= 5
 
 
-def test_an_index_with_cells_is_searched_by_them_where_that_is_possible():
-    for capacity, tokens, heavy_size, cells, selector in (
-        (32768, 1, 128, True, "cells"),
-        (32767, 1, 128, True, "threshold"),
-        (32768, 1, 1 << 15, True, "threshold"),
-        (32768, 2, 128, True, "threshold"),
-        (32768, 1, 128, False, "threshold"),
+def test_an_index_with_cells_is_searched_by_them_where_that_is_possible_and_faster():
+    for capacity, tokens, changes, selector in (
+        (32768, 1, {}, "cells"),
+        (32767, 1, {}, "threshold"),
+        (32768, 1, {"heavy_size": 1 << 15}, "threshold"),
+        (32768, 2, {}, "threshold"),
+        (32768, 1, {"cells": False}, "threshold"),
+        (32768, 1, {"num_subspaces": 4, "num_bits": 3}, "cells"),
+        (32768, 1, {"num_bits": 7}, "threshold"),
+        (32768, 1, {"table_dtype": jnp.bfloat16}, "threshold"),
     ):
-        config = IndexerConfig(cells=cells, heavy_size=heavy_size)
+        config = dataclasses.replace(IndexerConfig(cells=True), **changes)
         query, key_new, index = arguments(T=tokens, S=capacity, config=config)
-        if cells:
+        if config.cells:
             index = jax.eval_shape(functools.partial(with_cells, config=config), index)
         found = []
         for chosen in (None, selector):

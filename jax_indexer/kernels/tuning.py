@@ -15,12 +15,14 @@ SUMS_BLOCK = 1024
 # Bytes that one look-up loads at the most: queries that share codes share it.
 LOOKUP_BYTES = 16
 
-# Tokens of a cache from which on the cells selector is faster than the threshold selector.
+# Tokens of a cache from which on the cells selector is faster than the threshold selector, and
+# cells up to which it is.
 CELLS_FROM = 32768
+FEW_CELLS = 4096
 
 # The cells selector: budgets above it are put in order by a bit for every position instead of
 # comparing all pairs.
-MOST_PAIRED = 512
+MOST_PAIRED = 256
 
 # Sparse index: tokens a program looks at, and those of a thread.
 INDEX_BLOCK = 1024
