@@ -7,8 +7,12 @@ random order, and an AssertionError names the first access that
 - lies outside of its array, below 0 included;
 - reads an element that nothing has written;
 - writes an element that another program wrote or read, or reads one that another program wrote;
-- reads an element that the same program wrote, with no barrier in between;
+- reads an element that the same program wrote, overwrites one that it read, or writes one twice,
+  with no barrier in between;
 - writes an input.
+
+Threads are not lanes: each access may be spread over a program's threads in another way, and a
+vector shorter than the program is held by several. So no access is taken for a thread's own.
 
 Lanes that are masked off may point anywhere. What a launch leaves unwritten is garbage.
 """
@@ -51,6 +55,7 @@ class Memory:
         self._writer = np.full(values.shape, NOBODY)
         self._reader = np.full(values.shape, NOBODY)
         self._written_after = np.full(values.shape, NOBODY)  # how many barriers
+        self._read_after = np.full(values.shape, NOBODY)
         self.program = NOBODY
         self.barriers = 0
 
@@ -91,29 +96,60 @@ class Memory:
             raise AssertionError(f"{self.name}, program {self.program}: {message}")
 
     def read(self, position: tuple[np.ndarray, ...]) -> np.ndarray:
-        written = self._has_value[position]
-        self.check(written.all(), "read of an element that nothing has written")
-        writer, reader = self._writer[position], self._reader[position]
-        self.check(self._alone(writer), "read of an element that another program wrote")
-        fresh = self._written_after[position] == self.barriers
-        self.check(not (fresh & (writer == self.program)).any(), "read of a write before a barrier")
+        self._check_read(position)
+        reader = self._reader[position]
         mine = (reader == NOBODY) | (reader == self.program)
         self._reader[position] = np.where(mine, self.program, SEVERAL)
+        self._read_after[position] = self.barriers
         return self.values[position]
 
     def write(self, position: tuple[np.ndarray, ...], values: np.ndarray) -> None:
-        self.check(self._writable, "write of an input")
         flat = np.ravel_multi_index(position, self.shape)
         self.check(len(np.unique(flat)) == flat.size, "one store writes an element twice")
-        for other, what in ((self._writer, "wrote"), (self._reader, "read")):
-            self.check(
-                self._alone(other[position]), f"write of an element that another program {what}"
-            )
+        self._check_write(position)
         self._writer[position] = self.program
         self._written_after[position] = self.barriers
         self._has_value[position] = True
         self.writes[position] += 1
         self.values[position] = values
+
+    def add(self, position: tuple[np.ndarray, ...], values: np.ndarray) -> None:
+        """Adds to what has a value already, atomically: a place may come more than once."""
+        self._check_read(position)
+        sums = self.values.copy()
+        np.add.at(sums, position, values)
+        flat = np.unique(np.ravel_multi_index(position, self.shape))
+        once = np.unravel_index(flat, self.shape)
+        self.write(once, sums[once])
+
+    def _check_read(self, position: tuple[np.ndarray, ...]) -> None:
+        self.check(self._has_value[position].all(), "read of an element that nothing has written")
+        writer = self._writer[position]
+        self.check(self._alone(writer), "read of an element that another program wrote")
+        mine = writer == self.program
+        self.check(
+            not self._fresh(mine, self._written_after, position),
+            "read of its own write, no barrier between",
+        )
+
+    def _check_write(self, position: tuple[np.ndarray, ...]) -> None:
+        self.check(self._writable, "write of an input")
+        writer, reader = self._writer[position], self._reader[position]
+        self.check(self._alone(writer), "write of an element that another program wrote")
+        self.check(self._alone(reader), "write of an element that another program read")
+        mine = writer == self.program
+        self.check(
+            not self._fresh(mine, self._written_after, position), "two writes, no barrier between"
+        )
+        mine = reader == self.program
+        self.check(
+            not self._fresh(mine, self._read_after, position),
+            "write over its own read, no barrier between",
+        )
+
+    def _fresh(self, mine: np.ndarray, after: np.ndarray, position) -> bool:
+        """Whether this program's own access, `mine`, has no barrier behind it."""
+        return bool((mine & (after[position] == self.barriers)).any())
 
     def _alone(self, programs: np.ndarray) -> bool:
         return bool(((programs == NOBODY) | (programs == self.program)).all())
@@ -153,12 +189,9 @@ def store(where: tuple[Memory, object], value, *, mask=None) -> None:
 
 
 def add(memory: Memory, index, value) -> None:
-    """`backend.add`: of what has a value already."""
+    """`backend.add`."""
     live, position = memory.lanes(index, None, "addition")
-    memory.read(position)
-    np.add.at(memory.values, position, np.broadcast_to(np.asarray(value), live.shape)[live])
-    once = np.unravel_index(np.unique(np.ravel_multi_index(position, memory.shape)), memory.shape)
-    memory.write(once, memory.values[once])
+    memory.add(position, np.broadcast_to(np.asarray(value), live.shape)[live])
 
 
 def _when(condition) -> Callable[[Callable[[], None]], None]:

@@ -561,6 +561,7 @@ def access_below_zero(in_ref, out_ref):
 
 def first_element_by_all(in_ref, out_ref):
     eight(in_ref, out_ref)
+    backend.barrier(False)
     out_ref[0] = in_ref[0]
 
 
@@ -581,6 +582,24 @@ def read_before_a_barrier(in_ref, out_ref):
     eight(in_ref, out_ref)
     at = pl.program_id(0) * 8 + 1
     out_ref[at] = out_ref[at] + in_ref[0]
+
+
+def overwritten_before_a_barrier(in_ref, out_ref):
+    eight(in_ref, out_ref)
+    backend.barrier(False)
+    at = pl.program_id(0) * 8 + jnp.arange(8, dtype=jnp.int32)
+    value = backend.load(out_ref.at[at], mask=at < 20)
+    backend.store(out_ref.at[at], jnp.zeros_like(value), mask=at < 20)
+
+
+def written_twice_before_a_barrier(in_ref, out_ref):
+    eight(in_ref, out_ref)
+    out_ref[pl.program_id(0) * 8] = jnp.float32(0)
+
+
+def added_to_before_a_barrier(in_ref, out_ref):
+    eight(in_ref, out_ref)
+    backend.add(out_ref, (pl.program_id(0) * 8 + jnp.zeros(2, jnp.int32),), jnp.ones(2))
 
 
 def one_store_to_one_place(in_ref, out_ref):
@@ -614,7 +633,10 @@ def launch(kernel, **options):
         (first_element_by_all, "write of an element that another program wrote"),
         (sum_of_what_others_wrote, "an element that another program (wrote|read)|has written"),
         (read_before_it_is_written, "read of an element that nothing has written"),
-        (read_before_a_barrier, "read of a write before a barrier"),
+        (read_before_a_barrier, "read of its own write, no barrier between"),
+        (overwritten_before_a_barrier, "write over its own read, no barrier between"),
+        (written_twice_before_a_barrier, "two writes, no barrier between"),
+        (added_to_before_a_barrier, "read of its own write, no barrier between"),
         (one_store_to_one_place, "one store writes an element twice"),
         (store_to_the_input, "in_ref, program .: write of an input"),
     ],

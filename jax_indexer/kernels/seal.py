@@ -99,6 +99,7 @@ def seal_kernel(
                     for which in (0, 1)
                 )
                 new = old + so_far + jnp.cumsum(own) - own
+                barrier()  # so that all threads have read what is overwritten
                 backend.store(starts_ref.at[row, 1, cell], new, mask=exists)
                 return so_far + jnp.sum(own)
 
@@ -157,6 +158,7 @@ def seal_kernel(
         def take_over(cell, exists, carry):
             new = backend.load(starts_ref.at[row, 1, cell], mask=exists, other=0)
             backend.store(starts_ref.at[row, 0, cell], new, mask=exists)
+            barrier()  # or one thread's zeros would be what another reads
             backend.store(starts_ref.at[row, 1, cell], jnp.zeros_like(new), mask=exists)
             return carry
 

@@ -97,6 +97,7 @@ def verify_cut_kernel(
     config: IndexerConfig,
     num_query_tokens: int,
     block: int,
+    interpret: bool,
 ):
     """Takes over a cut that the counts prove, or finds it and counts again."""
     num_rows, num_queries, capacity = scores_ref.shape
@@ -115,9 +116,13 @@ def verify_cut_kernel(
     number = jnp.arange(power_of_2_from(num_blocks), dtype=jnp.int32)
     counts = backend.load(counts_ref.at[row, query, number], mask=number < num_blocks, other=0)
     num_above, num_at = jnp.sum(counts >> ABOVE_SHIFT), jnp.sum(counts & AT_MASK)
-    cut_ref[row, query, 0] = given_ref[row, query, given_ref.shape[2] - 1]
+    is_wrong = (num_above > plan.num_heavy) | (num_above + num_at < plan.num_heavy)
 
-    @pl.when((num_above > plan.num_heavy) | (num_above + num_at < plan.num_heavy))
+    @pl.when(~is_wrong)
+    def _():
+        cut_ref[row, query, 0] = given_ref[row, query, given_ref.shape[2] - 1]
+
+    @pl.when(is_wrong)
     def _():
         threads = block // INDEX_RUN
 
@@ -136,6 +141,7 @@ def verify_cut_kernel(
         found = find_cut(ranks, plan.num_heavy, least, most + 1, candidates, slack=0)
         cut = number_of(found.lowest)
         cut_ref[row, query, 0] = cut
+        backend.barrier(interpret)
 
         def count(i, carry):
             marks = _marks(*scores_at(ranks.starts(i)), cut)
@@ -271,7 +277,7 @@ def sparse_index(
         out_shape=[jax.ShapeDtypeStruct((rows, queries, num_blocks), np.int32)],
     )
     block_counts, cut = backend.launch(
-        functools.partial(verify_cut_kernel, **static),
+        functools.partial(verify_cut_kernel, **static, interpret=interpret),
         lengths,
         scores,
         cut,
