@@ -70,55 +70,51 @@ def start(config, lengths, *, kv_heads=K, capacity=S, seed=0):
     return with_cells(index, config)
 
 
-def listed(index, config):
-    """{(row, kv head): the list of each cell}, read as a selection does."""
-    state = index.cells
-    now = progress_of(index)
-    found = {}
-    for b, k in np.ndindex(*state.starts.shape[:2]):
-        old, new = np.asarray(state.starts[b, k])
-        order = np.asarray(state.order[b, k])
-        entry = np.arange(old[-1])
-        cell = np.searchsorted(old, entry, side="right") - 1
-        moved = bool(now.begun[b]) & (entry >= int(now.still[b]))
-        place = entry + np.where(moved, (new - old)[cell], 0)
-        found[b, k] = [order[place[cell == c]].tolist() for c in range(config.num_cells)]
-    return found
-
-
 def check_state(index, config):
-    """Every sealed candidate is in its cell's list, in order, and the tail is not too long."""
-    codes = np.asarray(index.codes) & (config.num_centroids - 1)
-    for (b, k), lists in listed(index, config).items():
-        number = functools.reduce(lambda n, digit: n * config.num_centroids + digit.astype(int),
-                                  codes[b, k], 0)  # fmt: skip
-        sealed = int(index.cells.sealed(index.lengths)[b])
-        positions = np.arange(config.first_candidate, sealed)
-        assert lists == [positions[number[positions] == c].tolist() for c in range(len(lists))]
-        check_segment(index, b, k, number[sealed:], [x for each in lists for x in each])
-        last = min(max(int(index.lengths[b]), 0), codes.shape[-1]) - config.window_size
-        assert sealed <= max(last, config.first_candidate)
-        assert last - sealed <= index.cells.plan.most_tail(codes.shape[-1])
+    """All of the state is what codes and lengths say, and the tail is not too long."""
+    index, now = jax.tree.map(np.asarray, (index, progress_of(index)))
+    capacity, plan = index.codes.shape[-1], index.cells.plan
+    number = np.zeros((*index.codes.shape[:2], capacity), int)
+    for m in range(config.num_subspaces):
+        digit = index.codes[:, :, m] & (config.num_centroids - 1)
+        number = number * config.num_centroids + digit
+    sealed = np.asarray(index.cells.sealed(jnp.asarray(index.lengths)))
+    last = np.clip(index.lengths, 0, capacity) - config.window_size
+    assert (sealed <= np.maximum(last, config.first_candidate)).all()
+    assert (last - sealed <= plan.most_tail(capacity)).all()
+    for b, k in np.ndindex(number.shape[:2]):
+        positions = np.arange(config.first_candidate, sealed[b])
+        cell = number[b, k, positions]
+        by_cell = np.argsort(cell, kind="stable")
+        old, new = index.cells.starts[b, k]
+        np.testing.assert_array_equal(np.diff(old), np.bincount(cell, minlength=len(old) - 1))
+        assert old[0] == 0
+        # A list is read where its blocks are by now.
+        entry = np.arange(len(positions))
+        moved = now.begun[b] & (entry >= now.still[b])
+        place = entry + np.where(moved, (new - old)[cell[by_cell]], 0)
+        listed = index.cells.order[b, k, place]
+        np.testing.assert_array_equal(listed, positions[by_cell])
+        check_segment(index.cells, (b, k), now, number[b, k, sealed[b] :], listed)
 
 
-def check_segment(index, b, k, waiting, sealed_ones):
+def check_segment(state, row, now, waiting, listed):
     """What is known of the next segment: counts or new starts, and the blocks on their way.
 
-    `waiting` are cells of the tokens that are not sealed, `sealed_ones` are positions as listed.
+    `waiting` are cells of the tokens that are not sealed, `listed` are those that are.
     """
-    state, plan = index.cells, index.cells.plan
-    now = progress_of(index)
-    counted, read, moved = (int(x[b]) for x in (now.counted, now.read, now.moved))
-    old, new = np.asarray(state.starts[b, k])
+    plan, (b, _) = state.plan, row
+    counted, read, moved = now.counted[b], now.read[b], now.moved[b]
+    old, new = state.starts[row]
     counts = np.bincount(waiting[:counted], minlength=len(old))
     want = counts if counted < plan.segment else old + np.cumsum(counts) - counts
     np.testing.assert_array_equal(new, want)
-    before = [int((waiting[:j] == waiting[j]).sum()) for j in range(counted)]
-    np.testing.assert_array_equal(state.earlier[b, k, :counted], before)
-    ring, end = np.asarray(state.ring[b, k]).reshape(-1, plan.block), len(sealed_ones)
+    before = [(waiting[:j] == waiting[j]).sum() for j in range(counted)]
+    np.testing.assert_array_equal(state.earlier[row][:counted], before)
+    ring, end = state.ring[row].reshape(-1, plan.block), len(listed)
     for i in range(moved, read):
-        block = sealed_ones[max(end - (i + 1) * plan.block, 0) : end - i * plan.block]
-        assert ring[i % len(ring)][plan.block - len(block) :].tolist() == block
+        block = listed[max(end - (i + 1) * plan.block, 0) : end - i * plan.block]
+        np.testing.assert_array_equal(ring[i % len(ring)][plan.block - len(block) :], block)
 
 
 def progress_of(index):

@@ -26,6 +26,7 @@ from jax_indexer import (
     kmeans,
     rebuild,
     reference,
+    reset,
     select,
     with_cells,
 )
@@ -171,33 +172,65 @@ def test_cells_give_the_bits_of_xla_for_the_same_table(name, capacity):
             test_cells.check_lists(*run(test_cells.tables_of(kind, config, rng), index), kind)
 
 
-def test_twenty_thousand_steps_give_the_lists_of_another_selector():
-    """With sealing all the way, rows that grow at different speeds, and state that is right."""
+@pytest.mark.parametrize("function", ["append", "indexer_next"])
+@pytest.mark.parametrize("capacity", [20000, 131072])
+def test_fifty_thousand_steps_keep_cells_and_lists_right(capacity, function):
+    """Rows take 0 to 2 tokens a step, restart now and then, and are rebuilt between thousands.
+
+    A race between the threads of one program shows after thousands of steps, if at all.
+    """
     config = IndexerConfig(cells=True)
-    batch, kv_heads, heads, dimensions, capacity, steps = 3, 2, 8, 64, 24576, 20_000
-    rng = np.random.default_rng(0)
-    keys = jnp.asarray(rng.standard_normal((512, batch, 1, kv_heads, dimensions)), jnp.bfloat16)
-    queries = jnp.asarray(rng.standard_normal((512, batch, 1, heads, dimensions)), jnp.bfloat16)
+    batch, kv_heads, heads, dimensions, pool = 4, 2, 8, 64, 1024
+    rng = np.random.default_rng(capacity)
+
+    def draw(*shape):
+        return jnp.asarray(rng.standard_normal((*shape, dimensions)), jnp.bfloat16)
+
+    keys, queries = draw(pool, batch, 2, kv_heads), draw(pool, batch, 2, heads)
     queries = queries.at[7].set(0)
-    cache = jnp.asarray(rng.standard_normal((batch, capacity, kv_heads, dimensions)), jnp.bfloat16)
-    index = build_index(cache, jnp.array([4096, 300, 0], jnp.int32), config)
+    cache = draw(batch, capacity, kv_heads)
 
-    def step(carry, number):
-        index, differences = carry
-        counts = jnp.array([1, 1, 0], jnp.int32).at[2].set((number % 3 > 0).astype(jnp.int32))
-        got, index = indexer_next(
-            queries[number % 512], keys[number % 512], index, config, counts=counts,
-            selector="cells",
-        )  # fmt: skip
-        want = select(queries[number % 512], index, config, selector="threshold")
-        differences += jnp.sum(got.indices != want.indices, dtype=jnp.int32)
-        return (index, differences), None
+    def differences(query, index):
+        got, want = (select(query, index, config, selector=x) for x in ("cells", "threshold"))
+        return jnp.sum(got.indices != want.indices, dtype=jnp.int32)
 
-    run = jax.jit(lambda index: jax.lax.scan(step, (index, jnp.int32(0)), jnp.arange(steps))[0])
-    index, differences = run(index)
-    assert int(differences) == 0
-    assert index.lengths.tolist() == [24096, 20300, 13333]
-    test_cells.check_state(index, config)
+    def step(carry, number, tokens):
+        index, different = carry
+        of_step = jax.random.split(jax.random.fold_in(jax.random.key(0), number))
+        index = reset(index, jax.random.uniform(of_step[0], batch) < 1 / 2000)
+        counts = jax.random.randint(of_step[1], batch, 0, tokens + 1)
+        query, key = queries[number % pool, :, :tokens], keys[number % pool, :, :tokens]
+        if function == "append":
+            return (append(index, key, config, counts=counts), different), None
+        got, index = indexer_next(query, key, index, config, counts=counts)
+        if tokens > 1:
+            return (index, different + differences(query[:, :1], index)), None
+        want = select(query, index, config, selector="threshold")
+        differs = (got.indices != want.indices) & (counts > 0)[:, None, None, None]
+        return (index, different + jnp.sum(differs, dtype=jnp.int32)), None
+
+    @functools.partial(jax.jit, static_argnums=2, donate_argnums=0)
+    def thousand(index, first, tokens):
+        numbers = first + jnp.arange(1000)
+        some_step = functools.partial(step, tokens=tokens)
+        (index, different), _ = jax.lax.scan(some_step, (index, jnp.int32(0)), numbers)
+        return index, different + differences(queries[0, :, :1], index)
+
+    again = jax.jit(functools.partial(rebuild, config=config), donate_argnums=0)
+    index = build_index(cache, jnp.array([capacity - 900, 4096, 300, 0], jnp.int32), config)
+    sealings = 0
+    for first in range(0, 50_000, 1000):
+        sealed = index.cells.sealed(index.lengths)
+        index, different = thousand(
+            index, first, 2 if function == "append" else 1 + first // 1000 % 2
+        )
+        test_cells.check_state(index, config)
+        assert int(different) == 0, f"within the thousand steps from {first} on"
+        sealings += int(jnp.sum(index.cells.sealed(index.lengths) > sealed))
+        rows = jnp.asarray(rng.random(batch) < 0.3)
+        lengths = jnp.asarray(rng.integers(0, capacity + 1, batch), jnp.int32)
+        index = again(index, cache, rows=rows, lengths=lengths)
+    assert sealings > 50
 
 
 @pytest.mark.parametrize("num_warps", [4, 8, 16])
