@@ -119,7 +119,7 @@ def torch_builder(w: Workload, key: jax.Array) -> Builder:
             pq_group_factor=config.num_subspaces,
             pq_bits=config.num_bits,
             kmeans_iter=config.kmeans_iters,
-            init_offset=int(config.init_offset),
+            init_offset=config.first_trained,
             metric=config.metric,
         )
 
@@ -129,7 +129,7 @@ def torch_builder(w: Workload, key: jax.Array) -> Builder:
 
     def trained() -> tuple[np.ndarray, np.ndarray]:
         centroids, codes, _ = found
-        first = _sample_start(w) - int(config.init_offset)
+        first = _sample_start(w) - config.first_trained
         sample = codes[0, :, first : first + SAMPLE].cpu().numpy()
         return centroids[0].cpu().numpy(), sample.transpose(0, 2, 1)
 
@@ -139,7 +139,7 @@ def torch_builder(w: Workload, key: jax.Array) -> Builder:
 
 
 def _sample_start(w: Workload) -> int:
-    return max(w.lengths[0] - w.config.window_size - SAMPLE, int(w.config.init_offset))
+    return max(w.lengths[0] - w.config.window_size - SAMPLE, w.config.first_trained)
 
 
 def check(w: Workload, key: jax.Array, builder: Builder) -> float:

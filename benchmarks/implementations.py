@@ -386,7 +386,7 @@ def _torch_calls(reference: Reference) -> list[TorchCall]:
             (len(rows), w.K, length, w.H), dtype=key_new.dtype, device=key_new.device
         )
         keys[:, :, length - w.T :] = key_new
-        quantized = inputs.codes[batch, :, :, config.init_offset : max(length - w.T, 0)]
+        quantized = inputs.codes[batch, :, :, config.first_trained : max(length - w.T, 0)]
         codebook = _tensor(quantized).transpose(2, 3).long().contiguous()
         calls.append(
             TorchCall(
@@ -401,7 +401,7 @@ def _torch_calls(reference: Reference) -> list[TorchCall]:
                     "sink_size": config.sink_size,
                     "window_size": config.window_size,
                     "heavy_size": config.heavy_size,
-                    "init_offset": int(config.init_offset),
+                    "init_offset": config.first_trained,
                     "metric": config.metric,
                     "ip2l2_phi": None if inputs.phi is None else _tensor(inputs.phi[batch]),
                     "check_values": False,

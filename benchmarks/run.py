@@ -36,7 +36,7 @@ def shape_of(workload: Workload) -> dict[str, Any]:
     sizes = dataclasses.asdict(workload)
     config = sizes.pop("config")
     config["table_dtype"] = np.dtype(config["table_dtype"]).name
-    config["init_offset"] = int(config["init_offset"])
+    config["init_offset"] = workload.config.first_trained
     return sizes | {"S": workload.capacity, "config": config}
 
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import operator
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, get_args
 
 import jax.numpy as jnp
 import numpy as np
@@ -13,10 +13,6 @@ Metric = Literal["euclidean", "ip"]
 MOST_CELLS = 16384
 
 FLOAT_DTYPES = (np.dtype(jnp.float32), np.dtype(jnp.bfloat16), np.dtype(jnp.float16))
-
-
-class _FollowsSinkSize(int):
-    """`init_offset` left at None: reads as `sink_size`, and follows it through `replace`."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,7 +26,7 @@ class IndexerConfig:
       sink_size: tokens at the start that are always attended.
       window_size: tokens at the end that are always attended.
       init_offset: first position that may be chosen by score, and the first that codebooks are
-        trained on; None means `sink_size`, and reads as that.
+        trained on; None means `sink_size`, whatever that is: `first_trained` is the number.
       metric: "euclidean", or "ip" for codebooks trained on keys augmented by one coordinate, which
         turns the largest inner product into the nearest neighbour. Scores are inner products of
         the H real dimensions for both.
@@ -69,11 +65,9 @@ class IndexerConfig:
             ("kmeans_iters", 0, None),
         ):
             object.__setattr__(self, name, _integer(name, getattr(self, name), low, high))
-        if self.init_offset is None or isinstance(self.init_offset, _FollowsSinkSize):
-            init_offset = _FollowsSinkSize(self.sink_size)
-        else:
+        if self.init_offset is not None:
             init_offset = _integer("init_offset", self.init_offset, 0, None)
-        object.__setattr__(self, "init_offset", init_offset)
+            object.__setattr__(self, "init_offset", init_offset)
         if self.train_tokens is not None:
             train_tokens = _integer("train_tokens", self.train_tokens, 1, None)
             object.__setattr__(self, "train_tokens", train_tokens)
@@ -117,8 +111,8 @@ class IndexerConfig:
 
     @property
     def first_trained(self) -> int:
-        """The lowest position that codebooks are trained on: `init_offset`, never None."""
-        return cast(int, self.init_offset)
+        """The lowest position that codebooks are trained on: `init_offset`, or `sink_size`."""
+        return self.sink_size if self.init_offset is None else self.init_offset
 
     @property
     def first_candidate(self) -> int:

@@ -64,14 +64,14 @@ def _problem(indices, count, scores, visible, config, atol, num_query_tokens):
     position = np.arange(visible)
     taken = np.zeros(visible, bool)
     taken[chosen] = True
-    short = config.heavy_size + config.init_offset + num_query_tokens + 2**config.num_bits
+    short = config.heavy_size + config.first_trained + num_query_tokens + 2**config.num_bits
     if visible <= short:
         return None if taken.all() else f"short context without tokens {_few(position[~taken])}"
 
     always = (position < config.sink_size) | (position >= visible - config.window_size)
     if (always & ~taken).any():
         return f"sink or window tokens missing: {_few(position[always & ~taken])}"
-    candidate = (position >= config.init_offset) & ~always
+    candidate = (position >= config.first_trained) & ~always
     if (taken & ~always & ~candidate).any():
         return f"tokens that are no candidates: {_few(position[taken & ~always & ~candidate])}"
     heavy = min(config.heavy_size, int(candidate.sum()))

@@ -47,12 +47,12 @@ def visible(lengths, capacity, num_query_tokens):
 
 def tokens(scores, visible, num_query_tokens, config):
     """The ascending positions that one row selects: rules 1, 2, 4 and 5."""
-    short = config.heavy_size + config.init_offset + num_query_tokens + 2**config.num_bits
+    short = config.heavy_size + config.first_trained + num_query_tokens + 2**config.num_bits
     position = np.arange(visible)
     if visible <= short:
         return position
     always = (position < config.sink_size) | (position >= visible - config.window_size)
-    eligible = (position >= config.init_offset) & (position < visible - config.window_size)
+    eligible = (position >= config.first_trained) & (position < visible - config.window_size)
     candidates = position[eligible & ~always]
     score = scores[candidates]
     nan = np.isnan(score)

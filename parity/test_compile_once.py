@@ -134,6 +134,6 @@ def test_equal_configs_share_a_program(compilations):
     index, query, _ = inputs()
     jax.block_until_ready(select(query[0], index, CONFIG))
     before = compilations()
-    same = IndexerConfig(num_bits=4, heavy_size=6, sink_size=8, window_size=4, init_offset=8)
+    same = IndexerConfig(num_bits=4, heavy_size=np.int64(6), sink_size=8, window_size=4)
     jax.block_until_ready(select(query[0], index, same))
     assert compilations() == before

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import functools
 import pickle
 
 import jax
@@ -16,23 +17,31 @@ def test_defaults():
     config = IndexerConfig()
     assert (config.num_subspaces, config.num_bits) == (2, 6)
     assert (config.heavy_size, config.sink_size, config.window_size) == (128, 128, 128)
-    assert config.init_offset == 128
+    assert config.init_offset is None
     assert (config.metric, config.kmeans_iters, config.cells) == ("euclidean", 10, False)
     assert config.table_dtype == jnp.float32
     assert config.train_tokens is None
 
 
 def test_init_offset_none_means_sink_size():
-    assert IndexerConfig(sink_size=7).init_offset == 7
-    assert IndexerConfig(sink_size=7, init_offset=None).init_offset == 7
-    assert IndexerConfig(sink_size=7, init_offset=0).init_offset == 0
-    assert IndexerConfig(sink_size=7) == IndexerConfig(sink_size=7, init_offset=7)
-
-
-def test_replace_resolves_init_offset_anew():
-    assert dataclasses.replace(IndexerConfig(sink_size=7), sink_size=9).init_offset == 9
+    assert IndexerConfig(sink_size=7).first_trained == 7
+    assert IndexerConfig(sink_size=7, init_offset=0).first_trained == 0
+    assert dataclasses.replace(IndexerConfig(sink_size=7), sink_size=9).first_trained == 9
     given = IndexerConfig(sink_size=7, init_offset=7)
-    assert dataclasses.replace(given, sink_size=9).init_offset == 7
+    assert dataclasses.replace(given, sink_size=9).first_trained == 7
+
+
+def test_configs_that_replace_tells_apart_share_no_program():
+    """One program for both would give the second the first one's result."""
+
+    @functools.partial(jax.jit, static_argnames="config")
+    def first_candidate(x, config):
+        return x + dataclasses.replace(config, sink_size=2).first_candidate
+
+    follows = IndexerConfig(sink_size=7)
+    stays = IndexerConfig(sink_size=7, init_offset=7)
+    got = [int(first_candidate(jnp.int32(0), config=config)) for config in (follows, stays)]
+    assert got == [2, 7]
 
 
 def test_it_is_frozen_and_keyword_only():

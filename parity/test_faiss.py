@@ -19,7 +19,7 @@ STARTS = 10
 def best(scores):
     """The heavy_size best candidates of each row of scores [rows, tokens], as a mask."""
     candidates = np.zeros(scores.shape[-1], bool)
-    candidates[CONFIG.init_offset : -CONFIG.window_size] = True
+    candidates[CONFIG.first_trained : -CONFIG.window_size] = True
     order = np.argsort(np.where(candidates, -scores, np.inf), axis=-1, kind="stable")
     chosen = np.zeros(scores.shape, bool)
     np.put_along_axis(chosen, order[:, : CONFIG.heavy_size], True, axis=-1)
@@ -44,7 +44,7 @@ def test_recall_is_that_of_faiss():
     def faiss_recall(seed):
         quantizer = faiss.ProductQuantizer(key.shape[1], CONFIG.num_subspaces, CONFIG.num_bits)
         quantizer.cp.niter, quantizer.cp.seed = CONFIG.kmeans_iters, seed
-        quantizer.train(key[CONFIG.init_offset :])
+        quantizer.train(key[CONFIG.first_trained :])
         return recall(best(rows @ quantizer.decode(quantizer.compute_codes(key)).T), exact)
 
     theirs = [faiss_recall(1234 + start) for start in range(STARTS)]  # 1234 is its default

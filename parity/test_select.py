@@ -42,15 +42,15 @@ def check_exact(query, index, config, implementation, table=None):
 
 def boundary_lengths(config, capacity, num_query_tokens):
     """Every length at which a rule starts or stops to hold, one under, one over, and nonsense."""
-    short = config.heavy_size + config.init_offset + num_query_tokens + 2**config.num_bits
-    first = max(config.sink_size, config.init_offset)
+    short = config.heavy_size + config.first_trained + num_query_tokens + 2**config.num_bits
+    first = max(config.sink_size, config.first_trained)
     edges = {
         0,
         config.sink_size,
         config.window_size,
-        config.init_offset,
+        config.first_trained,
         config.sink_size + config.window_size,
-        config.init_offset + config.window_size,
+        config.first_trained + config.window_size,
         first + config.window_size + config.heavy_size,
         short,
         short + num_query_tokens,
@@ -105,7 +105,7 @@ def test_select_equals_the_oracle(sizes, num_query_tokens, implementation):
         table_dtype=DTYPES[seed // 3 % len(DTYPES)],
         **sizes,
     )
-    capacity = config.heavy_size + config.init_offset + 2**bits + 75
+    capacity = config.heavy_size + config.first_trained + 2**bits + 75
     lengths = boundary_lengths(config, capacity, num_query_tokens)
     lengths += list(rng.integers(0, capacity + 1, 40 - len(lengths) % 8))
     shape = {"capacity": capacity, "T": num_query_tokens, "N": K * G, "K": K, "H": M * D}
