@@ -98,10 +98,12 @@ def check_config(config: Any) -> None:
         )
 
 
-def check_key(name: str, key: Any, tokens: str, kv_layout: Any, sizes: Sizes) -> None:
-    """Checks a key or value array [B, tokens, K, H] in either layout."""
+def check_key(
+    name: str, key: Any, tokens: str, kv_layout: Any, sizes: Sizes, *, head: str = "H"
+) -> None:
+    """Checks a key or value array [B, tokens, K, head] in either layout."""
     check_choice("kv_layout", kv_layout, get_args(KVLayout))
-    letters = f"B {tokens} K H" if kv_layout == "BSKH" else f"B K {tokens} H"
+    letters = f"B {tokens} K {head}" if kv_layout == "BSKH" else f"B K {tokens} {head}"
     check_array(
         name, key, letters, sizes, FLOAT_DTYPES, source=f"{name} with kv_layout={kv_layout!r}"
     )

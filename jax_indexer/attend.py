@@ -28,14 +28,15 @@ def sparse_attention(
     Args:
       query: [B, T, N, H], float32, bfloat16 or float16.
       key: [B, S, K, H] ("BSKH") or [B, K, S, H] ("BKSH"), the cache.
-      value: like `key`.
+      value: like `key`, but with a head dimension H' of its own.
       selection: what `select` returned; only its indices are read.
       scale: of the logits; None for H**-0.5.
       kv_layout: order of the token and head axes of `key` and `value`.
       implementation: "xla", or None for the best one there is.
 
     Returns:
-      [B, T, N, H] in the query's dtype, computed in float32; zeros where nothing is listed.
+      [B, T, N, H'] in the query's dtype, computed in float32; zeros where nothing is listed.
+      Gradients flow to query, key and value, whose gradients are 0 at tokens that are not listed.
 
     Raises:
       ValueError: for arguments of wrong type, shape or dtype.
@@ -48,7 +49,7 @@ def sparse_attention(
         raise NotImplementedError('implementation: sparse_attention has "xla" only; use None')
     sizes = _arguments.Sizes()
     _arguments.check_key("key", key, "S", kv_layout, sizes)
-    _arguments.check_key("value", value, "S", kv_layout, sizes)
+    _arguments.check_key("value", value, "S", kv_layout, sizes, head="H'")
     _arguments.check_array("query", query, "B T N H", sizes, FLOAT_DTYPES)
     _arguments.check_groups(sizes)
     if not isinstance(selection, Selection):

@@ -387,11 +387,11 @@ def write_codes(
 def attend(
     query: Float[Array, "B T N H"],
     key: Float[Array, "B _ _ H"],
-    value: Float[Array, "B _ _ H"],
+    value: Float[Array, "B _ _ H_"],
     indices: Int32[Array, "B T N P"],
     scale: float | Float[Array, ""],
     kv_layout: KVLayout,
-) -> Float[Array, "B T N H"]:
+) -> Float[Array, "B T N H_"]:
     """Softmax attention over the listed tokens, in float32 (CONTRACT.md, section 4)."""
     token_axis, head_axis = (1, 2) if kv_layout == "BSKH" else (2, 1)
     capacity, kv_heads = key.shape[token_axis], key.shape[head_axis]
@@ -405,7 +405,9 @@ def attend(
         flat = flat if kv_layout == "BKSH" else flat.swapaxes(1, 2)
         taken = jnp.take_along_axis(cache, flat[..., None], axis=token_axis)
         taken = taken if kv_layout == "BKSH" else taken.swapaxes(1, 2)
-        return taken.reshape(batch, kv_heads, group, list_size, -1).astype(jnp.float32)
+        taken = taken.reshape(batch, kv_heads, group, list_size, -1).astype(jnp.float32)
+        # What is not listed is 0, since 0 times its NaN would be NaN, in gradients too.
+        return jnp.where(listed[..., None], taken, 0)
 
     grouped = by_kv_head(query.astype(jnp.float32), kv_heads)
     highest = lax.Precision.HIGHEST
@@ -415,6 +417,5 @@ def attend(
     weights = jnp.exp(logits - jnp.where(jnp.isneginf(largest), 0, largest))
     total = jnp.sum(weights, axis=-1, keepdims=True)
     weights = weights / jnp.where(total == 0, 1, total)
-    values = jnp.where(listed[..., None], gather(value), 0)
-    out = jnp.einsum("bkgp,bkgph->bkgh", weights, values, precision=highest)
+    out = jnp.einsum("bkgp,bkgph->bkgh", weights, gather(value), precision=highest)
     return by_query_head(out, query.shape[1]).astype(query.dtype)

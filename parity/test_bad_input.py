@@ -106,7 +106,7 @@ CASES = [
     ("indexer_next", "key_new", f32(B, K, H), "B, t, K, H", "[2, 2, 8]"),
     ("sparse_attention", "query", f32(B, N, H), "B", "[2, 4, 8]"),
     ("sparse_attention", "key", f32(S, K, H), "B, S, K, H", "[32, 2, 8]"),
-    ("sparse_attention", "value", f32(S, K, H), "B=2, S=32, K=2, H=8", "[32, 2, 8]"),
+    ("sparse_attention", "value", f32(S, K, H), "B=2, S=32, K=2, H'", "[32, 2, 8]"),
     ("sparse_attention", "selection.indices", i32(B, N, P), "P", "[2, 4, 14]"),
     # Dtype: 64-bit arrays, which JAX would cut in half without a word, among them.
     ("build_index", "key", f32(B, S, K, H).astype(np.float64), "float32", "float64"),

@@ -33,7 +33,7 @@ def lists(*, T=1, P=20, seed=1):
 def attention(query, key, value, selection, scale):
     """Float64, one row at a time."""
     query, key, value = (x.astype(np.float64) for x in (query, key, value))
-    out = np.zeros(query.shape)
+    out = np.zeros((*query.shape[:3], value.shape[3]))
     for b, t, n in np.ndindex(query.shape[:3]):
         listed = np.asarray(selection.indices[b, t, n][: selection.counts[b, t, n]])
         if len(listed):
@@ -152,6 +152,50 @@ def test_both_layouts():
         query, key.swapaxes(1, 2), value.swapaxes(1, 2), selection, kv_layout="BKSH"
     )
     np.testing.assert_allclose(head_major, want, rtol=2e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("size", [1, 12, 24])
+def test_values_may_have_another_head_dimension(size):
+    query, key, value = inputs(T=2)
+    value = np.resize(value, (B, S, K, size))
+    selection = lists(T=2)
+    want = attention(query, key, value, selection, H**-0.5)
+    close(sparse_attention(query, key, value, selection), want)
+    key, value = key.swapaxes(1, 2), value.swapaxes(1, 2)
+    close(sparse_attention(query, key, value, selection, kv_layout="BKSH"), want)
+
+
+@pytest.mark.parametrize("garbage", [np.nan, np.inf, 1e30])
+def test_gradients_come_from_what_is_listed_alone(garbage):
+    """Token 0, where a -1 is read, is not listed; row 1 is empty, and so is a list of row 0."""
+    query, key, value = inputs()
+    listed = [1, 4, 9, 20, S - 2]
+    indices = np.full((B, 1, N, 8), -1, np.int32)
+    indices[..., :5] = listed
+    indices[1] = indices[0, 0, 2] = -1
+    selection = Selection(
+        jnp.asarray(indices), jnp.asarray((indices >= 0).sum(-1), jnp.int32), None
+    )
+
+    def loss(*arrays):
+        return jnp.sum(sparse_attention(*arrays, selection) ** 2)
+
+    differentiate = jax.grad(loss, argnums=(0, 1, 2))
+    want = differentiate(query, key, value)
+    unlisted = np.ones((B, S), bool)
+    unlisted[:, listed] = False
+    unlisted[1] = True
+    key[unlisted] = value[unlisted] = garbage
+    got = differentiate(query, key, value)
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+    of_query, of_key, of_value = got
+    assert (of_query[1] == 0).all()
+    assert (of_query[0, 0, 2] == 0).all()
+    assert (of_key[unlisted] == 0).all()
+    assert (of_value[unlisted] == 0).all()
+    assert (of_query[2] != 0).all()
+    assert (of_key[2, listed] != 0).all()
+    assert (of_value[2, listed] != 0).all()
 
 
 def test_it_consumes_what_select_returns():
