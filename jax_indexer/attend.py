@@ -49,9 +49,9 @@ def sparse_attention(
         raise NotImplementedError('implementation: sparse_attention has "xla" only; use None')
     sizes = _arguments.Sizes()
     _arguments.check_key("key", key, "S", kv_layout, sizes)
-    _arguments.check_key("value", value, "S", kv_layout, sizes, head="H'")
     _arguments.check_array("query", query, "B T N H", sizes, FLOAT_DTYPES)
     _arguments.check_groups(sizes)
+    _arguments.check_key("value", value, "S", kv_layout, sizes, head="H'")
     if not isinstance(selection, Selection):
         raise ValueError(
             f"selection: expected a Selection, got {type(selection).__name__}; "

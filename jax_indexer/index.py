@@ -78,7 +78,8 @@ def build_index(
       A PQIndex with capacity S.
 
     Raises:
-      ValueError: for arguments of wrong type, shape or dtype.
+      ValueError: for arguments of wrong type, shape or dtype, and for more kv heads than tokens,
+        which a cache of the other layout would have.
 
     Source: CONTRACT.md, section 4; the method is that of PQCache (arXiv 2407.12820).
     """
@@ -86,6 +87,11 @@ def build_index(
     sizes = _arguments.Sizes()
     _arguments.check_key("key", key, "S", kv_layout, sizes)
     _arguments.check_subspaces("key", config, sizes)
+    if sizes["K"] > sizes["S"]:  # nothing else here would tell that the axes are swapped
+        raise ValueError(
+            f"key: expected at most as many kv heads K as tokens S, got K={sizes['K']}, "
+            f"S={sizes['S']}; pass the cache at its full capacity{sizes.understood('key')}"
+        )
     _arguments.check_array("lengths", lengths, "B", sizes, _arguments.INT32)
     _check_seed(seed)
     return _build(key, lengths, np.uint32(seed), config=config, kv_layout=kv_layout)
@@ -261,7 +267,7 @@ def append(
       A PQIndex of the same shapes.
 
     Raises:
-      ValueError: for arguments of wrong type, shape or dtype.
+      ValueError: for arguments of wrong type, shape or dtype, and for t > S without `counts`.
 
     Source: CONTRACT.md, section 4.
     """
@@ -278,6 +284,11 @@ def check_append(index, key_new, config, counts, kv_layout) -> _arguments.Sizes:
     check_index(index, config, sizes)
     if counts is not None:
         _arguments.check_array("counts", counts, "B", sizes, _arguments.INT32)
+    elif sizes["t"] > sizes["S"]:
+        raise ValueError(
+            f"key_new: expected at most t=S={sizes['S']} tokens, as many as a row can hold, "
+            f"got t={sizes['t']}; pass fewer, or counts{sizes.understood('key_new')}"
+        )
     _check_phi(index, config)
     return sizes
 

@@ -113,13 +113,9 @@ def indexer_next(
 
     Source: CONTRACT.md, section 4.
     """
-    sizes = check_append(index, key_new, config, counts, kv_layout)
+    _check_step(query, key_new, kv_layout)
+    check_append(index, key_new, config, counts, kv_layout)
     check_select(query, index, config, return_weights, implementation, selector)
-    if query.shape[1] != sizes["t"]:
-        raise ValueError(
-            f"key_new: expected t=T={query.shape[1]} tokens, as many as query has, "
-            f"got t={sizes['t']}; call append and select apart for other numbers"
-        )
     return _step(
         query,
         key_new,
@@ -131,6 +127,19 @@ def indexer_next(
         selector=selector,
         kv_layout=kv_layout,
     )
+
+
+def _check_step(query, key_new, kv_layout) -> None:
+    """Checks that queries and new keys are of the same step."""
+    sizes = _arguments.Sizes()
+    _arguments.check_array("query", query, "B T N H", sizes, FLOAT_DTYPES)
+    _arguments.check_key("key_new", key_new, "t", kv_layout, sizes)
+    _arguments.check_groups(sizes)
+    if sizes["t"] != sizes["T"]:
+        raise ValueError(
+            f"key_new: expected t=T={sizes['T']} tokens, as many as query has, got t={sizes['t']}; "
+            f"call append and select apart for other numbers{sizes.understood('key_new')}"
+        )
 
 
 def check_select(query, index, config, return_weights, implementation, selector) -> None:

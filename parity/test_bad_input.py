@@ -3,6 +3,8 @@
 It comes before anything is compiled. What depends on data is no error: see test_select.
 """
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -103,7 +105,7 @@ CASES = [
     ("select", "query", f32(B, T, N, H, 1), "B, T, N, H", "[2, 1, 4, 8, 1]"),
     ("select", "index.codebooks", f32(B, K, M, C * 4), "C=4", "[2, 2, 2, 16]"),
     ("select", "index.lengths", i32(), "B=2", "int32[]"),
-    ("indexer_next", "key_new", f32(B, K, H), "B, t, K, H", "[2, 2, 8]"),
+    ("indexer_next", "key_new", f32(B, K, H), "B=2, t, K, H=8", "[2, 2, 8]"),
     ("sparse_attention", "query", f32(B, N, H), "B", "[2, 4, 8]"),
     ("sparse_attention", "key", f32(S, K, H), "B, S, K, H", "[32, 2, 8]"),
     ("sparse_attention", "value", f32(S, K, H), "B=2, S=32, K=2, H'", "[32, 2, 8]"),
@@ -166,6 +168,8 @@ CASES = [
     ("select", "query", f32(B, T, N, 7), "num_subspaces=2", "H=7"),
     # Sizes that contradict each other.
     ("build_index", "lengths", i32(B + 1), "B=2", "int32[3]"),
+    ("build_index", "key", f32(B, K, S, H), "K as tokens S", "K=32, S=2"),
+    ("indexer_next", "key_new", f32(B, S + 1, K, H), "T=1", "t=33"),
     ("rebuild", "rows", np.ones(B + 1, bool), "B=2", "bool[3]"),
     ("reset", "rows", np.ones((B, 1), bool), "B=2", "bool[2, 1]"),
     ("rebuild", "key", f32(B, S + 1, K, H), "", ""),
@@ -303,13 +307,101 @@ def test_a_wrong_argument_is_named_under_jit_too(case):
 
 
 def test_a_message_says_which_other_argument_a_size_comes_from():
-    with pytest.raises(ValueError, match=r"^index.codes: .*axis S must be 33, as in key with kv_l"):
+    with pytest.raises(ValueError, match=r"^index.codes: .*axis S must be 33, as in key"):
         call("rebuild", key=f32(B, S + 1, K, H))
-    # Axes in the other order are not seen as such, but the message says how they were read.
-    with pytest.raises(ValueError, match=r"^index.codebooks: .* as in key with kv_layout='BSKH'"):
-        call("rebuild", key=f32(B, K, S, H))
     with pytest.raises(ValueError, match=r"^index.lengths: .*axis B must be 2, as in query"):
         call("select", **{"index.lengths": i32(B + 1)})
+
+
+@pytest.mark.parametrize(
+    ("function", "arguments", "understood"),
+    [
+        ("build_index", {"key": f32(B, K, S, H)}, "key understood as [B=2, S=2, K=32, H=8]"),
+        (
+            "build_index",
+            {"lengths": i32(B + 1)},
+            "key understood as [B=2, S=32, K=2, H=8]",
+        ),
+        ("build_index", {"key": f32(B, S, K, 7)}, "key understood as [B=2, S=32, K=2, H=7]"),
+        ("rebuild", {"key": f32(B, K, S, H)}, "key understood as [B=2, S=2, K=32, H=8]"),
+        ("rebuild_gain", {"key": f32(B, K, S, H)}, "key understood as [B=2, S=2, K=32, H=8]"),
+        ("append", {"key_new": f32(B, K, 3, H)}, "key_new understood as [B=2, t=2, K=3, H=8]"),
+        (
+            "append",
+            {"key_new": f32(B, S + 1, K, H), "counts": None},
+            "key_new understood as [B=2, t=33, K=2, H=8]",
+        ),
+        (
+            "indexer_next",
+            {"key_new": f32(B, K, T, H)},
+            "key_new understood as [B=2, t=2, K=1, H=8]",
+        ),
+        (
+            "sparse_attention",
+            {"key": f32(B, K, S, H), "value": f32(B, K, S, H)},
+            "key understood as [B=2, S=2, K=32, H=8]",
+        ),
+        (
+            "sparse_attention",
+            {"value": f32(B, K, S, H)},
+            "key understood as [B=2, S=32, K=2, H=8], value understood as [B=2, S=2, K=32, H'=8]",
+        ),
+    ],
+)
+def test_a_message_says_how_the_axes_of_keys_were_understood(function, arguments, understood):
+    tokens = "t" if "key_new" in understood else "S"
+    layout = f'with kv_layout="BSKH"; kv_layout="BKSH" swaps {tokens} and K'
+    with pytest.raises(ValueError, match=re.escape(f"; {understood} {layout}") + "$"):
+        call(function, **arguments)
+
+
+def test_a_message_names_the_layout_that_was_given():
+    understood = 'key understood as [B=2, K=32, S=2, H=8] with kv_layout="BKSH"; kv_layout="BSKH"'
+    with pytest.raises(ValueError, match=re.escape(understood)):
+        call("build_index", key=f32(B, S, K, H), kv_layout="BKSH")
+
+
+@pytest.mark.parametrize("number", [7, np.int32(7), np.array(7, np.int32), jnp.int32(7)], ids=repr)
+@pytest.mark.parametrize(
+    ("function", "argument"),
+    [("build_index", "lengths"), ("append", "counts"), ("indexer_next", "counts")],
+)
+def test_one_number_for_all_rows_is_said_to_need_an_array(function, argument, number):
+    text = argument if isinstance(number, (jax.Array, np.ndarray)) else "7"
+    with pytest.raises(ValueError, match=rf"^{argument}: .*jnp\.full\({B}, {text}, jnp\.int32\)"):
+        call(function, **{argument: number})
+
+
+@pytest.mark.parametrize(
+    ("function", "key"), [("sparse_attention", "key"), ("indexer_next", "key_new")]
+)
+def test_query_and_key_in_each_others_place_are_seen_as_such(function, key):
+    arguments = {"query": ARGUMENTS[function][key], key: ARGUMENTS[function]["query"]}
+    with pytest.raises(ValueError, match=rf"^query: .*; swap query and {key} if"):
+        call(function, **arguments)
+    with pytest.raises(ValueError, match=r"^query: .*; query is \[B, T, N, H\]"):
+        call(function, query=f32(B, T, 3, H))
+
+
+def test_more_tokens_than_a_row_can_hold_are_refused_without_counts():
+    many = f32(B, S + 1, K, H)
+    for function, others in (("append", {}), ("indexer_next", {"query": f32(B, S + 1, N, H)})):
+        with pytest.raises(ValueError, match=r"^key_new: expected at most t=S=32 .*, got t=33; "):
+            call(function, key_new=many, counts=None, **others)
+        call(function, key_new=many, counts=i32(B), **others)
+
+
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "float8_e5m2"])
+@pytest.mark.parametrize(
+    ("function", "argument"),
+    [("build_index", "key"), ("append", "key_new"), ("sparse_attention", "value")],
+)
+def test_a_cache_of_8_bits_is_to_be_cast_to_16(function, argument, dtype):
+    array = ARGUMENTS[function][argument].astype(jnp.dtype(dtype))
+    with pytest.raises(ValueError, match=r"; cast with \.astype\(jnp\.bfloat16\)"):
+        call(function, **{argument: array})
+    with pytest.raises(ValueError, match=r"; cast with \.astype\(jnp\.float32\)"):
+        call(function, **{argument: array.astype(np.int8)})
 
 
 def test_an_index_for_several_layers_is_known_by_its_axes():
