@@ -149,7 +149,7 @@ def measure_lists(
             "btnh,bsnh->btns", query, jnp.repeat(key, groups, axis=2), precision="highest"
         )
         exact, counts = reference.select_from_scores(scores, lengths, config)
-        selection = Selection(exact, counts, None)
+        selection = Selection(exact, counts)
         if index is not None:
             now = dataclasses.replace(index, lengths=lengths)
             selection = select(query, now, config)

@@ -29,7 +29,8 @@ def sparse_attention(
       query: [B, T, N, H], float32, bfloat16 or float16.
       key: [B, S, K, H] ("BSKH") or [B, K, S, H] ("BKSH"), the cache.
       value: like `key`, but with a head dimension H' of its own.
-      selection: what `select` returned; only its indices are read.
+      selection: what `select` returned for an index of the cache's capacity S; only its indices
+        are read.
       scale: of the logits; None for H**-0.5.
       kv_layout: order of the token and head axes of `key` and `value`.
       implementation: "xla", or None for the best one there is.
@@ -47,16 +48,21 @@ def sparse_attention(
     _arguments.check_choice("implementation", implementation, (None, *get_args(Implementation)))
     if implementation == "triton":
         raise NotImplementedError('implementation: sparse_attention has "xla" only; use None')
-    sizes = _arguments.Sizes()
-    _arguments.check_key("key", key, "S", kv_layout, sizes)
-    _arguments.check_array("query", query, "B T N H", sizes, FLOAT_DTYPES)
-    _arguments.check_groups(sizes)
-    _arguments.check_key("value", value, "S", kv_layout, sizes, head="H'")
     if not isinstance(selection, Selection):
         raise ValueError(
             f"selection: expected a Selection, got {type(selection).__name__}; "
             "pass what select returned"
         )
+    sizes = _arguments.Sizes()
+    _arguments.check_key("key", key, "S", kv_layout, sizes)
+    _arguments.check_array("query", query, "B T N H", sizes, FLOAT_DTYPES)
+    _arguments.check_groups(sizes)
+    if selection.capacity not in (None, sizes["S"]):
+        raise ValueError(
+            f"key: expected S={selection.capacity} tokens, as the index that selected has, got "
+            f"S={sizes['S']}; pass the whole cache{sizes.understood('key')}"
+        )
+    _arguments.check_key("value", value, "S", kv_layout, sizes, head="H'")
     indices = selection.indices
     _arguments.check_array("selection.indices", indices, "B T N P", sizes, _arguments.INT32)
     if scale is None:

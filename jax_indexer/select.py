@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import jax
 import numpy as np
@@ -21,19 +21,23 @@ Implementation = Literal["triton", "xla"]
 Selector = Literal["top_k", "threshold", "cells"]
 
 
-class Selection(NamedTuple):
-    """The tokens to attend to.
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Selection:
+    """The tokens to attend to: a pytree, of which one spec of B, T and N does for all arrays.
 
     Attributes:
       indices: int32[B, T, N, P], positions in ascending order, unique, -1 past `counts`;
         P = config.max_selected(T).
       counts: int32[B, T, N], how many positions are listed.
       weights: None unless asked for: [B, T, N, S] in the query's dtype, 1 at listed tokens, else 0.
+      capacity: S of the index, which a cache must have too; static; None where it is not known.
     """
 
     indices: Array
     counts: Array
-    weights: Array | None
+    weights: Array | None = None
+    capacity: int | None = dataclasses.field(default=None, metadata={"static": True})
 
 
 def select(
@@ -186,9 +190,10 @@ def _select(
 
     def xla(query: Array, index: PQIndex) -> Selection:
         table = reference.lookup_table(query, index.codebooks, config.table_dtype)
-        return Selection(
-            *reference.select_from_table(table, index.codes, index.lengths, config, weights_dtype)
+        lists = reference.select_from_table(
+            table, index.codes, index.lengths, config, weights_dtype
         )
+        return Selection(*lists, capacity=index.codes.shape[-1])
 
     def triton(query: Array, index: PQIndex) -> Selection:
         chosen = _selector_for(selector, query, index, config)
@@ -242,18 +247,17 @@ def _select_from_tables(
     weights_dtype: np.dtype | None,
     selector: Literal["threshold", "top_k"],
 ) -> Selection:
-    return Selection(
-        *pipeline.select_from_tables(
-            tables,
-            index.codes,
-            index.lengths,
-            config,
-            query.shape[1],
-            query.shape[2],
-            weights_dtype,
-            selector,
-        )
+    lists = pipeline.select_from_tables(
+        tables,
+        index.codes,
+        index.lengths,
+        config,
+        query.shape[1],
+        query.shape[2],
+        weights_dtype,
+        selector,
     )
+    return Selection(*lists, capacity=index.codes.shape[-1])
 
 
 def _select_from_cells(
@@ -263,7 +267,7 @@ def _select_from_cells(
     lists = pipeline.select_from_cells(
         tables, index.codes, index.lengths, index.cells, config, weights
     )
-    return Selection(*lists)
+    return Selection(*lists, capacity=index.codes.shape[-1])
 
 
 @functools.partial(

@@ -433,7 +433,7 @@ class WrongStep(implementations.JaxStep):
         indices = self._selection.indices
         worst = jnp.where(indices[-1, 0, 2] == 5, 6, indices[-1, 0, 2])
         changed = indices.at[-1, 0, 2].set(jnp.where(jnp.arange(worst.size) == 5, 150, worst))
-        self._selection = self._selection._replace(indices=changed)
+        self._selection = dataclasses.replace(self._selection, indices=changed)
 
 
 class BrokenStep(implementations.JaxStep):
@@ -492,7 +492,7 @@ def test_weights_that_do_not_match_the_list_are_rejected():
     step.call()
     step.check(reference)
     weights = step._selection.weights.at[0, 0, 1, 0].set(0)
-    step._selection = step._selection._replace(weights=weights)
+    step._selection = dataclasses.replace(step._selection, weights=weights)
     with pytest.raises(AssertionError, match=r"head 1: weight 0\.0 at token 0, which the list has"):
         step.check(reference)
 

@@ -17,7 +17,6 @@ from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 from jax_indexer import (
     IndexerConfig,
     PQIndex,
-    Selection,
     append,
     build_index,
     indexer_next,
@@ -321,7 +320,7 @@ def test_a_step_lowers_under_shard_map_over_batch_and_heads(selector, check_vma)
             step,
             mesh=mesh,
             in_specs=(heads, heads, index_spec),
-            out_specs=(Selection(heads, heads, heads), index_spec),
+            out_specs=(heads, index_spec),
             check_vma=check_vma,
         )
         text = lowered(sharded, *args)

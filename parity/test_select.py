@@ -354,7 +354,6 @@ def test_weights_are_none_unless_asked_for(implementation):
         implementation=implementation,
     )
     assert got.weights is None
-    assert got._fields == ("indices", "counts", "weights")
 
 
 @pytest.mark.parametrize("table_dtype", DTYPES)
@@ -426,9 +425,8 @@ def test_rows_do_not_see_each_other(implementation):
 
     together = run([0, 1])
     for rows in ([0], [1], [1, 0], [1, 1, 0]):
-        alone = run(rows)
-        for got, want in zip(alone, together, strict=True):
-            np.testing.assert_array_equal(got, np.asarray(want)[rows])
+        want = jax.tree.map(lambda x, rows=rows: x[jnp.asarray(rows)], together)
+        jax.tree.map(np.testing.assert_array_equal, run(rows), want)
 
 
 @pytest.mark.parametrize("selector", ["top_k"])

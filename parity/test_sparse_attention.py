@@ -5,7 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_indexer import IndexerConfig, Selection, build_index, select, sparse_attention
+from jax_indexer import (
+    IndexerConfig,
+    Selection,
+    build_index,
+    indexer_next,
+    select,
+    sparse_attention,
+)
 
 B, S, K, G, H = 3, 48, 2, 3, 16
 N = K * G
@@ -27,7 +34,7 @@ def lists(*, T=1, P=20, seed=1):
     counts[0, 0, 0], counts[0, 0, 1], counts[0, 0, 2] = 0, 1, P
     for row in np.ndindex(B, T, N):
         indices[row][: counts[row]] = np.sort(rng.choice(S, counts[row], replace=False))
-    return Selection(jnp.asarray(indices), jnp.asarray(counts), None)
+    return Selection(jnp.asarray(indices), jnp.asarray(counts))
 
 
 def attention(query, key, value, selection, scale):
@@ -85,7 +92,7 @@ def test_scale(scale):
 def test_a_list_of_everything_is_dense_attention():
     query, key, value = map(jnp.asarray, inputs(T=2))
     everything = jnp.broadcast_to(jnp.arange(S, dtype=jnp.int32), (B, 2, N, S))
-    selection = Selection(everything, jnp.full((B, 2, N), S, jnp.int32), None)
+    selection = Selection(everything, jnp.full((B, 2, N), S, jnp.int32))
     got = sparse_attention(query, key, value, selection)
     want = jax.nn.dot_product_attention(query, key, value)
     np.testing.assert_allclose(got, want, rtol=2e-6, atol=2e-6)
@@ -93,7 +100,7 @@ def test_a_list_of_everything_is_dense_attention():
 
 def test_an_empty_list_gives_zeros():
     query, key, value = inputs()
-    nothing = Selection(jnp.full((B, 1, N, 7), -1), jnp.zeros((B, 1, N), jnp.int32), None)
+    nothing = Selection(jnp.full((B, 1, N, 7), -1), jnp.zeros((B, 1, N), jnp.int32))
     got = sparse_attention(query, key, value, nothing)
     np.testing.assert_array_equal(got, np.zeros((B, 1, N, H)))
     assert not np.signbit(np.asarray(got)).any()
@@ -106,9 +113,7 @@ def test_tokens_that_are_not_listed_have_no_influence(garbage):
     indices = np.full((B, 1, N, 8), -1, np.int32)
     indices[..., :5] = [1, 4, 9, 20, S - 2]
     indices[1, :, :, :] = -1
-    selection = Selection(
-        jnp.asarray(indices), jnp.asarray((indices >= 0).sum(-1), jnp.int32), None
-    )
+    selection = Selection(jnp.asarray(indices), jnp.asarray((indices >= 0).sum(-1), jnp.int32))
     want = sparse_attention(query, key, value, selection)
     for array in (key, value):
         unlisted = np.ones(S, bool)
@@ -173,9 +178,7 @@ def test_gradients_come_from_what_is_listed_alone(garbage):
     indices = np.full((B, 1, N, 8), -1, np.int32)
     indices[..., :5] = listed
     indices[1] = indices[0, 0, 2] = -1
-    selection = Selection(
-        jnp.asarray(indices), jnp.asarray((indices >= 0).sum(-1), jnp.int32), None
-    )
+    selection = Selection(jnp.asarray(indices), jnp.asarray((indices >= 0).sum(-1), jnp.int32))
 
     def loss(*arrays):
         return jnp.sum(sparse_attention(*arrays, selection) ** 2)
@@ -206,6 +209,24 @@ def test_it_consumes_what_select_returns():
     assert selection.counts[:, 0, 0].tolist() == [10, 10, 0]
     got = sparse_attention(query, key, value, selection)
     close(got, attention(query, key, value, selection, H**-0.5))
+
+
+@pytest.mark.parametrize("kv_layout", ["BSKH", "BKSH"])
+@pytest.mark.parametrize("other", [S - 1, S + 1, 20])
+def test_a_cache_of_another_capacity_than_the_index_is_refused(other, kv_layout):
+    query, key, _ = inputs()
+    config = IndexerConfig(num_bits=2, heavy_size=5, sink_size=2, window_size=3)
+    index = build_index(jnp.asarray(key), jnp.asarray([S, 20, 0], jnp.int32), config)
+    cache = np.resize(key, (B, other, K, H))
+    cache = cache if kv_layout == "BSKH" else cache.swapaxes(1, 2)
+    for selection in (
+        select(query, index, config),
+        indexer_next(query, key[:, :1], index, config)[0],
+    ):
+        with pytest.raises(ValueError, match=rf"^key: expected S={S} tokens, .* got S={other}; "):
+            sparse_attention(query, cache, cache, selection, kv_layout=kv_layout)
+    by_hand = Selection(selection.indices, selection.counts)
+    sparse_attention(query, cache, cache, by_hand, kv_layout=kv_layout)
 
 
 def test_lists_longer_than_the_cache():
