@@ -7,6 +7,7 @@ import argparse
 import dataclasses
 import functools
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -397,6 +398,23 @@ def _budget(text: str) -> int:
     return int(text)
 
 
+def _unwritable(path: Path) -> str | None:
+    """Says why no picture can be written there, or None."""
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    kinds = FigureCanvasBase.get_supported_filetypes()
+    if path.suffix[1:].lower() not in kinds:
+        return f"expected a name that ends in .{', .'.join(sorted(kinds))}, got {path}"
+    try:
+        if path.exists():
+            path.open("ab").close()
+        else:
+            tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as problem:
+        return f"expected a file that can be written, got {path}: {problem.strerror}"
+    return None
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the demo; returns the exit status."""
     parser = argparse.ArgumentParser(
@@ -431,6 +449,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         package = (missing.name or "").partition(".")[0]
         print(f"The demo needs {package}: python -m pip install matplotlib rich", file=sys.stderr)
         return 1
+    if problem := _unwritable(options.out):
+        parser.error(f"argument --out: {problem}")
 
     steps = QUICK_STEPS if options.quick else STEPS
     console = Console(highlight=False)
@@ -458,7 +478,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             bar.update(task, description=f"decoding with budget {budget}")
             results.append(demo.decode(budget, lambda: bar.advance(task)))
     show(console, demo, results)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
     draw(options.out, demo, results)
     console.print(f"\nPicture: {options.out}", soft_wrap=True)
     return 0

@@ -117,7 +117,7 @@ def test_the_command_prints_its_numbers_and_draws_them(tmp_path, capsys, monkeyp
     pytest.importorskip("matplotlib")
     monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.setattr(demo, "QUICK_STEPS", STEPS)
-    path = tmp_path / "folder" / "picture.png"
+    path = tmp_path / "picture.png"
     assert demo.main(["--quick", "--budgets", "64", "256", "--out", str(path)]) == 0
     text = capsys.readouterr().out
     *lines, last = text.splitlines()
@@ -156,6 +156,30 @@ def test_bad_options_are_refused_in_words(arguments, complaint, capsys):
         demo.main(["--quick", *arguments])
     assert stop.value.code == 2
     assert complaint in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("out", "complaint"),
+    [
+        ("picture.txt", "expected a name that ends in "),
+        ("picture", "expected a name that ends in "),
+        ("folder.png", "Is a directory"),
+        ("nowhere/picture.png", "No such file or directory"),
+        ("/proc/picture.png", "expected a file that can be written"),
+    ],
+)
+def test_a_picture_that_cannot_be_written_is_refused_at_once(
+    out, complaint, tmp_path, capsys, monkeypatch
+):
+    pytest.importorskip("rich")
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(demo, "prepare", None)  # what takes time
+    (tmp_path / "folder.png").mkdir()
+    with pytest.raises(SystemExit) as stop:
+        demo.main(["--quick", "--out", str(tmp_path / out)])
+    assert stop.value.code == 2
+    assert re.search(rf"argument --out: .*{complaint}", capsys.readouterr().err)
+    assert [path.name for path in tmp_path.iterdir()] == ["folder.png"]
 
 
 @pytest.mark.parametrize("package", ["rich", "matplotlib"])
