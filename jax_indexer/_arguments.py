@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_indexer.config import FLOAT_DTYPES, IndexerConfig
+from jax_indexer.kernels import backend
 from jax_indexer.layout import KVLayout
 
 INT32 = (np.dtype(jnp.int32),)
@@ -118,6 +119,30 @@ def check_choice(name: str, value: Any, choices: Iterable[Any]) -> None:
     choices = tuple(choices)
     if not any(value is c or (isinstance(value, str) and value == c) for c in choices):
         raise ValueError(f"{name}: expected one of {choices}, got {value!r}; choose one of those")
+
+
+def check_implementation(
+    implementation: Any, *operands: Any, unsupported: str | None = None
+) -> str | None:
+    """Checks the name of an implementation, and that it can take these operands here.
+
+    Args:
+      implementation: the argument.
+      *operands: arrays, or pytrees of them.
+      unsupported: what else "triton" cannot do, if anything.
+
+    Returns:
+      What "triton" lacks here, or None.
+
+    Raises:
+      ValueError: for another name.
+      NotImplementedError: for "triton" where it lacks something.
+    """
+    check_choice("implementation", implementation, (None, *get_args(backend.Implementation)))
+    missing = unsupported or backend.no_gpu() or backend.unaddressable(*jax.tree.leaves(operands))
+    if missing and implementation == "triton":
+        raise NotImplementedError(f'implementation: "triton" lacks support: {missing}; use None')
+    return missing
 
 
 def check_config(config: Any) -> None:

@@ -9,8 +9,9 @@ from jax import Array
 
 from jax_indexer import _arguments, reference
 from jax_indexer.config import FLOAT_DTYPES
+from jax_indexer.kernels.backend import Implementation
 from jax_indexer.layout import KVLayout
-from jax_indexer.select import Implementation, Selection
+from jax_indexer.select import Selection
 
 
 def sparse_attention(

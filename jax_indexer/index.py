@@ -21,7 +21,8 @@ from jax_indexer.cells import (
     seal_plan,
 )
 from jax_indexer.config import IndexerConfig
-from jax_indexer.kernels import backend, pipeline
+from jax_indexer.kernels import backend, centroid_sums, pipeline
+from jax_indexer.kernels.backend import Implementation
 from jax_indexer.layout import KVLayout, head_major, token_axis
 
 SEVERAL_LAYERS = "of an index for several layers take one at a time, by lax.scan or jax.vmap"
@@ -58,6 +59,7 @@ def build_index(
     *,
     seed: int = 0,
     kv_layout: KVLayout = "BSKH",
+    implementation: Implementation | None = None,
 ) -> PQIndex:
     """Trains codebooks on the keys of a prompt and encodes all of them.
 
@@ -73,6 +75,8 @@ def build_index(
       config: static parameters.
       seed: of the random numbers; the same seed gives the same index.
       kv_layout: order of the token and head axes of `key`.
+      implementation: "triton", "xla", or None: Triton on an NVIDIA GPU where it supports the
+        case, else XLA.
 
     Returns:
       A PQIndex with capacity S.
@@ -80,6 +84,7 @@ def build_index(
     Raises:
       ValueError: for arguments of wrong type, shape or dtype, and for more kv heads than tokens,
         which a cache of the other layout would have.
+      NotImplementedError: for an implementation that is not there.
 
     Source: CONTRACT.md, section 4; the method is that of PQCache (arXiv 2407.12820).
     """
@@ -94,7 +99,17 @@ def build_index(
         )
     _arguments.check_array("lengths", lengths, "B", sizes, _arguments.INT32)
     _check_seed(seed)
-    return _build(key, lengths, np.uint32(seed), config=config, kv_layout=kv_layout)
+    shape = sizes["B"], sizes["K"], config.num_subspaces, sizes["S"]
+    codes = jax.ShapeDtypeStruct(shape, np.uint8)
+    _check_training(implementation, config, sizes, key, codes)
+    return _build(
+        key,
+        lengths,
+        np.uint32(seed),
+        config=config,
+        kv_layout=kv_layout,
+        implementation=implementation,
+    )
 
 
 def rebuild(
@@ -106,6 +121,7 @@ def rebuild(
     lengths: Array | None = None,
     seed: int = 0,
     kv_layout: KVLayout = "BSKH",
+    implementation: Implementation | None = None,
 ) -> PQIndex:
     """Trains new codebooks for some rows and encodes their tokens again; nothing else changes.
 
@@ -124,12 +140,15 @@ def rebuild(
         they have.
       seed: of the random numbers.
       kv_layout: order of the token and head axes of `key`.
+      implementation: "triton", "xla", or None: Triton on an NVIDIA GPU where it supports the
+        case, else XLA.
 
     Returns:
       A PQIndex of the same shapes.
 
     Raises:
       ValueError: for arguments of wrong type, shape or dtype.
+      NotImplementedError: for an implementation that is not there.
 
     Source: CONTRACT.md, section 4.
     """
@@ -140,11 +159,26 @@ def rebuild(
     else:
         _arguments.check_array("lengths", lengths, "B", sizes, _arguments.INT32)
     _check_seed(seed)
-    return _rebuild(index, key, lengths, rows, np.uint32(seed), config=config, kv_layout=kv_layout)
+    _check_training(implementation, config, sizes, key, index)
+    return _rebuild(
+        index,
+        key,
+        lengths,
+        rows,
+        np.uint32(seed),
+        config=config,
+        kv_layout=kv_layout,
+        implementation=implementation,
+    )
 
 
 def rebuild_gain(
-    index: PQIndex, key: Array, config: IndexerConfig, *, kv_layout: KVLayout = "BSKH"
+    index: PQIndex,
+    key: Array,
+    config: IndexerConfig,
+    *,
+    kv_layout: KVLayout = "BSKH",
+    implementation: Implementation | None = None,
 ) -> Array:
     """Says which rows `rebuild` would help: the share of their error that a first step removes.
 
@@ -164,6 +198,8 @@ def rebuild_gain(
       key: [B, S, K, H] ("BSKH") or [B, K, S, H] ("BKSH"), the cache.
       config: what the index was built with.
       kv_layout: order of the token and head axes of `key`.
+      implementation: "triton", "xla", or None: Triton on an NVIDIA GPU where it supports the
+        case, else XLA.
 
     Returns:
       float32[B], in 0..1; 0 for rows without an error, and for those whose error overflows
@@ -171,11 +207,15 @@ def rebuild_gain(
 
     Raises:
       ValueError: for arguments of wrong type, shape or dtype.
+      NotImplementedError: for an implementation that is not there.
 
     Source: CONTRACT.md, section 4.
     """
-    _check_with_cache(index, key, config, kv_layout)
-    return _rebuild_gain(index, key, config=config, kv_layout=kv_layout)
+    sizes = _check_with_cache(index, key, config, kv_layout)
+    _check_training(implementation, config, sizes, key, index)
+    return _rebuild_gain(
+        index, key, config=config, kv_layout=kv_layout, implementation=implementation
+    )
 
 
 def reset(index: PQIndex, rows: Array) -> PQIndex:
@@ -250,6 +290,7 @@ def append(
     *,
     counts: Array | None = None,
     kv_layout: KVLayout = "BSKH",
+    implementation: Implementation | None = None,
 ) -> PQIndex:
     """Encodes new tokens against the codebooks and appends them; never trains.
 
@@ -262,21 +303,31 @@ def append(
       config: what the index was built with.
       counts: int32[B], how many of the t tokens each row takes, clipped to 0..t; None for t.
       kv_layout: order of the token and head axes of `key_new`.
+      implementation: "triton", "xla", or None: Triton on an NVIDIA GPU where it supports the
+        case, else XLA.
 
     Returns:
       A PQIndex of the same shapes.
 
     Raises:
       ValueError: for arguments of wrong type, shape or dtype, and for t > S without `counts`.
+      NotImplementedError: for an implementation that is not there.
 
     Source: CONTRACT.md, section 4.
     """
-    check_append(index, key_new, config, counts, kv_layout)
-    return _append(index, key_new, counts, config=config, kv_layout=kv_layout)
+    check_append(index, key_new, config, counts, kv_layout, implementation)
+    return _append(
+        index,
+        key_new,
+        counts,
+        config=config,
+        kv_layout=kv_layout,
+        implementation=implementation,
+    )
 
 
-def check_append(index, key_new, config, counts, kv_layout) -> _arguments.Sizes:
-    """Checks the arguments of `append`; returns the sizes of the axes."""
+def check_append(index, key_new, config, counts, kv_layout, implementation) -> None:
+    """Checks the arguments of `append`."""
     _arguments.check_config(config)
     sizes = _arguments.Sizes()
     _arguments.check_key("key_new", key_new, "t", kv_layout, sizes)
@@ -290,7 +341,14 @@ def check_append(index, key_new, config, counts, kv_layout) -> _arguments.Sizes:
             f"got t={sizes['t']}; pass fewer, or counts{sizes.understood('key_new')}"
         )
     _check_phi(index, config)
-    return sizes
+    _arguments.check_implementation(implementation, key_new, index)
+
+
+def _check_training(implementation, config, sizes, *operands) -> None:
+    """Checks that "triton", if it is asked for, trains codebooks of these sizes."""
+    dimensions = sizes["H"] // config.num_subspaces
+    unsupported = centroid_sums.unsupported(config.num_centroids, dimensions)
+    _arguments.check_implementation(implementation, *operands, unsupported=unsupported)
 
 
 def _check_with_cache(index, key, config, kv_layout) -> _arguments.Sizes:
@@ -400,9 +458,15 @@ def _with_cells(index: PQIndex, *, config: IndexerConfig) -> PQIndex:
     return dataclasses.replace(index, cells=cells)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "kv_layout"))
+@functools.partial(jax.jit, static_argnames=("config", "kv_layout", "implementation"))
 def _build(
-    key: Array, lengths: Array, seed: Array, *, config: IndexerConfig, kv_layout: KVLayout
+    key: Array,
+    lengths: Array,
+    seed: Array,
+    *,
+    config: IndexerConfig,
+    kv_layout: KVLayout,
+    implementation: Implementation | None,
 ) -> PQIndex:
     batch, capacity = key.shape[0], key.shape[token_axis(kv_layout)]
     kv_heads, augmented = head_major(key, kv_layout).shape[1], config.metric == "ip"
@@ -416,10 +480,11 @@ def _build(
         cells=no_cells(batch, kv_heads, capacity, config) if config.cells else None,
     )
     every_row = jnp.ones(batch, bool)
-    return _rebuild(empty, key, lengths, every_row, seed, config=config, kv_layout=kv_layout)
+    options = {"config": config, "kv_layout": kv_layout, "implementation": implementation}
+    return _rebuild(empty, key, lengths, every_row, seed, **options)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "kv_layout"))
+@functools.partial(jax.jit, static_argnames=("config", "kv_layout", "implementation"))
 def _rebuild(
     index: PQIndex,
     key: Array,
@@ -429,12 +494,13 @@ def _rebuild(
     *,
     config: IndexerConfig,
     kv_layout: KVLayout,
+    implementation: Implementation | None,
 ) -> PQIndex:
     key, index = lax.stop_gradient((key, index))
     # The other rows have no token to train on and none to encode.
     lengths = jnp.where(rows, jnp.clip(lengths, 0, index.codes.shape[-1]), 0)
     keys = kmeans.training_set(key, lengths, config, kv_layout)
-    trained = kmeans.train(keys, lengths, seed, config, kv_layout)
+    trained = kmeans.train(keys, lengths, seed, config, kv_layout, implementation)
 
     codebooks = jnp.where(
         jnp.expand_dims(rows, (1, 2, 3, 4)),
@@ -451,22 +517,28 @@ def _rebuild(
         lengths=jnp.where(rows, 0, index.lengths),
         cells=None if index.cells is None else empty_rows(index.cells, rows),
     )
-    return _append(started, key, lengths, config=config, kv_layout=kv_layout)
+    options = {"config": config, "kv_layout": kv_layout, "implementation": implementation}
+    return _append(started, key, lengths, **options)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "kv_layout"))
+@functools.partial(jax.jit, static_argnames=("config", "kv_layout", "implementation"))
 def _rebuild_gain(
-    index: PQIndex, key: Array, *, config: IndexerConfig, kv_layout: KVLayout
+    index: PQIndex,
+    key: Array,
+    *,
+    config: IndexerConfig,
+    kv_layout: KVLayout,
+    implementation: Implementation | None,
 ) -> Array:
     key, index = lax.stop_gradient((key, index))
     lengths = jnp.clip(index.lengths, 0, index.codes.shape[-1])
     keys = kmeans.training_set(key, lengths, config, kv_layout)
     if config.metric == "ip":  # distances are to the centroids as they were trained
         keys = keys._replace(phi=index.phi)
-    return kmeans.first_step_gain(keys, index.codebooks, kv_layout)
+    return kmeans.first_step_gain(keys, index.codebooks, kv_layout, implementation)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "kv_layout"))
+@functools.partial(jax.jit, static_argnames=("config", "kv_layout", "implementation"))
 def _append(
     index: PQIndex,
     key_new: Array,
@@ -474,6 +546,7 @@ def _append(
     *,
     config: IndexerConfig,
     kv_layout: KVLayout,
+    implementation: Implementation | None,
 ) -> PQIndex:
     num_new = key_new.shape[token_axis(kv_layout)]
     start, taken, lengths = reference.make_room(
@@ -508,5 +581,6 @@ def _append(
         return made.codes, made.cells
 
     phi = index.phi if config.metric == "ip" else None
-    codes, cells = backend.dispatch(xla, triton, key_new, index, phi, start, taken)
+    arguments = key_new, index, phi, start, taken
+    codes, cells = backend.dispatch(xla, triton, *arguments, implementation=implementation)
     return dataclasses.replace(index, codes=codes, lengths=lengths, cells=cells)

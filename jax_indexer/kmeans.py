@@ -89,6 +89,7 @@ def train(
     seed: UInt32[Array, ""],
     config: IndexerConfig,
     kv_layout: KVLayout,
+    implementation: backend.Implementation | None,
 ) -> Float[Array, "B K M C D_"]:
     """Lloyd's algorithm from keys drawn evenly over the context, one codebook a subspace.
 
@@ -103,6 +104,7 @@ def train(
       seed: of the random numbers.
       config: `num_bits` and `kmeans_iters` count.
       kv_layout: of the keys.
+      implementation: of `centroid_sums`.
 
     Returns:
       float32 centroids, augmented for the inner-product metric.
@@ -117,7 +119,7 @@ def train(
     def update(state):
         iteration, centroids, moving = state
         stop = jnp.where(moving, keys.stop[:, None, None], 0)
-        sums = centroid_sums(keys, centroids, stop, kv_layout)
+        sums = centroid_sums(keys, centroids, stop, kv_layout, implementation)
         sizes = sums[..., -1:]
         another = jnp.take(spare, (jnp.arange(num_centroids) + iteration) % num_centroids, axis=-2)
         new = jnp.where(sizes > 0, sums[..., :-1] / jnp.maximum(sizes, 1), another)
@@ -137,8 +139,9 @@ def centroid_sums(
     centroids: Float[Array, "B K M C D_"],
     stop: Int32[Array, "B K M"],
     kv_layout: KVLayout,
+    implementation: backend.Implementation | None,
 ) -> Float[Array, "B K M C E"]:
-    """`reference.centroid_sums` by what the platform has for it."""
+    """`reference.centroid_sums` by what is asked for, or by what the platform has for it."""
     dimensions = keys.key.shape[-1] // centroids.shape[2]
     arguments = (keys.key, keys.trainable, centroids, keys.phi, stop)
 
@@ -149,12 +152,15 @@ def centroid_sums(
         return kernels.centroid_sums(*arguments, kv_layout=kv_layout)
 
     if kernels.unsupported(centroids.shape[3], dimensions):
-        return xla(*arguments)
-    return backend.dispatch(xla, triton, *arguments)
+        implementation = "xla"
+    return backend.dispatch(xla, triton, *arguments, implementation=implementation)
 
 
 def first_step_gain(
-    keys: TrainingSet, centroids: Float[Array, "B K M C D_"], kv_layout: KVLayout
+    keys: TrainingSet,
+    centroids: Float[Array, "B K M C D_"],
+    kv_layout: KVLayout,
+    implementation: backend.Implementation | None,
 ) -> Float[Array, "B"]:
     """The share of each row's quantization error that one iteration from these centroids removes.
 
@@ -166,6 +172,7 @@ def first_step_gain(
       keys: the keys whose error it is.
       centroids: in the codebooks' dtype, augmented for the inner-product metric.
       kv_layout: of the keys.
+      implementation: of `centroid_sums`.
 
     Returns:
       A number in 0..1; 0 where the error is no more than rounding makes of equal keys, and 1 where
@@ -173,7 +180,7 @@ def first_step_gain(
     """
     dtype, centroids = centroids.dtype, centroids.astype(jnp.float32)
     stop = jnp.broadcast_to(keys.stop[:, None, None], centroids.shape[:3])
-    sums = centroid_sums(keys, centroids, stop, kv_layout)
+    sums = centroid_sums(keys, centroids, stop, kv_layout, implementation)
     sums, sizes = sums[..., :-1], sums[..., -1:]
     means = sums / jnp.maximum(sizes, 1)
     count = jnp.sum(sizes, axis=-2, keepdims=True)

@@ -12,12 +12,12 @@ from jax_indexer import _arguments, reference
 from jax_indexer.config import FLOAT_DTYPES, IndexerConfig
 from jax_indexer.index import PQIndex, append, check_append, check_index
 from jax_indexer.kernels import backend, pipeline
+from jax_indexer.kernels.backend import Implementation
 from jax_indexer.kernels.cells import LARGEST_BUDGET
 from jax_indexer.kernels.lookup_table import Tables
 from jax_indexer.kernels.tuning import CELLS_FROM, FEW_CELLS
 from jax_indexer.layout import KVLayout
 
-Implementation = Literal["triton", "xla"]
 Selector = Literal["top_k", "threshold", "cells"]
 
 
@@ -104,7 +104,7 @@ def indexer_next(
       config: what the index was built with.
       counts: int32[B], how many of the T keys each row appends, as in `append`; None for T.
       return_weights: as in `select`.
-      implementation: as in `select`.
+      implementation: as in `select`, of both.
       selector: as in `select`.
       kv_layout: order of the token and head axes of `key_new`.
 
@@ -118,7 +118,7 @@ def indexer_next(
     Source: CONTRACT.md, section 4.
     """
     _check_step(query, key_new, kv_layout)
-    check_append(index, key_new, config, counts, kv_layout)
+    check_append(index, key_new, config, counts, kv_layout, implementation)
     check_select(query, index, config, return_weights, implementation, selector)
     return _step(
         query,
@@ -155,7 +155,6 @@ def check_select(query, index, config, return_weights, implementation, selector)
     check_index(index, config, sizes)
     _arguments.check_groups(sizes)
     _arguments.check_choice("return_weights", return_weights, (True, False))
-    _arguments.check_choice("implementation", implementation, (None, "triton", "xla"))
     _arguments.check_choice("selector", selector, (None, "top_k", "threshold", "cells"))
     if selector == "cells" and not config.cells:
         raise ValueError(
@@ -166,9 +165,7 @@ def check_select(query, index, config, return_weights, implementation, selector)
         raise NotImplementedError(f'selector: "cells" takes {reason}; use None')
     if selector in ("cells", "threshold") and implementation == "xla":
         raise NotImplementedError('selector: "xla" has "top_k" only; use None')
-    missing = backend.no_gpu() or backend.unaddressable(query, *jax.tree.leaves(index))
-    if missing and implementation == "triton":
-        raise NotImplementedError(f'implementation: "triton" lacks support: {missing}; use None')
+    missing = _arguments.check_implementation(implementation, query, index)
     if missing and selector in ("cells", "threshold"):
         raise NotImplementedError(f'selector: "{selector}" needs "triton", and {missing}; use None')
 
@@ -210,11 +207,7 @@ def _select(
         tables = pipeline.tables_of(query, index.codebooks, config.table_dtype)
         return _select_from_tables(tables, query, index, config, weights_dtype, chosen)
 
-    if implementation == "triton":
-        return triton(query, index)
-    if implementation == "xla":
-        return xla(query, index)
-    return backend.dispatch(xla, triton, query, index)
+    return backend.dispatch(xla, triton, query, index, implementation=implementation)
 
 
 def _selector_for(
@@ -288,17 +281,12 @@ def _step(
 ) -> tuple[Selection, PQIndex]:
     query, key_new, index = lax.stop_gradient((query, key_new, index))
 
-    def one_after_the_other(query, key_new, index, counts):
-        index = append(index, key_new, config, counts=counts, kv_layout=kv_layout)
-        selection = select(
-            query,
-            index,
-            config,
-            return_weights=return_weights,
-            implementation=implementation,
-            selector=selector,
+    def xla(query, key_new, index, counts):
+        index = append(
+            index, key_new, config, counts=counts, kv_layout=kv_layout, implementation="xla"
         )
-        return selection, index
+        options = {"return_weights": return_weights, "implementation": "xla"}
+        return select(query, index, config, **options), index
 
     def triton(query, key_new, index, counts):
         num_new, capacity = query.shape[1], index.codes.shape[-1]
@@ -325,9 +313,6 @@ def _step(
         selection = _select_from_tables(made.tables, query, index, config, weights_dtype, chosen)
         return selection, index
 
-    arguments = query, key_new, index, counts
-    if implementation == "triton":
-        return triton(*arguments)
-    if implementation == "xla":
-        return one_after_the_other(*arguments)
-    return backend.dispatch(one_after_the_other, triton, *arguments)
+    return backend.dispatch(
+        xla, triton, query, key_new, index, counts, implementation=implementation
+    )

@@ -206,6 +206,10 @@ CASES = [
     ("select", "implementation", "cuda", "xla", "cuda"),
     ("indexer_next", "implementation", "numpy", "xla", "numpy"),
     ("sparse_attention", "implementation", "cuda", "xla", "cuda"),
+    ("build_index", "implementation", "cuda", "xla", "cuda"),
+    ("rebuild", "implementation", "cuda", "xla", "cuda"),
+    ("rebuild_gain", "implementation", True, "xla", "True"),
+    ("append", "implementation", "cuda", "xla", "cuda"),
     ("select", "selector", "sort", "top_k", "sort"),
     ("indexer_next", "selector", "sort", "top_k", "sort"),
     ("select", "return_weights", "yes", "True", "yes"),
@@ -447,5 +451,6 @@ def test_what_is_not_there_is_not_implemented():
     with pytest.raises(NotImplementedError, match=r"^implementation: .+"):
         call("sparse_attention", implementation="triton")
     if jax.devices()[0].platform == "cpu":
-        with pytest.raises(NotImplementedError, match=r"^implementation: .+"):
-            call("select", implementation="triton")
+        for function in sorted(set(ARGUMENTS) - {"reset", "sparse_attention"}):
+            with pytest.raises(NotImplementedError, match=r"^implementation: .+"):
+                call(function, implementation="triton")

@@ -40,7 +40,7 @@ def implementation(request):
         return
     with pytest.MonkeyPatch.context() as patch:
         interpreted = backend.launch
-        patch.setattr(backend, "dispatch", lambda xla, triton, *arguments: triton(*arguments))
+        patch.setattr(backend, "dispatch", lambda xla, triton, *arguments, **_: triton(*arguments))
         patch.setattr(backend, "launch", lambda *x, **y: interpreted(*x, **y | {"interpret": True}))
         patch.setattr(backend, "barrier", lambda interpret: None)
         patch.setattr(centroid_sums, "TOKENS_PER_PART", 128)

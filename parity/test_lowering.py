@@ -250,6 +250,56 @@ def test_codebooks_too_large_for_a_program_are_trained_by_xla():
     assert kernels(text) == {"append_kernel"}
 
 
+def named(implementation):
+    """Every function that has implementations, with the arrays it takes."""
+    config = IndexerConfig(cells=True)
+    query, key_new, index = arguments_with_cells(config, B=2)
+    key, rows = shaped((2, 5000, 2, 64), jnp.float32), shaped((2,), bool)
+    options = {"config": config, "implementation": implementation}
+    return {
+        "select": (functools.partial(select, **options), query, index),
+        "indexer_next": (functools.partial(indexer_next, **options), query, key_new, index),
+        "append": (functools.partial(append, **options), index, key_new),
+        "build_index": (functools.partial(build_index, **options), key, index.lengths),
+        "rebuild": (lambda *x: rebuild(*x[:2], rows=x[2], **options), index, key, rows),
+        "rebuild_gain": (functools.partial(rebuild_gain, **options), index, key),
+    }
+
+
+@pytest.mark.parametrize("function", named(None))
+def test_xla_launches_no_kernel_on_any_platform_and_the_default_does(function):
+    with an_h100():
+        by_xla, by_default, by_triton = (
+            lowered(*named(implementation)[function]) for implementation in ("xla", None, "triton")
+        )
+    assert "triton" not in by_xla
+    assert kernels(by_default)
+    assert kernels(by_triton) == kernels(by_default)
+
+
+@pytest.mark.parametrize("function", ["build_index", "rebuild", "rebuild_gain"])
+def test_triton_by_name_refuses_codebooks_too_large_for_a_program(function):
+    """The default trains them by XLA."""
+    config = IndexerConfig(num_subspaces=1, num_bits=8)
+    _, key, index = arguments(T=5000, H=128, config=config)
+    options = {"config": config, "implementation": "triton"}
+    call, *arrays = {
+        "build_index": (functools.partial(build_index, **options), key, index.lengths),
+        "rebuild": (
+            lambda *x: rebuild(*x[:2], rows=x[2], **options),
+            index,
+            key,
+            shaped((1,), bool),
+        ),
+        "rebuild_gain": (functools.partial(rebuild_gain, **options), index, key),
+    }[function]
+    with (
+        an_h100(),
+        pytest.raises(NotImplementedError, match=r"^implementation: .*256 centroids of 128"),
+    ):
+        lowered(call, *arrays)
+
+
 def test_phi_is_not_read_for_the_euclidean_metric():
     config = IndexerConfig()
     _, key_new, index = arguments(config=config)
@@ -343,3 +393,17 @@ def test_codes_beyond_32_bit_offsets_go_to_xla():
         assert kernels(text) == set()
         small = dataclasses.replace(index, codes=shaped((17, 8, 16, 1 << 19), jnp.uint8))
         assert kernels(lowered(functools.partial(select, config=config), query, small))
+
+
+@pytest.mark.parametrize("function", ["append", "build_index"])
+def test_triton_by_name_refuses_codes_beyond_32_bit_offsets(function):
+    config = IndexerConfig(num_subspaces=16, num_bits=8)
+    _, key_new, index = arguments(B=17, N=8, K=8, H=128, S=1 << 20, config=config)
+    key = shaped((17, 1 << 20, 8, 128), jnp.float32)
+    options = {"config": config, "implementation": "triton"}
+    call, *arrays = {
+        "append": (functools.partial(append, **options), index, key_new),
+        "build_index": (functools.partial(build_index, **options), key, index.lengths),
+    }[function]
+    with an_h100(), pytest.raises(NotImplementedError, match=r"^implementation: .*2\*\*31"):
+        lowered(call, *arrays)

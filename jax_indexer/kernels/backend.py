@@ -5,7 +5,7 @@ import functools
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,8 @@ warnings.filterwarnings(
     message="The Pallas Triton backend is deprecated",
     category=DeprecationWarning,
 )
+
+Implementation = Literal["triton", "xla"]
 
 load = plgpu.load
 store = plgpu.store
@@ -204,11 +206,18 @@ def unaddressable(*arrays: Any) -> str | None:
     return None
 
 
-def dispatch(xla: Callable[..., Any], triton: Callable[..., Any], *arguments: Any) -> Any:
-    """Calls what suits the platform that the program is compiled for, and the arrays' sizes."""
-    if unaddressable(*jax.tree.leaves(arguments)):
-        return xla(*arguments)
-    return lax.platform_dependent(*arguments, cuda=triton, default=xla)
+def dispatch(
+    xla: Callable[..., Any],
+    triton: Callable[..., Any],
+    *arguments: Any,
+    implementation: Implementation | None,
+) -> Any:
+    """Calls what is asked for; None: what suits the arrays' sizes and the program's platform."""
+    if implementation is None and unaddressable(*jax.tree.leaves(arguments)):
+        implementation = "xla"
+    if implementation is None:
+        return lax.platform_dependent(*arguments, cuda=triton, default=xla)
+    return {"xla": xla, "triton": triton}[implementation](*arguments)
 
 
 def no_gpu() -> str | None:
