@@ -2,11 +2,11 @@
 
 import dataclasses
 import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import pallas as pl
 
 from benchmarks.clock import KernelClock, Stream, amortised, cut, no_garbage_collection
 from benchmarks.programs import NO_COMMAND_BUFFERS
@@ -85,24 +85,32 @@ def dispatch_us() -> float:
         return min(amortised(call, 1000) for _ in range(5))
 
 
-def lookup_kernel(
-    table_ref,  # [SUBSPACES * CENTROIDS, G]
-    codes_ref,  # i32[programs * block]
-    out_ref,  # f32[programs * block]
-    *,
-    lookups: int,
-):
-    position = pl.program_id(0) * LOOKUP_BLOCK + jnp.arange(LOOKUP_BLOCK, dtype=jnp.int32)
-    code = codes_ref[position]
-    together = table_ref.shape[1]
+class Lookups(NamedTuple):
+    """Look-ups of codes in a table."""
+
+    table: Any  # [SUBSPACES * CENTROIDS, G]
+    codes: Any  # i32[programs * block]
+
+
+class Sums(NamedTuple):
+    """Sums of what was found."""
+
+    total: Any  # f32[programs * block]
+
+
+def lookup_kernel(program, inputs: Lookups, outputs: Sums, *, lookups: int):
+    table = inputs.table
+    position = program * LOOKUP_BLOCK + jnp.arange(LOOKUP_BLOCK, dtype=jnp.int32)
+    code = inputs.codes[position]
+    together = table.shape[1]
     column = jnp.arange(together, dtype=jnp.int32)[None, :]
     total = jnp.zeros((LOOKUP_BLOCK, together) if together > 1 else LOOKUP_BLOCK, jnp.float32)
     for i in range(lookups):
         # Another shift for every look-up, or the compiler would reuse what it loaded.
         entry = i % SUBSPACES * CENTROIDS + ((code + 37 * i) & (CENTROIDS - 1))
-        found = table_ref[entry[:, None], column] if together > 1 else table_ref[entry, 0]
+        found = table[entry[:, None], column] if together > 1 else table[entry, 0]
         total += found.astype(jnp.float32)
-    out_ref[position] = jnp.sum(total, axis=1) if together > 1 else total
+    outputs.total[position] = jnp.sum(total, axis=1) if together > 1 else total
 
 
 def sum_of_lookups(
@@ -110,7 +118,6 @@ def sum_of_lookups(
     codes: jax.Array,
     *,
     lookups: int = LOOKUPS_PER_CODE,
-    interpret: bool = False,
 ) -> jax.Array:
     """Sums table rows for every code, and each sum over its columns.
 
@@ -118,21 +125,17 @@ def sum_of_lookups(
       table: [SUBSPACES * CENTROIDS, G]; the G entries of a row are read by one load.
       codes: int32[programs * LOOKUP_BLOCK].
       lookups: rows a code.
-      interpret: run on the CPU.
 
     Returns:
       float32[programs * LOOKUP_BLOCK].
     """
-    (total,) = backend.launch(
+    what = backend.Launch(
         functools.partial(lookup_kernel, lookups=lookups),
-        table,
-        codes,
+        Lookups(table, codes),
+        Sums(jax.ShapeDtypeStruct(codes.shape, np.float32)),
         programs=codes.shape[0] // LOOKUP_BLOCK,
-        out_shape=[jax.ShapeDtypeStruct(codes.shape, np.float32)],
-        num_warps=4,
-        interpret=interpret,
     )
-    return total
+    return backend.launch(what, num_warps=4).total
 
 
 def _kernel_us(clock: KernelClock, function, *arguments) -> float:

@@ -38,7 +38,7 @@ from benchmarks.run import shape_of
 from benchmarks.tables import decode_table, show
 from benchmarks.workloads import WORKLOADS, Workload, make_inputs
 from jax_indexer import Selection, indexer_next, select, with_cells
-from jax_indexer.cells import seal_plan
+from jax_indexer.state import sealing_for
 
 SELECTOR = "cells"
 DECODED = {
@@ -67,11 +67,11 @@ class Decode:
         config = dataclasses.replace(w.config, cells=True)
         longest = max(w.lengths)
         steps = 0
-        for _ in range(2):  # the plan depends on the capacity, which depends on the plan
-            plan = seal_plan(longest + steps, config)
-            steps = plan.most_waiting(longest) + 2
+        for _ in range(2):  # segments depend on the capacity, which depends on them
+            sealing = sealing_for(longest + steps, config)
+            steps = sealing.most_waiting(longest) + 2
         w = dataclasses.replace(w, config=config, S=longest + LEAD + steps)
-        return cls(w, steps, plan.segment)
+        return cls(w, steps, sealing.segment)
 
 
 class Decoder:

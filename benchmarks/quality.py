@@ -148,7 +148,7 @@ def measure_lists(
         scores = jnp.einsum(
             "btnh,bsnh->btns", query, jnp.repeat(key, groups, axis=2), precision="highest"
         )
-        exact, counts = reference.select_from_scores(scores, lengths, config)
+        exact, counts = reference.select_from_scores(scores, lengths, None, config)
         selection = Selection(exact, counts)
         if index is not None:
             now = dataclasses.replace(index, lengths=lengths)
@@ -163,7 +163,7 @@ def measure_lists(
         )
         norm = functools.partial(jnp.linalg.norm, axis=-1)
         candidates = reference.candidates(
-            reference.visible_tokens(lengths, capacity, 1)[..., None], capacity, config
+            reference.visible_tokens(lengths, None, capacity, 1)[..., None], capacity, config
         )
         chosen, best = (
             reference.dense_weights(x, capacity, np.dtype(np.float32))

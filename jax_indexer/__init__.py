@@ -3,7 +3,6 @@
 from jax_indexer.attend import sparse_attention
 from jax_indexer.config import IndexerConfig
 from jax_indexer.index import (
-    PQIndex,
     append,
     build_index,
     rebuild,
@@ -11,7 +10,8 @@ from jax_indexer.index import (
     reset,
     with_cells,
 )
-from jax_indexer.select import Selection, indexer_next, select
+from jax_indexer.select import indexer_next, select
+from jax_indexer.state import PQIndex, Selection
 
 __all__ = [
     "IndexerConfig",

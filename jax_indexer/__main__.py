@@ -19,8 +19,8 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from jax_indexer import IndexerConfig, PQIndex, build_index, indexer_next, select, sparse_attention
+from jax_indexer.config import Implementation
 from jax_indexer.data import Sample, load_sample
-from jax_indexer.kernels.backend import Implementation
 
 BUDGETS = (32, 64, 128, 256, 512, 1024)
 # 64 + 64 tokens suit a context of 8192; the defaults of 128 + 128 are for longer ones.

@@ -1,22 +1,30 @@
 """Checks of arguments: static facts only (types, shapes, dtypes), before anything is compiled."""
 
+import functools
 import numbers
 from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args, get_type_hints
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_indexer.config import FLOAT_DTYPES, IndexerConfig
+from jax_indexer.config import (
+    FLOAT_DTYPES,
+    Implementation,
+    IndexerConfig,
+    Selector,
+    beyond_cells,
+)
 from jax_indexer.kernels import backend
-from jax_indexer.layout import KVLayout
+from jax_indexer.layout import KVLayout, key_letters
+from jax_indexer.state import Cells, PQIndex, Sealing, Selection
 
 INT32 = (np.dtype(jnp.int32),)
 BOOL = (np.dtype(bool),)
-UINT8 = (np.dtype(jnp.uint8),)
-FLOAT32 = (np.dtype(jnp.float32),)
+
+SEVERAL_LAYERS = "of an index for several layers take one at a time, by lax.scan or jax.vmap"
 
 
 class Sizes(dict[str, int]):
@@ -32,7 +40,9 @@ class Sizes(dict[str, int]):
         self.update(sizes)
         self.source |= dict.fromkeys(sizes, source)
 
-    def understand(self, name: str, axes: Sequence[str], shape: Sequence[int], kv_layout: KVLayout):
+    def understand(
+        self, name: str, axes: Sequence[str], shape: Sequence[int], kv_layout: KVLayout
+    ) -> None:
         """Remembers what a key's shape means, which the layout decides."""
         seen = ", ".join(f"{axis}={size}" for axis, size in zip(axes, shape, strict=True))
         self._understood[name] = f"{name} understood as [{seen}]"
@@ -74,18 +84,22 @@ def check_array(
     axes = letters.split()
     wanted = "/".join(d.name for d in dtypes)
     wanted += "[" + ", ".join(f"{a}={sizes[a]}" if a in sizes else a for a in axes) + "]"
-    full = f"jnp.full({sizes.get('B', 'B')}, {{}}, jnp.{dtypes[0].name})"  # one number for all rows
+
+    def for_all_rows(number: Any) -> str:
+        rows = sizes.get("B", "B")
+        return f"give each row its own with jnp.full({rows}, {number}, jnp.{dtypes[0].name})"
+
     if not isinstance(value, (jax.Array, np.ndarray)):
         make = f"make it an array with jnp.asarray(..., jnp.{dtypes[0].name})"
         if letters == "B" and isinstance(value, (numbers.Integral, np.bool_)):
-            make = f"give each row its own with {full.format(value)}"
+            make = for_all_rows(value)
         raise ValueError(f"{name}: expected {wanted}, got {type(value).__name__}; {make}")
     shape, dtype = tuple(value.shape), value.dtype
     got = f"{getattr(dtype, 'name', dtype)}[{', '.join(map(str, shape))}]"
     if len(shape) != len(axes):
         fix = fixes.get(letters, f"reshape it to {len(axes)} axes ({letters})")
         if letters == "B" and not shape:
-            fix = f"give each row its own with {full.format(name)}"
+            fix = for_all_rows(name)
         raise ValueError(f"{name}: expected {wanted}, got {got}; {fix}")
     if dtype not in dtypes:
         raise ValueError(f"{name}: expected {wanted}, got {got}; {_cast(dtype, dtypes)}")
@@ -138,7 +152,7 @@ def check_implementation(
       ValueError: for another name.
       NotImplementedError: for "triton" where it lacks something.
     """
-    check_choice("implementation", implementation, (None, *get_args(backend.Implementation)))
+    check_choice("implementation", implementation, (None, *get_args(Implementation)))
     missing = unsupported or backend.no_gpu() or backend.unaddressable(*jax.tree.leaves(operands))
     if missing and implementation == "triton":
         raise NotImplementedError(f'implementation: "triton" lacks support: {missing}; use None')
@@ -159,7 +173,7 @@ def check_key(
 ) -> None:
     """Checks a key or value array [B, tokens, K, head] in either layout."""
     check_choice("kv_layout", kv_layout, get_args(KVLayout))
-    letters = f"B {tokens} K {head}" if kv_layout == "BSKH" else f"B K {tokens} {head}"
+    letters = key_letters(kv_layout, tokens, head)
     check_array(name, key, letters, sizes, FLOAT_DTYPES, kv_layout=kv_layout)
 
 
@@ -183,4 +197,207 @@ def check_groups(sizes: Sizes) -> None:
         raise ValueError(
             f"query: expected a number of query heads N divisible by K={kv_heads} kv heads, "
             f"got N={heads}; {fix}{sizes.understood(source)}"
+        )
+
+
+class Field(NamedTuple):
+    """What the annotation of a state's array says."""
+
+    letters: str
+    dtypes: tuple[np.dtype, ...]
+    is_optional: bool
+
+
+@functools.cache
+def array_fields(state: type) -> dict[str, Field]:
+    """The arrays of a state by name, read from its annotations."""
+    found = {}
+    for name, hint in get_type_hints(state).items():
+        kinds = [x for x in (hint, *get_args(hint)) if hasattr(x, "dim_str")]
+        if kinds:
+            names = kinds[0].dtypes
+            dtypes = tuple(np.dtype(x) for x in names) if len(names) == 1 else FLOAT_DTYPES
+            found[name] = Field(kinds[0].dim_str, dtypes, type(None) in get_args(hint))
+    return found
+
+
+def check_fields(
+    name: str, state: Any, sizes: Sizes, fixes: Mapping[str, str] = MappingProxyType({})
+) -> None:
+    """Checks the arrays of a state by its annotations."""
+    for field, (letters, dtypes, is_optional) in array_fields(type(state)).items():
+        value = getattr(state, field)
+        if value is not None or not is_optional:
+            check_array(f"{name}.{field}", value, letters, sizes, dtypes, fixes)
+
+
+def check_index_type(index: Any) -> None:
+    """Raises ValueError unless `index` is a PQIndex."""
+    if not isinstance(index, PQIndex):
+        raise ValueError(
+            f"index: expected a PQIndex, got {type(index).__name__}; make one with build_index"
+        )
+
+
+def check_index(index: Any, config: IndexerConfig, sizes: Sizes) -> None:
+    """Checks an index against the config and the head dimension H in `sizes`."""
+    check_index_type(index)
+    check_quantizer(index, config, sizes)
+    cells = index.cells
+    if (cells is not None) != config.cells:
+        wanted, got, advice = None, type(cells).__name__, "dataclasses.replace(index, cells=None)"
+        if config.cells:
+            wanted, got, advice = "a state", None, "with_cells(index, config)"
+        raise ValueError(
+            f"index.cells: expected {wanted} with config.cells={config.cells}, got {got}; "
+            f"use {advice}, or the config that the index was built with"
+        )
+    if cells is None:
+        return
+    sizes.learn("config", **{"C**M+1": config.num_cells + 1})
+    check_cells(cells, sizes)
+    made_for = {"first_candidate": config.first_candidate, "window_size": config.window_size}
+    for field, wanted in made_for.items():
+        if getattr(cells.sealing, field) != wanted:
+            raise ValueError(
+                f"index.cells.sealing.{field}: expected {wanted}, got "
+                f"{getattr(cells.sealing, field)}; use the config that the index was built with, "
+                "or with_cells(index, config)"
+            )
+
+
+def check_cells(cells: Any, sizes: Sizes) -> None:
+    """Checks the state of the "cells" selector against the sizes that are known."""
+    if not isinstance(cells, Cells) or not isinstance(cells.sealing, Sealing):
+        kind = f" with {type(cells.sealing).__name__}" if isinstance(cells, Cells) else ""
+        raise ValueError(
+            "index.cells: expected None, or Cells with a Sealing, "
+            f"got {type(cells).__name__}{kind}; use with_cells(index, config)"
+        )
+    sizes.learn("PQIndex", **{"2": 2})
+    sealing = cells.sealing
+    sizes.learn("index.cells.sealing", segment=sealing.segment, ring=sealing.ring)
+    check_fields("index.cells", cells, sizes)
+
+
+def check_quantizer(index: PQIndex, config: IndexerConfig, sizes: Sizes) -> None:
+    """Checks the arrays of an index but its cells."""
+    augmented = config.metric == "ip"
+    dimensions = {"D'": sizes["H"] // config.num_subspaces + augmented}
+    sizes.learn("config", M=config.num_subspaces, C=config.num_centroids, **dimensions)
+    fix = (
+        f"with num_subspaces={config.num_subspaces}, num_bits={config.num_bits}, "
+        f"metric={config.metric!r} and H={sizes['H']} the config says otherwise; "
+        "use the config that the index was built with"
+    )
+    fixes = {"M": fix, "C": fix, "D'": fix, "B K M C D'": SEVERAL_LAYERS}
+    check_fields("index", index, sizes, fixes)
+
+
+def check_phi(index: PQIndex, config: IndexerConfig) -> None:
+    """Checks that what encodes by the inner-product metric has its norms."""
+    if config.metric == "ip" and index.phi is None:
+        raise ValueError(
+            'index.phi: expected float32[B, K, M] for metric="ip", got None; '
+            "build the index with build_index, or pass phi=..."
+        )
+
+
+def check_seed(seed: Any) -> None:
+    """Raises ValueError unless `seed` is a Python int of 32 bits."""
+    if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or not 0 <= seed < 2**32:
+        raise ValueError(
+            f"seed: expected an int in 0..2**32 - 1, got {seed!r}; it is static: pass a Python int"
+        )
+
+
+def check_with_cache(index: Any, key: Any, config: Any, kv_layout: Any) -> Sizes:
+    """Checks an index and the cache it is of; returns the sizes of the axes."""
+    check_config(config)
+    sizes = Sizes()
+    check_key("key", key, "S", kv_layout, sizes)
+    check_subspaces("key", config, sizes)
+    check_index(index, config, sizes)
+    check_phi(index, config)
+    return sizes
+
+
+def check_append(
+    index: Any, key_new: Any, config: Any, counts: Any, kv_layout: Any, implementation: Any
+) -> None:
+    """Checks the arguments of `append`."""
+    check_config(config)
+    sizes = Sizes()
+    check_key("key_new", key_new, "t", kv_layout, sizes)
+    check_subspaces("key_new", config, sizes)
+    check_index(index, config, sizes)
+    if counts is not None:
+        check_array("counts", counts, "B", sizes, INT32)
+    elif sizes["t"] > sizes["S"]:
+        raise ValueError(
+            f"key_new: expected at most t=S={sizes['S']} tokens, as many as a row can hold, "
+            f"got t={sizes['t']}; pass fewer, or counts{sizes.understood('key_new')}"
+        )
+    check_phi(index, config)
+    check_implementation(implementation, key_new, index)
+
+
+def check_select(
+    query: Any,
+    index: Any,
+    config: Any,
+    counts: Any,
+    return_weights: Any,
+    implementation: Any,
+    selector: Any,
+) -> None:
+    """Checks the arguments of `select`."""
+    check_config(config)
+    sizes = Sizes()
+    check_array("query", query, "B T N H", sizes, FLOAT_DTYPES)
+    check_subspaces("query", config, sizes)
+    check_index(index, config, sizes)
+    check_groups(sizes)
+    if counts is not None:
+        check_array("counts", counts, "B", sizes, INT32)
+    check_choice("return_weights", return_weights, (True, False))
+    check_choice("selector", selector, (None, *get_args(Selector)))
+    if selector == "cells" and not config.cells:
+        raise ValueError(
+            'selector: expected another than "cells" with config.cells=False, got "cells"; '
+            "build the index with cells=True, or use None"
+        )
+    if selector == "cells" and (reason := beyond_cells(config, sizes["T"])):
+        raise NotImplementedError(f'selector: "cells" takes {reason}; use None')
+    if selector in ("cells", "threshold") and implementation == "xla":
+        raise NotImplementedError('selector: "xla" has "top_k" only; use None')
+    missing = check_implementation(implementation, query, index)
+    if missing and selector in ("cells", "threshold"):
+        raise NotImplementedError(f'selector: "{selector}" needs "triton", and {missing}; use None')
+
+
+def check_step(query: Any, key_new: Any, kv_layout: Any) -> None:
+    """Checks that queries and new keys are of the same step."""
+    sizes = Sizes()
+    check_array("query", query, "B T N H", sizes, FLOAT_DTYPES)
+    check_key("key_new", key_new, "t", kv_layout, sizes)
+    check_groups(sizes)
+    if sizes["t"] != sizes["T"]:
+        raise ValueError(
+            f"key_new: expected t=T={sizes['T']} tokens, as many as query has, got t={sizes['t']}; "
+            f"call append and select apart for other numbers{sizes.understood('key_new')}"
+        )
+
+
+def check_selection(selection: Any, sizes: Sizes) -> None:
+    """Checks that `selection` is one, and of an index of the cache's capacity."""
+    if not isinstance(selection, Selection):
+        raise ValueError(
+            f"selection: expected a Selection, got {type(selection).__name__}; "
+            "pass what select returned"
+        )
+    if selection.capacity not in (None, sizes["S"]):
+        raise ValueError(
+            f"key: expected S={selection.capacity} tokens, as the index that selected has, got "
+            f"S={sizes['S']}; pass the whole cache{sizes.understood('key')}"
         )

@@ -8,8 +8,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jax_indexer import _arguments, reference
-from jax_indexer.config import FLOAT_DTYPES
-from jax_indexer.kernels.backend import Implementation
+from jax_indexer.config import FLOAT_DTYPES, Implementation
 from jax_indexer.layout import KVLayout
 from jax_indexer.select import Selection
 
@@ -74,7 +73,7 @@ def sparse_attention(
         scale = float(scale)
     elif jnp.ndim(scale) or not jnp.issubdtype(getattr(scale, "dtype", bool), jnp.floating):
         raise ValueError(f"scale: expected a real number, got {scale!r}; pass a float or None")
-    return _attend(query, key, value, indices, scale, kv_layout=kv_layout)
+    return _attend(query, key, value, indices, jax.device_put(scale), kv_layout=kv_layout)
 
 
 @functools.partial(jax.jit, static_argnames=("kv_layout",))

@@ -20,195 +20,15 @@ Source: the inverted multi-index of Babenko and Lempitsky (2012).
 """
 
 import dataclasses
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
-from jaxtyping import Int32, UInt8
+from jaxtyping import Bool, Int32, UInt8
 
 from jax_indexer.config import IndexerConfig
-from jax_indexer.kernels.codebook import power_of_2_from
-
-# New tokens that an update takes; where more come at once, all of the row is listed anew.
-MOST_NEW = 8
-# Tokens that are counted for each new one.
-RATE = 4
-SMALLEST_SEGMENT = 512
-# Moving all lists takes this many tokens where blocks from small to large allow it, and never more
-# than the most.
-MOVES, MOST_MOVES = 128, 512
-SMALLEST_BLOCK, LARGE_BLOCK = 256, 4096
-
-
-@dataclasses.dataclass(frozen=True)
-class SealPlan:
-    """How the candidates of an index are sealed: static.
-
-    Attributes:
-      first_candidate: of the config that the state was made for.
-      window_size: likewise.
-      segment: tokens that are sealed together, a power of two.
-      block: entries that move for each new token, a power of two.
-    """
-
-    first_candidate: int
-    window_size: int
-    segment: int
-    block: int
-
-    @property
-    def margin(self) -> int:
-        """Tokens at the end of a row that are not sealed: the window, and what an append writes."""
-        return max(self.window_size, MOST_NEW)
-
-    @property
-    def ring(self) -> int:
-        """Entries of the ring: a step may read as many blocks as others wait to be written."""
-        return 2 * MOST_NEW * self.block
-
-    def most_waiting(self, capacity: int) -> int:
-        """Tokens that wait to be sealed, at the most: one more, and the segment is sealed."""
-        return self.segment + -(-capacity // self.block) + 2 * MOST_NEW
-
-    def most_tail(self, capacity: int) -> int:
-        """Candidates in the tail, at the most."""
-        return self.most_waiting(capacity) + self.margin - self.window_size
-
-
-def seal_plan(capacity: int, config: IndexerConfig) -> SealPlan:
-    """The plan for a cache of this capacity."""
-    block = max(
-        min(power_of_2_from(-(-capacity // MOVES)), LARGE_BLOCK),
-        power_of_2_from(-(-capacity // MOST_MOVES)),
-        SMALLEST_BLOCK,
-    )
-    moves = -(-capacity // block)
-    # The next segment must not be counted in the step that seals this one, which is the first with
-    # more than segment + moves + 2 * MOST_NEW tokens waiting, by MOST_NEW at the most. So up to
-    # moves + 3 * MOST_NEW are left, and counting must begin with more: behind
-    # segment - segment / RATE.
-    least = -(-(moves + 3 * MOST_NEW) * RATE // (RATE - 1))
-    segment = max(power_of_2_from(least), SMALLEST_SEGMENT)
-    return SealPlan(config.first_candidate, config.window_size, segment, block)
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Cells:
-    """State of the "cells" selector.
-
-    For each kv head 4 bytes a token, 8 a cell, 4 a token of a segment, and the ring: half a byte a
-    token at the most where there are 32768 or more, else 16 KiB.
-
-    Attributes:
-      starts: int32[B, K, 2, C**M + 1], where each cell's list begins, with a last entry for the
-        end; and, while a segment goes in, where it will. Before that, how many counted tokens of
-        the segment lie in each cell.
-      order: int32[B, K, S], positions of the sealed candidates cell by cell, ascending in each.
-      earlier: int32[B, K, segment], how many tokens of the segment before a counted one are in its
-        cell.
-      ring: int32[B, K, 2 * MOST_NEW * block], positions that were read from `order` and are not
-        written to their new place yet.
-      base: int32[B], the position up to which candidates were sealed when all were listed at once.
-      plan: how tokens are sealed since.
-    """
-
-    starts: Array
-    order: Array
-    earlier: Array
-    ring: Array
-    base: Array
-    plan: SealPlan = dataclasses.field(metadata={"static": True})
-
-    def sealed(self, lengths: Int32[Array, "B"]) -> Int32[Array, "B"]:
-        """The position up to which candidates are sealed, in rows of these lengths."""
-        return sealed_at(lengths, self.base, self.plan, self.order.shape[-1])
-
-
-class Progress(NamedTuple):
-    """How far a row's next segment is.
-
-    Attributes:
-      waiting: tokens in the tail that may be sealed.
-      entries: in the lists, without the segment.
-      counted: tokens of the segment that are counted.
-      read: blocks that were read into the ring, block i from i * block entries before the end on.
-      moved: blocks that were written to their new place.
-      still: entries that were not.
-      begun: whether the segment is counted: new starts are there.
-      done: whether the segment can be sealed: all blocks have moved, in an earlier step.
-    """
-
-    waiting: Array
-    entries: Array
-    counted: Array
-    read: Array
-    moved: Array
-    still: Array
-    begun: Array
-    done: Array
-
-
-def progress(length: Array, sealed: Array, plan: SealPlan, capacity: int) -> Progress:
-    """How far a row is, for scalars or arrays of them.
-
-    Args:
-      length: tokens in the row; clipped to 0..S.
-      sealed: the position up to which its candidates are sealed.
-      plan: how tokens are sealed.
-      capacity: S.
-
-    Returns:
-      A Progress, the same for all heads of the row.
-    """
-    length = jnp.minimum(jnp.maximum(length, 0), capacity)
-    # Step by step: sizes may be so large that a sum would overflow.
-    waiting = jnp.maximum(jnp.maximum(length - plan.margin, 0) - sealed, 0)
-    entries = jnp.maximum(sealed - plan.first_candidate, 0)
-    moves = _moves(entries, plan)
-    missing = jnp.maximum(plan.segment - waiting, 0)
-    counted = jnp.maximum(plan.segment - RATE * jnp.minimum(missing, plan.segment), 0)
-    # A step writes what an earlier one read: no two programs of a launch need the same entry.
-    read = jnp.minimum(jnp.maximum(waiting - plan.segment, 0), moves)
-    moved = jnp.minimum(jnp.maximum(waiting - (plan.segment + MOST_NEW), 0), moves)
-    still = jnp.maximum(entries - moved * plan.block, 0)
-    begun, done = missing == 0, waiting - (plan.segment + 2 * MOST_NEW) > moves
-    return Progress(waiting, entries, counted, read, moved, still, begun, done)
-
-
-def _moves(entries: Array, plan: SealPlan) -> Array:
-    """Blocks of the lists."""
-    return lax.div(entries + (plan.block - 1), jnp.full_like(entries, plan.block))
-
-
-def sealed_at(length: Array, base: Array, plan: SealPlan, capacity: int) -> Array:
-    """The position up to which candidates are sealed, for scalars or arrays of lengths.
-
-    A segment is sealed at a length that follows from how many were before it, so that nothing but
-    the length need be kept.
-
-    Args:
-      length: tokens in the row; clipped to 0..S.
-      base: as in Cells.
-      plan: how tokens are sealed.
-      capacity: S.
-
-    Returns:
-      base plus the segments that were sealed since; base is clipped to the cache.
-    """
-    # No position before the first is read, whatever is set by hand.
-    base = jnp.minimum(jnp.maximum(base, plan.first_candidate), max(capacity, plan.first_candidate))
-    now = progress(length, base, plan, capacity)
-    # Of segments before it a segment needs so many tokens: i * segment + moves(i) < behind. It is
-    # the last with i * segment < behind, or the one before, since moves take less than a segment.
-    behind = now.waiting - (plan.segment + 2 * MOST_NEW)
-    last = lax.div(jnp.maximum(behind - 1, 0), jnp.full_like(behind, plan.segment))
-    entries = now.entries + last * plan.segment
-    moves = _moves(entries, plan)
-    is_sealed = last * plan.segment + moves < behind
-    return base + jnp.where(behind > 0, last + is_sealed.astype(jnp.int32), 0) * plan.segment
+from jax_indexer.state import MOST_NEW, Cells, Progress, Sealing, progress, sealing_for
 
 
 def cell_numbers(codes: UInt8[Array, "*batch M S"], config: IndexerConfig) -> Array:
@@ -221,9 +41,15 @@ def cell_numbers(codes: UInt8[Array, "*batch M S"], config: IndexerConfig) -> Ar
     return number
 
 
-def no_cells(batch: int, kv_heads: int, capacity: int, config: IndexerConfig) -> Cells:
-    """The state of empty rows."""
-    plan = seal_plan(capacity, config)
+def no_cells(
+    batch: int,
+    kv_heads: int,
+    capacity: int,
+    config: IndexerConfig,
+    sealing: Sealing | None = None,
+) -> Cells:
+    """The state of empty rows, to be sealed as is usual for this capacity, or otherwise."""
+    sealing = sealing or sealing_for(capacity, config)
 
     def zeros(*shape):
         return jnp.zeros((batch, kv_heads, *shape), jnp.int32)
@@ -231,22 +57,22 @@ def no_cells(batch: int, kv_heads: int, capacity: int, config: IndexerConfig) ->
     return Cells(
         starts=zeros(2, config.num_cells + 1),
         order=zeros(capacity),
-        earlier=zeros(plan.segment),
-        ring=zeros(plan.ring),
+        earlier=zeros(sealing.segment),
+        ring=zeros(sealing.ring),
         base=jnp.full(batch, config.first_candidate, jnp.int32),
-        plan=plan,
+        sealing=sealing,
     )
 
 
-def empty_rows(cells: Cells, rows: Array) -> Cells:
-    """The state with some rows, bool[B], empty."""
+def empty_rows(cells: Cells, rows: Bool[Array, "B"]) -> Cells:
+    """The state with some rows empty."""
     chosen = rows[:, None, None]
     return dataclasses.replace(
         cells,
         starts=jnp.where(chosen[..., None], 0, cells.starts),
         earlier=jnp.where(chosen, 0, cells.earlier),
         ring=jnp.where(chosen, 0, cells.ring),
-        base=jnp.where(rows, cells.plan.first_candidate, cells.base),
+        base=jnp.where(rows, cells.sealing.first_candidate, cells.base),
     )
 
 
@@ -254,7 +80,7 @@ def seal(
     cells: Cells,
     codes: UInt8[Array, "B K M S"],
     lengths: Int32[Array, "B"],
-    rows: Array,
+    rows: Bool[Array, "B"],
     config: IndexerConfig,
 ) -> Cells:
     """Lists the tokens of some rows anew, by sorting; no token is left waiting.
@@ -263,7 +89,7 @@ def seal(
       cells: the state so far, which other rows keep.
       codes: of all tokens.
       lengths: tokens in each row; clipped to 0..S.
-      rows: bool[B], which rows.
+      rows: which rows.
       config: what the index was built with.
 
     Returns:
@@ -271,7 +97,7 @@ def seal(
     """
     capacity = codes.shape[-1]
     lengths = jnp.clip(lengths, 0, capacity)
-    sealed = jnp.maximum(lengths - cells.plan.margin, cells.plan.first_candidate)
+    sealed = jnp.maximum(lengths - cells.sealing.margin, cells.sealing.first_candidate)
     starts, order = _listed(codes, sealed, config)
     starts = jnp.stack([starts, jnp.zeros_like(starts)], axis=2)
     chosen = rows[:, None, None]
@@ -288,11 +114,11 @@ def _listed(
 ) -> tuple[Array, Array]:
     """Starts int32[B, K, C**M + 1] and order int32[B, K, S] of the candidates before `sealed`."""
     batch, kv_heads, _, capacity = codes.shape
-    position = jnp.arange(capacity, dtype=jnp.int32)
+    position = jnp.arange(capacity, dtype=jnp.int32)[None]
     listed = (position >= config.first_candidate) & (position < sealed[:, None])
     nowhere = np.int32(config.num_cells)
     cell = jnp.where(listed[:, None], cell_numbers(codes, config), nowhere)
-    positions = jnp.broadcast_to(position, (batch, kv_heads, capacity))
+    positions = jnp.broadcast_to(position[None], (batch, kv_heads, capacity))
     cell, order = lax.sort((cell, positions), num_keys=1, is_stable=True)
     number = jnp.arange(config.num_cells + 1, dtype=jnp.int32)
     starts = jax.vmap(jax.vmap(lambda cell: jnp.searchsorted(cell, number).astype(jnp.int32)))(cell)
@@ -319,10 +145,10 @@ def grow(
       The state after. What no list holds in `order` has no meaning, nor has what is not counted
       in `earlier`, or what is written again in `ring`.
     """
-    plan, capacity = cells.plan, codes.shape[-1]
+    sealing, capacity = cells.sealing, codes.shape[-1]
     sealed_before, sealed = cells.sealed(before), cells.sealed(after)
-    was = progress(before, sealed_before, plan, capacity)
-    now = progress(after, sealed, plan, capacity)
+    was = progress(before, sealed_before, sealing, capacity)
+    now = progress(after, sealed, sealing, capacity)
     changes = (sealed != sealed_before) | (now.counted != was.counted)
     changes |= (now.read != was.read) | (now.moved != was.moved)
 
@@ -337,8 +163,9 @@ def grow(
         search = jax.vmap(jax.vmap(lambda old: jnp.searchsorted(old, entry, side="right")))
         cell = jnp.minimum(search(old).astype(jnp.int32), np.int32(config.num_cells)) - 1
         shift = jnp.take_along_axis(new - old, cell, axis=2)
-        moves = now.begun[:, None] & (entry >= now.still[:, None])
-        place = entry + jnp.where(moves[:, None], shift, 0)
+        entry = entry[None, None]
+        moves = now.begun[:, None, None] & (entry >= now.still[:, None, None])
+        place = entry + jnp.where(moves, shift, 0)
         place = jnp.where(entry < now.entries[:, None, None], place, np.int32(capacity))
 
         def put(place, order):
@@ -349,31 +176,35 @@ def grow(
             cells,
             starts=jnp.where(chosen[..., None], starts, cells.starts),
             order=jnp.where(chosen, jax.vmap(jax.vmap(put))(place, order), cells.order),
-            earlier=jnp.where(chosen, _earlier(codes, sealed, plan, config), cells.earlier),
-            ring=jnp.where(chosen, _ring(order, now, plan), cells.ring),
+            earlier=jnp.where(chosen, _earlier(codes, sealed, sealing, config), cells.earlier),
+            ring=jnp.where(chosen, _ring(order, now, sealing), cells.ring),
         )
 
     return lax.cond(jnp.any(changes), listed_anew, lambda: cells)
 
 
 def _earlier(
-    codes: UInt8[Array, "B K M S"], sealed: Int32[Array, "B"], plan: SealPlan, config: IndexerConfig
+    codes: UInt8[Array, "B K M S"],
+    sealed: Int32[Array, "B"],
+    sealing: Sealing,
+    config: IndexerConfig,
 ) -> Array:
     """int32[B, K, segment]: tokens of the segment before each in its cell, counted or not."""
-    token = jnp.arange(plan.segment, dtype=jnp.int32)
-    position = jnp.minimum(sealed[:, None] + token, np.int32(codes.shape[-1] - 1))
+    token = jnp.arange(sealing.segment, dtype=jnp.int32)
+    position = jnp.minimum(sealed[:, None] + token[None], np.int32(codes.shape[-1] - 1))
     cell = cell_numbers(jnp.take_along_axis(codes, position[:, None, None], axis=3), config)
-    same = (cell[..., None, :] == cell[..., None]) & (token < token[:, None])
+    earlier = (token[None] < token[:, None])[None, None]
+    same = (cell[..., None, :] == cell[..., None]) & earlier
     return jnp.sum(same, axis=-1, dtype=jnp.int32)
 
 
-def _ring(order: Int32[Array, "B K S"], now: Progress, plan: SealPlan) -> Array:
+def _ring(order: Int32[Array, "B K S"], now: Progress, sealing: Sealing) -> Array:
     """int32[B, K, ring]: the blocks of lists that have been read and not written yet."""
-    place = jnp.arange(plan.ring, dtype=jnp.int32)
-    slot, offset = place // plan.block, place % plan.block
+    place = jnp.arange(sealing.ring, dtype=jnp.int32)
+    slot, offset = (place // sealing.block)[None], (place % sealing.block)[None]
     moved = now.moved[:, None]
     block = moved + (slot - moved) % (2 * MOST_NEW)
-    entry = now.entries[:, None] - (block + 1) * plan.block + offset
+    entry = now.entries[:, None] - (block + 1) * sealing.block + offset
     is_live = (block < now.read[:, None]) & (entry >= 0)
     entry = jnp.clip(entry, 0, order.shape[-1] - 1)
     positions = jnp.take_along_axis(order, entry[:, None], axis=2)

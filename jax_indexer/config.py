@@ -8,9 +8,16 @@ import jax.numpy as jnp
 import numpy as np
 
 Metric = Literal["euclidean", "ip"]
+Implementation = Literal["triton", "xla"]
+Selector = Literal["top_k", "threshold", "cells"]
 
-# Of the "cells" selector: a program holds all of them.
+# Of the "cells" selector: a program holds all of them, and a place and a cell share an integer.
 MOST_CELLS = 16384
+LARGEST_BUDGET_OF_CELLS = (1 << 15) - 1
+# Where it is faster than the "threshold" selector: tokens of a cache from which on, and cells up to
+# which.
+CELLS_FROM = 32768
+FEW_CELLS = 4096
 
 FLOAT_DTYPES = (np.dtype(jnp.float32), np.dtype(jnp.bfloat16), np.dtype(jnp.float16))
 
@@ -31,7 +38,7 @@ class IndexerConfig:
         turns the largest inner product into the nearest neighbour. Scores are inner products of
         the H real dimensions for both.
       kmeans_iters: the most Lloyd iterations of `build_index` and `rebuild`, which end earlier
-        where one changes nothing.
+        where one moves nothing.
       train_tokens: train on a strided sample of at most this many tokens of a row; None for all.
       table_dtype: float32, bfloat16 or float16: what look-up table entries are rounded to, once.
       cells: keep the state that the "cells" selector needs: for C**M up to 16384, 4 bytes a token
@@ -135,6 +142,28 @@ class IndexerConfig:
         """
         attended = self.sink_size + self.heavy_size + self.window_size
         return max(attended, self.short_context(num_query_tokens))
+
+
+def beyond_cells(config: IndexerConfig, num_query_tokens: int) -> str | None:
+    """What the "cells" selector takes instead of this, or None."""
+    if num_query_tokens > 1:
+        return f"one query token, not T={num_query_tokens}"
+    if config.heavy_size > LARGEST_BUDGET_OF_CELLS:
+        return f"budgets up to {LARGEST_BUDGET_OF_CELLS}, not heavy_size={config.heavy_size}"
+    return None
+
+
+def default_selector(config: IndexerConfig, capacity: int, num_query_tokens: int) -> Selector:
+    """The selector that "triton" takes where none is named.
+
+    With `config.cells` it is "cells" for one query token, caches of 32768 tokens or more, up to
+    4096 cells and a float32 table; otherwise "threshold".
+    """
+    if not config.cells or beyond_cells(config, num_query_tokens):
+        return "threshold"
+    # Entries of 16 bits make cells tie, and those that tie at the cut are searched for slowly.
+    wins = config.num_cells <= FEW_CELLS and config.table_dtype == np.float32
+    return "cells" if wins and capacity >= CELLS_FROM else "threshold"
 
 
 def _integer(name: str, value: Any, low: int, high: int | None) -> int:

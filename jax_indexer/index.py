@@ -1,60 +1,27 @@
-"""PQIndex, the state of the indexer, and its life: built, grown, trained again, started again."""
+"""The life of an index: built, grown, trained again, started again."""
 
 import dataclasses
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array, lax
+from jax import Array
+from jaxtyping import Bool, Float, Int32
 
 from jax_indexer import _arguments, kmeans, reference
-from jax_indexer.cells import (
-    MOST_NEW,
-    Cells,
-    SealPlan,
-    empty_rows,
-    grow,
-    no_cells,
-    seal,
-    seal_plan,
-)
-from jax_indexer.config import IndexerConfig
+from jax_indexer.cells import empty_rows, no_cells, seal
+from jax_indexer.config import Implementation, IndexerConfig
 from jax_indexer.kernels import backend, centroid_sums, pipeline
-from jax_indexer.kernels.backend import Implementation
-from jax_indexer.layout import KVLayout, head_major, token_axis
-
-SEVERAL_LAYERS = "of an index for several layers take one at a time, by lax.scan or jax.vmap"
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class PQIndex:
-    """The product-quantized keys of a cache: a pytree whose shapes never change while decoding.
-
-    Attributes:
-      codebooks: [B, K, M, C, D'] centroids, float32, bfloat16 or float16; D' = H // M, and one
-        more for the inner-product metric.
-      codes: uint8[B, K, M, S], the nearest centroid of every subvector; only the low bits count.
-      lengths: int32[B], tokens in the cache; what lies past them has no meaning.
-      phi: inner-product metric only, else None: float32[B, K, M], the largest squared norm of a
-        training subvector.
-      cells: state of the "cells" selector with `config.cells`, else None.
-
-    Source: CONTRACT.md, section 4.
-    """
-
-    codebooks: Array
-    codes: Array
-    lengths: Array
-    phi: Array | None = None
-    cells: Cells | None = None
+from jax_indexer.kernels.step import Step
+from jax_indexer.layout import KVLayout, head_major, key_letters, token_axis
+from jax_indexer.sharding import Shard, by_shards
+from jax_indexer.state import PQIndex
 
 
 def build_index(
-    key: Array,
-    lengths: Array,
+    key: Float[Array, "B _ _ H"],
+    lengths: Int32[Array, "B"],
     config: IndexerConfig,
     *,
     seed: int = 0,
@@ -65,8 +32,8 @@ def build_index(
 
     Codebooks are trained by k-means for every (batch row, kv head, subspace) on the tokens in
     [init_offset, lengths[b]), or on a sample of `config.train_tokens` of them, and are float32. A
-    subvector that is not finite, or whose squared norm is not, is not trained on; one that is not
-    finite gets code 0. A row with fewer trainable keys than centroids uses these, repeated.
+    subvector that is not finite, or whose squared norm is above 2**124, is not trained on; one that
+    is not finite gets code 0. A row with fewer trainable keys than centroids uses these, repeated.
 
     Args:
       key: [B, S, K, H] ("BSKH") or [B, K, S, H] ("BKSH"), float32, bfloat16 or float16: the cache
@@ -98,14 +65,14 @@ def build_index(
             f"S={sizes['S']}; pass the cache at its full capacity{sizes.understood('key')}"
         )
     _arguments.check_array("lengths", lengths, "B", sizes, _arguments.INT32)
-    _check_seed(seed)
+    _arguments.check_seed(seed)
     shape = sizes["B"], sizes["K"], config.num_subspaces, sizes["S"]
     codes = jax.ShapeDtypeStruct(shape, np.uint8)
     _check_training(implementation, config, sizes, key, codes)
     return _build(
         key,
         lengths,
-        np.uint32(seed),
+        jax.device_put(np.uint32(seed)),
         config=config,
         kv_layout=kv_layout,
         implementation=implementation,
@@ -114,11 +81,11 @@ def build_index(
 
 def rebuild(
     index: PQIndex,
-    key: Array,
+    key: Float[Array, "B _ _ H"],
     config: IndexerConfig,
-    rows: Array,
+    rows: Bool[Array, "B"],
     *,
-    lengths: Array | None = None,
+    lengths: Int32[Array, "B"] | None = None,
     seed: int = 0,
     kv_layout: KVLayout = "BSKH",
     implementation: Implementation | None = None,
@@ -127,8 +94,7 @@ def rebuild(
 
     For between decode steps: when a short prompt has grown, when the keys have drifted away from
     the codebooks (`rebuild_gain` tells), or, with `lengths`, to put a new prompt into a row. A row
-    so built equals what `build_index` makes of it, bit for bit with
-    float32 codebooks.
+    so built equals what `build_index` makes of it, bit for bit with float32 codebooks.
 
     Args:
       index: the index; donate it to have it updated in place.
@@ -152,20 +118,20 @@ def rebuild(
 
     Source: CONTRACT.md, section 4.
     """
-    sizes = _check_with_cache(index, key, config, kv_layout)
+    sizes = _arguments.check_with_cache(index, key, config, kv_layout)
     _arguments.check_array("rows", rows, "B", sizes, _arguments.BOOL)
     if lengths is None:
         lengths = index.lengths
     else:
         _arguments.check_array("lengths", lengths, "B", sizes, _arguments.INT32)
-    _check_seed(seed)
+    _arguments.check_seed(seed)
     _check_training(implementation, config, sizes, key, index)
     return _rebuild(
         index,
         key,
         lengths,
         rows,
-        np.uint32(seed),
+        jax.device_put(np.uint32(seed)),
         config=config,
         kv_layout=kv_layout,
         implementation=implementation,
@@ -174,19 +140,21 @@ def rebuild(
 
 def rebuild_gain(
     index: PQIndex,
-    key: Array,
+    key: Float[Array, "B _ _ H"],
     config: IndexerConfig,
     *,
     kv_layout: KVLayout = "BSKH",
     implementation: Implementation | None = None,
-) -> Array:
+) -> Float[Array, "B"]:
     """Says which rows `rebuild` would help: the share of their error that a first step removes.
 
     The squared quantization error of the trainable keys, less what it is when every centroid moves
     to the mean of the keys nearest to it, over that error: somewhat more than half of the share
     that a rebuild removes. On a language model's keys it is below 0.002 after training and above
     0.03 once the context has grown by a quarter, so a rebuild pays from about 0.02 on. It costs one
-    k-means iteration over the cache, or over `config.train_tokens` tokens of it.
+    k-means iteration over the cache, or over `config.train_tokens` tokens of it. A new key that is
+    far from all others hides what they would gain: its error outweighs theirs, and one iteration
+    removes little of it. One that was there when the codebooks were trained does not.
 
     What the means gain on a sample by chance alone is taken off where `train_tokens` makes one. A
     row with a codebook whose centroids are all equal, as when it was built from no more than
@@ -211,14 +179,14 @@ def rebuild_gain(
 
     Source: CONTRACT.md, section 4.
     """
-    sizes = _check_with_cache(index, key, config, kv_layout)
+    sizes = _arguments.check_with_cache(index, key, config, kv_layout)
     _check_training(implementation, config, sizes, key, index)
     return _rebuild_gain(
         index, key, config=config, kv_layout=kv_layout, implementation=implementation
     )
 
 
-def reset(index: PQIndex, rows: Array) -> PQIndex:
+def reset(index: PQIndex, rows: Bool[Array, "B"]) -> PQIndex:
     """Empties some rows: their length becomes 0, and their codebooks stay until rebuilt.
 
     Args:
@@ -233,15 +201,14 @@ def reset(index: PQIndex, rows: Array) -> PQIndex:
 
     Source: CONTRACT.md, section 4.
     """
-    _check_type(index)
+    _arguments.check_index_type(index)
     sizes = _arguments.Sizes()
-    fixes = {"B": SEVERAL_LAYERS}
+    fixes = {"B": _arguments.SEVERAL_LAYERS}
     _arguments.check_array("index.lengths", index.lengths, "B", sizes, _arguments.INT32, fixes)
     _arguments.check_array("rows", rows, "B", sizes, _arguments.BOOL)
     if index.cells is not None:
-        _check_cells(index.cells, sizes)
-    cells = None if index.cells is None else empty_rows(index.cells, rows)
-    return dataclasses.replace(index, lengths=jnp.where(rows, 0, index.lengths), cells=cells)
+        _arguments.check_cells(index.cells, sizes)
+    return _reset(index, rows)
 
 
 def with_cells(index: PQIndex, config: IndexerConfig) -> PQIndex:
@@ -263,7 +230,7 @@ def with_cells(index: PQIndex, config: IndexerConfig) -> PQIndex:
     Source: CONTRACT.md, section 4.
     """
     _arguments.check_config(config)
-    _check_type(index)
+    _arguments.check_index_type(index)
     if not config.cells:
         raise ValueError("config.cells: expected True, got False; use dataclasses.replace")
     sizes = _arguments.Sizes()
@@ -279,16 +246,16 @@ def with_cells(index: PQIndex, config: IndexerConfig) -> PQIndex:
     else:
         sizes.learn("index.codebooks", H=config.num_subspaces)
     index = dataclasses.replace(index, cells=None)
-    _check_arrays(index, config, sizes)
+    _arguments.check_quantizer(index, config, sizes)
     return _with_cells(index, config=config)
 
 
 def append(
     index: PQIndex,
-    key_new: Array,
+    key_new: Float[Array, "B _ _ H"],
     config: IndexerConfig,
     *,
-    counts: Array | None = None,
+    counts: Int32[Array, "B"] | None = None,
     kv_layout: KVLayout = "BSKH",
     implementation: Implementation | None = None,
 ) -> PQIndex:
@@ -315,7 +282,7 @@ def append(
 
     Source: CONTRACT.md, section 4.
     """
-    check_append(index, key_new, config, counts, kv_layout, implementation)
+    _arguments.check_append(index, key_new, config, counts, kv_layout, implementation)
     return _append(
         index,
         key_new,
@@ -326,24 +293,6 @@ def append(
     )
 
 
-def check_append(index, key_new, config, counts, kv_layout, implementation) -> None:
-    """Checks the arguments of `append`."""
-    _arguments.check_config(config)
-    sizes = _arguments.Sizes()
-    _arguments.check_key("key_new", key_new, "t", kv_layout, sizes)
-    _arguments.check_subspaces("key_new", config, sizes)
-    check_index(index, config, sizes)
-    if counts is not None:
-        _arguments.check_array("counts", counts, "B", sizes, _arguments.INT32)
-    elif sizes["t"] > sizes["S"]:
-        raise ValueError(
-            f"key_new: expected at most t=S={sizes['S']} tokens, as many as a row can hold, "
-            f"got t={sizes['t']}; pass fewer, or counts{sizes.understood('key_new')}"
-        )
-    _check_phi(index, config)
-    _arguments.check_implementation(implementation, key_new, index)
-
-
 def _check_training(implementation, config, sizes, *operands) -> None:
     """Checks that "triton", if it is asked for, trains codebooks of these sizes."""
     dimensions = sizes["H"] // config.num_subspaces
@@ -351,114 +300,26 @@ def _check_training(implementation, config, sizes, *operands) -> None:
     _arguments.check_implementation(implementation, *operands, unsupported=unsupported)
 
 
-def _check_with_cache(index, key, config, kv_layout) -> _arguments.Sizes:
-    """Checks an index and the cache it is of; returns the sizes of the axes."""
-    _arguments.check_config(config)
-    sizes = _arguments.Sizes()
-    _arguments.check_key("key", key, "S", kv_layout, sizes)
-    _arguments.check_subspaces("key", config, sizes)
-    check_index(index, config, sizes)
-    _check_phi(index, config)
-    return sizes
+@functools.partial(backend.jit, static_argnames=())
+def _reset(index: PQIndex, rows: Array) -> PQIndex:
+    cells = None if index.cells is None else empty_rows(index.cells, rows)
+    return dataclasses.replace(index, lengths=jnp.where(rows, 0, index.lengths), cells=cells)
 
 
-def _check_phi(index: PQIndex, config: IndexerConfig) -> None:
-    if config.metric == "ip" and index.phi is None:
-        raise ValueError(
-            'index.phi: expected float32[B, K, M] for metric="ip", got None; '
-            "build the index with build_index, or pass phi=..."
-        )
-
-
-def _check_seed(seed: Any) -> None:
-    if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or not 0 <= seed < 2**32:
-        raise ValueError(
-            f"seed: expected an int in 0..2**32 - 1, got {seed!r}; it is static: pass a Python int"
-        )
-
-
-def _check_type(index: Any) -> None:
-    if not isinstance(index, PQIndex):
-        raise ValueError(
-            f"index: expected a PQIndex, got {type(index).__name__}; make one with build_index"
-        )
-
-
-def check_index(index: Any, config: IndexerConfig, sizes: _arguments.Sizes) -> None:
-    """Checks the arrays of a PQIndex against the config and the head dimension H in `sizes`."""
-    _check_type(index)
-    _check_arrays(index, config, sizes)
-    cells = index.cells
-    if (cells is not None) != config.cells:
-        wanted, got, advice = None, type(cells).__name__, "dataclasses.replace(index, cells=None)"
-        if config.cells:
-            wanted, got, advice = "a state", None, "with_cells(index, config)"
-        raise ValueError(
-            f"index.cells: expected {wanted} with config.cells={config.cells}, got {got}; "
-            f"use {advice}, or the config that the index was built with"
-        )
-    if cells is None:
-        return
-    sizes.learn("config", **{"C**M+1": config.num_cells + 1})
-    _check_cells(cells, sizes)
-    plan = seal_plan(sizes["S"], config)
-    if cells.plan != plan:
-        raise ValueError(
-            f"index.cells.plan: expected {plan}, got {cells.plan}; use the config that the index "
-            "was built with, or with_cells(index, config)"
-        )
-
-
-def _check_cells(cells: Any, sizes: _arguments.Sizes) -> None:
-    """Checks the state of the "cells" selector against the sizes that are known."""
-    if not isinstance(cells, Cells) or not isinstance(cells.plan, SealPlan):
-        plan = f" with {type(cells.plan).__name__}" if isinstance(cells, Cells) else ""
-        raise ValueError(
-            "index.cells: expected None, or Cells with a SealPlan, "
-            f"got {type(cells).__name__}{plan}; use with_cells(index, config)"
-        )
-    sizes.learn("PQIndex", **{"before/after": 2})
-    sizes.learn("index.cells.plan", segment=cells.plan.segment, ring=cells.plan.ring)
-    for name, letters in (
-        ("starts", "B K before/after C**M+1"),
-        ("order", "B K S"),
-        ("earlier", "B K segment"),
-        ("ring", "B K ring"),
-        ("base", "B"),
-    ):
-        array = getattr(cells, name)
-        _arguments.check_array(f"index.cells.{name}", array, letters, sizes, _arguments.INT32)
-
-
-def _check_arrays(index: PQIndex, config: IndexerConfig, sizes: _arguments.Sizes) -> None:
-    augmented = config.metric == "ip"
-    dimensions = {"D'": sizes["H"] // config.num_subspaces + augmented}
-    sizes.learn("config", M=config.num_subspaces, C=config.num_centroids, **dimensions)
-    fix = (
-        f"with num_subspaces={config.num_subspaces}, num_bits={config.num_bits}, "
-        f"metric={config.metric!r} and H={sizes['H']} the config says otherwise; "
-        "use the config that the index was built with"
-    )
-    fixes = {"M": fix, "C": fix, "D'": fix, "B K M C D'": SEVERAL_LAYERS}
-    _arguments.check_array(
-        "index.codebooks", index.codebooks, "B K M C D'", sizes, _arguments.FLOAT_DTYPES, fixes
-    )
-    _arguments.check_array("index.codes", index.codes, "B K M S", sizes, _arguments.UINT8, fixes)
-    _arguments.check_array("index.lengths", index.lengths, "B", sizes, _arguments.INT32)
-    if index.phi is not None:
-        _arguments.check_array("index.phi", index.phi, "B K M", sizes, _arguments.FLOAT32)
-
-
-@functools.partial(jax.jit, static_argnames=("config",))
+@functools.partial(backend.jit, static_argnames=("config",))
 def _with_cells(index: PQIndex, *, config: IndexerConfig) -> PQIndex:
-    batch, kv_heads, _, capacity = index.codes.shape
-    cells = no_cells(batch, kv_heads, capacity, config)
-    every_row = jnp.ones(batch, bool)
-    cells = seal(cells, index.codes, index.lengths, every_row, config)
-    return dataclasses.replace(index, cells=cells)
+    def on_shard(shard: Shard, index: PQIndex) -> PQIndex:
+        del shard
+        batch, kv_heads, _, capacity = index.codes.shape
+        cells = no_cells(batch, kv_heads, capacity, config)
+        every_row = jnp.ones_like(index.lengths, bool)
+        cells = seal(cells, index.codes, index.lengths, every_row, config)
+        return dataclasses.replace(index, cells=cells)
+
+    return by_shards(on_shard, index=(None, index))
 
 
-@functools.partial(jax.jit, static_argnames=("config", "kv_layout", "implementation"))
+@functools.partial(backend.jit, static_argnames=("config", "kv_layout", "implementation"))
 def _build(
     key: Array,
     lengths: Array,
@@ -468,23 +329,29 @@ def _build(
     kv_layout: KVLayout,
     implementation: Implementation | None,
 ) -> PQIndex:
-    batch, capacity = key.shape[0], key.shape[token_axis(kv_layout)]
-    kv_heads, augmented = head_major(key, kv_layout).shape[1], config.metric == "ip"
-    of_subspaces = (batch, kv_heads, config.num_subspaces)
-    size = key.shape[-1] // config.num_subspaces + augmented
-    empty = PQIndex(
-        codebooks=jnp.zeros((*of_subspaces, config.num_centroids, size), jnp.float32),
-        codes=jnp.zeros((*of_subspaces, capacity), jnp.uint8),
-        lengths=jnp.zeros(batch, jnp.int32),
-        phi=jnp.zeros(of_subspaces, jnp.float32) if augmented else None,
-        cells=no_cells(batch, kv_heads, capacity, config) if config.cells else None,
+    def on_shard(shard: Shard, key: Array, lengths: Array, seed: Array) -> PQIndex:
+        batch, capacity = key.shape[0], key.shape[token_axis(kv_layout)]
+        kv_heads, augmented = head_major(key, kv_layout).shape[1], config.metric == "ip"
+        of_subspaces = (batch, kv_heads, config.num_subspaces)
+        size = key.shape[-1] // config.num_subspaces + augmented
+        empty = PQIndex(
+            codebooks=jnp.zeros((*of_subspaces, config.num_centroids, size), jnp.float32),
+            codes=jnp.zeros((*of_subspaces, capacity), jnp.uint8),
+            lengths=jnp.zeros(batch, jnp.int32),
+            phi=jnp.zeros(of_subspaces, jnp.float32) if augmented else None,
+            cells=no_cells(batch, kv_heads, capacity, config) if config.cells else None,
+        )
+        every_row = jnp.ones(batch, bool)
+        return _rebuilt(
+            shard, empty, key, lengths, every_row, seed, config, kv_layout, implementation
+        )
+
+    return by_shards(
+        on_shard, key=(key_letters(kv_layout), key), lengths=("B", lengths), seed=("", seed)
     )
-    every_row = jnp.ones(batch, bool)
-    options = {"config": config, "kv_layout": kv_layout, "implementation": implementation}
-    return _rebuild(empty, key, lengths, every_row, seed, **options)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "kv_layout", "implementation"))
+@functools.partial(backend.jit, static_argnames=("config", "kv_layout", "implementation"))
 def _rebuild(
     index: PQIndex,
     key: Array,
@@ -496,11 +363,34 @@ def _rebuild(
     kv_layout: KVLayout,
     implementation: Implementation | None,
 ) -> PQIndex:
-    key, index = lax.stop_gradient((key, index))
+    return by_shards(
+        functools.partial(
+            _rebuilt, config=config, kv_layout=kv_layout, implementation=implementation
+        ),
+        index=(None, index),
+        key=(key_letters(kv_layout), key),
+        lengths=("B", lengths),
+        rows=("B", rows),
+        seed=("", seed),
+    )
+
+
+def _rebuilt(
+    shard: Shard,
+    index: PQIndex,
+    key: Array,
+    lengths: Array,
+    rows: Array,
+    seed: Array,
+    config: IndexerConfig,
+    kv_layout: KVLayout,
+    implementation: Implementation | None,
+) -> PQIndex:
     # The other rows have no token to train on and none to encode.
     lengths = jnp.where(rows, jnp.clip(lengths, 0, index.codes.shape[-1]), 0)
     keys = kmeans.training_set(key, lengths, config, kv_layout)
-    trained = kmeans.train(keys, lengths, seed, config, kv_layout, implementation)
+    first_head = shard.first_head(index.codes.shape[1])
+    trained = kmeans.train(keys, lengths, seed, first_head, config, kv_layout, implementation)
 
     codebooks = jnp.where(
         jnp.expand_dims(rows, (1, 2, 3, 4)),
@@ -517,11 +407,10 @@ def _rebuild(
         lengths=jnp.where(rows, 0, index.lengths),
         cells=None if index.cells is None else empty_rows(index.cells, rows),
     )
-    options = {"config": config, "kv_layout": kv_layout, "implementation": implementation}
-    return _append(started, key, lengths, **options)
+    return _appended(started, key, lengths, config, kv_layout, implementation)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "kv_layout", "implementation"))
+@functools.partial(backend.jit, static_argnames=("config", "kv_layout", "implementation"))
 def _rebuild_gain(
     index: PQIndex,
     key: Array,
@@ -530,15 +419,19 @@ def _rebuild_gain(
     kv_layout: KVLayout,
     implementation: Implementation | None,
 ) -> Array:
-    key, index = lax.stop_gradient((key, index))
-    lengths = jnp.clip(index.lengths, 0, index.codes.shape[-1])
-    keys = kmeans.training_set(key, lengths, config, kv_layout)
-    if config.metric == "ip":  # distances are to the centroids as they were trained
-        keys = keys._replace(phi=index.phi)
-    return kmeans.first_step_gain(keys, index.codebooks, kv_layout, implementation)
+    def on_shard(shard: Shard, index: PQIndex, key: Array) -> Array:
+        lengths = jnp.clip(index.lengths, 0, index.codes.shape[-1])
+        keys = kmeans.training_set(key, lengths, config, kv_layout)
+        if config.metric == "ip":  # distances are to the centroids as they were trained
+            keys = keys._replace(phi=index.phi)
+        errors = kmeans.first_step_errors(keys, index.codebooks, kv_layout, implementation)
+        of_rows = (jnp.sum(x, axis=1) for x in errors)
+        return kmeans.gain(*map(shard.sum_over_heads, of_rows))
+
+    return by_shards(on_shard, index=(None, index), key=(key_letters(kv_layout), key))
 
 
-@functools.partial(jax.jit, static_argnames=("config", "kv_layout", "implementation"))
+@functools.partial(backend.jit, static_argnames=("config", "kv_layout", "implementation"))
 def _append(
     index: PQIndex,
     key_new: Array,
@@ -548,39 +441,34 @@ def _append(
     kv_layout: KVLayout,
     implementation: Implementation | None,
 ) -> PQIndex:
-    num_new = key_new.shape[token_axis(kv_layout)]
-    start, taken, lengths = reference.make_room(
-        index.lengths, counts, num_new, index.codes.shape[-1]
+    def on_shard(shard: Shard, index: PQIndex, key_new: Array, counts: Array | None) -> PQIndex:
+        del shard
+        return _appended(index, key_new, counts, config, kv_layout, implementation)
+
+    return by_shards(
+        on_shard,
+        index=(None, index),
+        key_new=(key_letters(kv_layout), key_new),
+        counts=("B", counts),
     )
 
-    key_new, index = lax.stop_gradient((key_new, index))  # codes have none
 
-    def xla(key_new, index, phi, start, taken):
-        new = reference.encode_tokens(
-            head_major(key_new, kv_layout), index.codebooks, phi, taken, config.metric
-        )
-        codes, cells = reference.write_codes(index.codes, new, start, taken), index.cells
-        if cells is not None and num_new <= MOST_NEW:
-            cells = grow(cells, codes, start, start + taken, config)
-        elif cells is not None:
-            cells = seal(cells, codes, start + taken, taken > 0, config)
-        return codes, cells
+def _appended(
+    index: PQIndex,
+    key_new: Array,
+    counts: Array | None,
+    config: IndexerConfig,
+    kv_layout: KVLayout,
+    implementation: Implementation | None,
+) -> PQIndex:
+    step = Step.of(index, config, T=key_new.shape[token_axis(kv_layout)], kv_layout=kv_layout)
+    room, lengths = reference.make_room(index.lengths, counts, step.T, step.S)
 
-    def triton(key_new, index, phi, start, taken):
-        made = pipeline.append_tokens(
-            key_new,
-            index.codebooks,
-            index.codes,
-            phi,
-            index.cells,
-            start,
-            taken,
-            config,
-            kv_layout=kv_layout,
-        )
-        return made.codes, made.cells
+    def xla(key_new, index, room, lengths):
+        return reference.append(key_new, index, room, lengths, config, kv_layout)
 
-    phi = index.phi if config.metric == "ip" else None
-    arguments = key_new, index, phi, start, taken
-    codes, cells = backend.dispatch(xla, triton, *arguments, implementation=implementation)
-    return dataclasses.replace(index, codes=codes, lengths=lengths, cells=cells)
+    def triton(key_new, index, room, lengths):
+        return pipeline.append(step, key_new, index, room, lengths)
+
+    arguments = key_new, index, room, lengths
+    return backend.dispatch(xla, triton, *arguments, implementation=implementation)

@@ -1,20 +1,28 @@
 """Codebook training: k-means over subvectors, for all rows, kv heads and subspaces at once."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
-from jaxtyping import Bool, Float, Int32, UInt32
+from jaxtyping import Bool, Float, Int32, UInt8, UInt32
 
 from jax_indexer import reference
-from jax_indexer.config import IndexerConfig
+from jax_indexer.config import Implementation, IndexerConfig
 from jax_indexer.kernels import backend
-from jax_indexer.kernels import centroid_sums as kernels
+from jax_indexer.kernels.centroid_sums import centroid_sums, unsupported
 from jax_indexer.layout import KVLayout, subvectors, token_axis
 
 # Tokens counted at once to find the n-th trainable one; their number fits into a uint8.
 COUNTED_TOKENS = 128
+# Of a squared norm: products of differences of such vectors stay within float32.
+LARGEST_NORM = 2.0**124
+# Keys whose median distances are taken from: half of them far away would be needed to move it.
+ORIGIN_KEYS = 63
+# Of a coordinate: what a float32 mean of keys that are equal in it may differ from it.
+ROUNDING = 1e-5
 
 
 class TrainingSet(NamedTuple):
@@ -22,7 +30,8 @@ class TrainingSet(NamedTuple):
 
     Attributes:
       key: [B, S, K, H] ("BSKH") or [B, K, S, H] ("BKSH"): the cache, or a sample of it.
-      trainable: which subvectors count: finite ones of the row's tokens from `init_offset` on.
+      trainable: which subvectors count: those of the row's tokens from `init_offset` on that are
+        finite and not longer than arithmetic allows.
       stop: tokens of each row behind which none is trainable.
       stride: of the sample of each row; 1 where all tokens are there.
       phi: for the inner-product metric the largest squared norm of a trainable subvector, else
@@ -34,6 +43,22 @@ class TrainingSet(NamedTuple):
     stop: Int32[Array, "B"]
     stride: Int32[Array, "B"]
     phi: Float[Array, "B K M"] | None
+
+
+class StepErrors(NamedTuple):
+    """What one iteration does to the squared quantization error, for each row and kv head.
+
+    They may be added up over kv heads, those of other devices included, before `gain` sees them.
+
+    Attributes:
+      error: with the present centroids.
+      left: with the means of their clusters.
+      starts: how many codebooks have an error and equal centroids.
+    """
+
+    error: Float[Array, "B K"]
+    left: Float[Array, "B K"]
+    starts: Float[Array, "B K"]
 
 
 def training_set(
@@ -56,14 +81,14 @@ def training_set(
     axis, first, augmented = token_axis(kv_layout), config.first_trained, config.metric == "ip"
     sample = config.train_tokens
     if sample is None or sample >= key.shape[axis] - first:
-        position = jnp.arange(key.shape[axis], dtype=jnp.int32)
+        position = jnp.arange(key.shape[axis], dtype=jnp.int32)[None]
         exists = (position >= first) & (position < lengths[:, None])
         stop, stride = lengths, jnp.ones_like(lengths)
     else:
         count = jnp.maximum(lengths - first, 0)
         stride = jnp.maximum((count + sample - 1) // sample, 1)
         stop = (count + stride - 1) // stride
-        position = jnp.arange(sample, dtype=jnp.int32)
+        position = jnp.arange(sample, dtype=jnp.int32)[None]
         exists = position < stop[:, None]
         taken = jnp.where(exists, first + position * stride[:, None], 0)
         taken = taken[:, :, None, None] if kv_layout == "BSKH" else taken[:, None, :, None]
@@ -75,7 +100,7 @@ def training_set(
         # The order of a sum would depend on the cache's shape, and codes depend on phi.
         norms = reference.squared_norm(parts) if augmented else jnp.sum(parts * parts, axis=-1)
         norms = jnp.moveaxis(norms, axis - 1, -1)
-        trainable = exists & jnp.isfinite(norms)
+        trainable = exists[None, None] & (norms <= LARGEST_NORM)
         return trainable, jnp.max(jnp.where(trainable, norms, 0), axis=-1)
 
     # Row by row, which keeps a row's bits from depending on the batch.
@@ -87,159 +112,294 @@ def train(
     keys: TrainingSet,
     lengths: Int32[Array, "B"],
     seed: UInt32[Array, ""],
+    first_head: Int32[Array, ""],
     config: IndexerConfig,
     kv_layout: KVLayout,
-    implementation: backend.Implementation | None,
+    implementation: Implementation | None,
 ) -> Float[Array, "B K M C D_"]:
     """Lloyd's algorithm from keys drawn evenly over the context, one codebook a subspace.
 
     Random numbers depend on (seed, kv head, subspace, length) only: not on the row's place in a
-    batch, nor on the capacity. Iterations end for a codebook when one changes nothing. A cluster
-    left empty takes up a random trainable key. With fewer trainable keys than centroids those
-    keys, in their order and repeated, are the codebook; with none it is zero.
+    batch, nor on the capacity, the number of kv heads or JAX's settings. Iterations end for a
+    codebook when one moves nothing. A cluster left empty takes up a key far from its centroid.
+    With fewer trainable keys than centroids those keys, in their order and repeated, are the
+    codebook; with none it is zero.
 
     Args:
       keys: what to train on.
       lengths: tokens in each row.
       seed: of the random numbers.
+      first_head: number of the first of these kv heads among all of the model's.
       config: `num_bits` and `kmeans_iters` count.
       kv_layout: of the keys.
-      implementation: of `centroid_sums`.
+      implementation: "triton", "xla", or None.
 
     Returns:
       float32 centroids, augmented for the inner-product metric.
     """
     num_centroids = config.num_centroids
     count = jnp.sum(keys.trainable, axis=-1, dtype=jnp.int32)  # [B, K, M]
-    rank = _draw_ranks(count, lengths, seed, num_centroids)
+    rank = _draw_ranks(count, lengths, seed, first_head, num_centroids)
     drawn = _subvectors_at(keys, _nth_trainable(keys.trainable, rank), kv_layout)
-    start = jnp.where((count > 0)[..., None, None], drawn[..., :num_centroids, :], 0)
-    spare = drawn[..., num_centroids:, :]
+    start = jnp.where((count > 0)[..., None, None], drawn, 0)
+    origin = _origin(keys, kv_layout)
 
     def update(state):
         iteration, centroids, moving = state
         stop = jnp.where(moving, keys.stop[:, None, None], 0)
-        sums = centroid_sums(keys, centroids, stop, kv_layout, implementation)
-        sizes = sums[..., -1:]
-        another = jnp.take(spare, (jnp.arange(num_centroids) + iteration) % num_centroids, axis=-2)
-        new = jnp.where(sizes > 0, sums[..., :-1] / jnp.maximum(sizes, 1), another)
-        new = jnp.where(moving[..., None, None], new, centroids)
-        return iteration + 1, new, jnp.any(new != centroids, axis=(-2, -1))
+        means, sizes, nearest = cluster_means(
+            keys, centroids, origin, stop, kv_layout, implementation
+        )
+        has_keys = (sizes > 0) & moving[..., None]
+        is_empty = (sizes == 0) & moving[..., None]
+        new = jnp.where(has_keys[..., None], means, centroids)
+
+        def numbers(b, k, m) -> Float[Array, "S"]:
+            draw = iteration + 1  # the start is draw 0
+            return _fractions(seed, lengths[b], first_head + k, m, draw, nearest.shape[-1])
+
+        new = _fill(new, is_empty, keys, centroids, nearest, numbers, kv_layout)
+        # Equal keys would go round all centroids that equal them: each becomes their rounded mean.
+        moved = jnp.abs(new - centroids) > ROUNDING * jnp.abs(new)
+        return iteration + 1, new, jnp.any(moved, axis=(-2, -1))
 
     def is_moving(state):
         iteration, _, moving = state
         return (iteration < config.kmeans_iters) & jnp.any(moving)
 
-    _, centroids, _ = lax.while_loop(is_moving, update, (0, start, count >= num_centroids))
+    state = (jnp.int32(0), start, count >= num_centroids)
+    _, centroids, _ = lax.while_loop(is_moving, update, state)
     return centroids
 
 
-def centroid_sums(
+def cluster_means(
     keys: TrainingSet,
     centroids: Float[Array, "B K M C D_"],
+    origin: Float[Array, "B K M D_"],
     stop: Int32[Array, "B K M"],
     kv_layout: KVLayout,
-    implementation: backend.Implementation | None,
-) -> Float[Array, "B K M C E"]:
-    """`reference.centroid_sums` by what is asked for, or by what the platform has for it."""
+    implementation: Implementation | None,
+) -> tuple[Float[Array, "B K M C D_"], Float[Array, "B K M C"], UInt8[Array, "B K M S"]]:
+    """One pass of k-means; its first arguments are those of `reference.assign_and_sum`.
+
+    Returns:
+      Means of the keys nearest to each centroid, their numbers, and the centroid that is nearest to
+      each trainable key before `stop`.
+    """
     dimensions = keys.key.shape[-1] // centroids.shape[2]
-    arguments = (keys.key, keys.trainable, centroids, keys.phi, stop)
+    arguments = (keys.key, keys.trainable, centroids, origin, keys.phi, stop)
 
     def xla(*arguments):
-        return reference.centroid_sums(*arguments, kv_layout=kv_layout)
+        return reference.assign_and_sum(*arguments, kv_layout=kv_layout)
 
     def triton(*arguments):
-        return kernels.centroid_sums(*arguments, kv_layout=kv_layout)
+        return centroid_sums(*arguments, kv_layout=kv_layout)
 
-    if kernels.unsupported(centroids.shape[3], dimensions):
+    if implementation is None and unsupported(centroids.shape[3], dimensions):
         implementation = "xla"
-    return backend.dispatch(xla, triton, *arguments, implementation=implementation)
+    sums, nearest = backend.dispatch(xla, triton, *arguments, implementation=implementation)
+    sums, sizes = sums[..., :-1], sums[..., -1]
+    means = sums / jnp.maximum(sizes, 1)[..., None]
+    if keys.phi is not None:
+        means = means.at[..., -1].add(origin[..., None, -1])
+    return means, sizes, nearest
 
 
-def first_step_gain(
+def first_step_errors(
     keys: TrainingSet,
     centroids: Float[Array, "B K M C D_"],
     kv_layout: KVLayout,
-    implementation: backend.Implementation | None,
-) -> Float[Array, "B"]:
-    """The share of each row's quantization error that one iteration from these centroids removes.
+    implementation: Implementation | None,
+) -> StepErrors:
+    """The quantization error before and after one iteration from these centroids.
 
     A strided sample of a row that has grown holds other tokens than were trained on, and means of
-    few tokens fit these better than any others: what chance alone removes is taken off. Centroids
-    that are all equal come from fewer than two keys, and one step may not tell them apart.
+    few tokens fit these better than any others: what chance alone removes is left. Centroids that
+    are all equal come from fewer than two keys, and one step may not tell them apart.
 
     Args:
       keys: the keys whose error it is.
       centroids: in the codebooks' dtype, augmented for the inner-product metric.
       kv_layout: of the keys.
-      implementation: of `centroid_sums`.
-
-    Returns:
-      A number in 0..1; 0 where the error is no more than rounding makes of equal keys, and 1 where
-      it is more and all centroids of a codebook are equal.
+      implementation: "triton", "xla", or None.
     """
     dtype, centroids = centroids.dtype, centroids.astype(jnp.float32)
     stop = jnp.broadcast_to(keys.stop[:, None, None], centroids.shape[:3])
-    sums = centroid_sums(keys, centroids, stop, kv_layout, implementation)
-    sums, sizes = sums[..., :-1], sums[..., -1:]
-    means = sums / jnp.maximum(sizes, 1)
-    count = jnp.sum(sizes, axis=-2, keepdims=True)
-    mean = jnp.sum(sums, axis=-2, keepdims=True) / jnp.maximum(count, 1)
-    parts = subvectors(keys.key.astype(jnp.float32), centroids.shape[2])
-    parts = jnp.moveaxis(parts, token_axis(kv_layout), -2)  # [B, K, M, S, D]
-    if keys.phi is not None:
-        parts = reference.augment(parts, keys.phi[..., None])
-    distances = jnp.where(keys.trainable[..., None], jnp.square(parts - mean), 0)
+    origin = _origin(keys, kv_layout)
+    means, sizes, nearest = cluster_means(keys, centroids, origin, stop, kv_layout, implementation)
+    means = means.astype(dtype).astype(jnp.float32)
 
-    def over_codebook(x):
-        return jnp.sum(x, axis=(-2, -1))
+    def errors(row) -> tuple[Float[Array, "K M"], Float[Array, "K M"]]:
+        key, trainable, phi, nearest, centroids, means = row
+        parts = subvectors(key.astype(jnp.float32), centroids.shape[1])
+        parts = jnp.moveaxis(parts, token_axis(kv_layout) - 1, -2)  # [K, M, S, D]
+        if phi is not None:
+            parts = reference.augment(parts, phi[..., None])
 
-    variance = over_codebook(distances)
-    within = jnp.maximum(variance - over_codebook(sizes * jnp.square(means - mean)), 0)
-    moved = means.astype(dtype).astype(jnp.float32)
-    error = within + over_codebook(sizes * jnp.square(means - centroids))
-    left = within + over_codebook(sizes * jnp.square(means - moved))
-    clusters = over_codebook((sizes > 0).astype(jnp.float32))
-    by_chance = within * clusters / jnp.maximum(over_codebook(count) - clusters, 1)
+        def total(centroids: Float[Array, "K M C D_"]) -> Float[Array, "K M"]:
+            error = _squared_errors(parts, centroids, nearest)
+            return jnp.sum(jnp.where(trainable, error, 0), axis=-1)
+
+        return total(centroids), total(means)
+
+    # Row by row, which bounds memory.
+    rows = (keys.key, keys.trainable, keys.phi, nearest, centroids, means)
+    error, left = lax.map(errors, rows)
+    clusters = jnp.sum(sizes > 0, axis=-1).astype(jnp.float32)
+    by_chance = left * clusters / jnp.maximum(jnp.sum(sizes, axis=-1) - clusters, 1)
     left += jnp.where(keys.stride[:, None, None] > 1, by_chance, 0)
-    least = 1e-5 * variance + 1e-10 * over_codebook(count * jnp.square(mean))
-
-    def over_row(x):
-        return jnp.sum(x, axis=(1, 2))
-
     is_one = jnp.all(centroids == centroids[..., :1, :], axis=(-2, -1))
-    is_start = jnp.any(is_one & (error > least), axis=(1, 2))
-    error, left, least = over_row(error), over_row(left), over_row(least)
-    gain = jnp.maximum(error - jnp.maximum(left, least), 0) / error
-    return jnp.where(is_start, 1, jnp.where(error > least, gain, 0))
+    starts = (is_one & (error > 0)).astype(jnp.float32)
+    return StepErrors(*(jnp.sum(x, axis=-1) for x in (error, left, starts)))
+
+
+def gain(
+    error: Float[Array, "B"], left: Float[Array, "B"], starts: Float[Array, "B"]
+) -> Float[Array, "B"]:
+    """The share of each row's quantization error that one iteration removes, in 0..1.
+
+    By `StepErrors` added up over kv heads. 1 where a codebook is still as it started; 0 without an
+    error, and where it overflows.
+    """
+    share = jnp.maximum(error - left, 0) / error
+    share = jnp.where((error > 0) & (error < jnp.inf), share, 0)
+    return jnp.where(starts > 0, 1, share)
+
+
+def _fill(
+    centroids: Float[Array, "B K M C D_"],
+    is_empty: Bool[Array, "B K M C"],
+    keys: TrainingSet,
+    assigned: Float[Array, "B K M C D_"],
+    nearest: UInt8[Array, "B K M S"],
+    numbers: Callable[..., Float[Array, "S"]],
+    kv_layout: KVLayout,
+) -> Float[Array, "B K M C D_"]:
+    """Centroids whose empty clusters have taken up keys that are far from their own centroids.
+
+    A key is drawn with a probability that is proportional to its squared error. Where too few have
+    one, the other empty clusters stay where they are. Codebooks are done one by one, those that
+    have such clusters, which hardly any have.
+
+    Args:
+      centroids: those to fill.
+      is_empty: which clusters are to take up a key.
+      keys: what there is to take up.
+      assigned: the centroids of the pass that found `nearest`.
+      nearest: the centroid nearest to each key.
+      numbers: random numbers in [0, 1) for each key of a codebook, given its b, k and m.
+      kv_layout: of the keys.
+
+    Source: the seeding of k-means++ (Arthur and Vassilvitskii, 2007), all keys of a pass at once
+    (weighted sampling without replacement: Efraimidis and Spirakis, 2006).
+    """
+    axis, dimensions = token_axis(kv_layout), keys.key.shape[-1] // centroids.shape[2]
+
+    def fill_one(state):
+        centroids, waiting = state
+        first = lax.argmax(waiting.reshape(-1), 0, jnp.int32)
+        b, k, m = jnp.unravel_index(first, waiting.shape)
+        at, size = [b, k, k, m * dimensions], [1, 1, 1, dimensions]
+        at[axis], size[axis] = jnp.int32(0), nearest.shape[-1]
+        parts = lax.dynamic_slice(keys.key, at, size).reshape(-1, dimensions).astype(jnp.float32)
+        if keys.phi is not None:
+            parts = reference.augment(parts, keys.phi[b, k, m])
+        error = _squared_errors(parts, assigned[b, k, m], nearest[b, k, m])
+        error = jnp.where(keys.trainable[b, k, m], error, 0)
+        # An exponential variable of this rate is the smallest with a probability of its share.
+        chance = jnp.where(error > 0, -jnp.log1p(-numbers(b, k, m)) / error, jnp.inf)
+        order = jnp.argsort(chance, stable=True)
+        place = jnp.cumsum(is_empty[b, k, m], dtype=jnp.int32) - 1
+        takes = is_empty[b, k, m] & (place < jnp.sum(error > 0, dtype=jnp.int32))
+        taken = parts[order[jnp.minimum(place, len(order) - 1)]]
+        filled = jnp.where(takes[:, None], taken, centroids[b, k, m])
+        return centroids.at[b, k, m].set(filled), waiting.at[b, k, m].set(False)
+
+    state = (centroids, jnp.any(is_empty, axis=-1))
+    return lax.while_loop(lambda state: jnp.any(state[1]), fill_one, state)[0]
+
+
+def _squared_errors(
+    parts: Float[Array, "*batch n D_"],
+    centroids: Float[Array, "*batch C D_"],
+    nearest: UInt8[Array, "*batch n"],
+) -> Float[Array, "*batch n"]:
+    """Squared distances from the given centroids, without differences that rounding explains.
+
+    Sums of squares less the square of a sum would lose all of them beside one far key.
+    """
+    place = nearest.astype(jnp.int32)[..., None]
+    difference = parts - jnp.take_along_axis(centroids, place, axis=-2, mode="clip")
+    is_real = jnp.abs(difference) > ROUNDING * jnp.abs(parts)
+    return jnp.sum(jnp.where(is_real, jnp.square(difference), 0), axis=-1)
+
+
+def _origin(keys: TrainingSet, kv_layout: KVLayout) -> Float[Array, "B K M D_"]:
+    """Where distances are taken from: in each coordinate the median of some keys.
+
+    It is where most keys are, wherever a few others may be.
+    """
+    count = jnp.sum(keys.trainable, axis=-1, dtype=jnp.int32)[..., None]
+    # Multiples of the golden ratio: no period of the keys agrees with them.
+    fraction = np.arange(ORIGIN_KEYS) * (np.sqrt(5) - 1) / 2 % 1
+    fraction = fraction.astype(np.float32)[None, None, None]
+    rank = (fraction * count.astype(jnp.float32)).astype(jnp.int32)
+    rank = jnp.clip(rank, 0, jnp.maximum(count - 1, 0))
+    some = _subvectors_at(keys, _nth_trainable(keys.trainable, rank), kv_layout)
+    return jnp.where(count > 0, jnp.sort(some, axis=-2)[..., ORIGIN_KEYS // 2, :], 0)
 
 
 def _draw_ranks(
-    count: Int32[Array, "B K M"], lengths: Int32[Array, "B"], seed: UInt32[Array, ""], number: int
+    count: Int32[Array, "B K M"],
+    lengths: Int32[Array, "B"],
+    seed: UInt32[Array, ""],
+    first_head: Int32[Array, ""],
+    number: int,
 ) -> Int32[Array, "B K M R"]:
-    """Twice `number` ranks of trainable keys, each `number` one from every equal share of them.
+    """Ranks of trainable keys, one from every of `number` equal shares of them.
 
-    So the first keys drawn are distinct. Where there are fewer keys, all of them over and over.
+    So the keys drawn are distinct. Where there are fewer keys, all of them over and over.
     """
-
     _, kv_heads, num_subspaces = count.shape
+    head = first_head + jnp.arange(kv_heads, dtype=jnp.int32)
+    subspace = jnp.arange(num_subspaces, dtype=jnp.int32)
 
-    def uniform(length):
-        key = jax.random.fold_in(jax.random.key(seed), length)
-        return jax.random.uniform(key, (kv_heads, num_subspaces, 2, number), jnp.float32)
+    def of_codebook(length, head, subspace) -> Float[Array, "n"]:
+        return _fractions(seed, length, head, subspace, jnp.int32(0), number)
 
-    fractions = jax.vmap(uniform)(lengths)
-    share = jnp.arange(number, dtype=jnp.int32)
+    of_head = jax.vmap(of_codebook, (None, None, 0))
+    of_row = jax.vmap(of_head, (None, 0, None))
+    fractions = jax.vmap(of_row, (0, None, None))(lengths, head, subspace)
+    share = jnp.arange(number, dtype=jnp.int32)[None, None, None]
     count = count[..., None]
     # Integers: a float32 does not count the tokens of a long context.
     begin = share * (count // number) + share * (count % number) // number
     end = (share + 1) * (count // number) + (share + 1) * (count % number) // number
-    width = (end - begin)[..., None, :]
+    width = end - begin
     within = (fractions * width.astype(jnp.float32)).astype(jnp.int32)
-    spread = begin[..., None, :] + jnp.minimum(within, width - 1)
-    all_keys = share % jnp.maximum(count, 1)
-    rank = jnp.where((count < number)[..., None, :], all_keys[..., None, :], spread)
-    return rank.reshape(*rank.shape[:3], 2 * number)
+    spread = begin + jnp.minimum(within, width - 1)
+    return jnp.where(count < number, share % jnp.maximum(count, 1), spread)
+
+
+def _fractions(
+    seed: UInt32[Array, ""],
+    length: Int32[Array, ""],
+    head: Int32[Array, ""],
+    subspace: Int32[Array, ""],
+    draw: Int32[Array, ""],
+    number: int,
+) -> Float[Array, "n"]:
+    """Random numbers in [0, 1) for one codebook, other ones for each draw.
+
+    The i-th does not depend on how many there are. `jax.random.uniform` would follow
+    `jax_threefry_partitionable`, and other generators the batch under vmap.
+    """
+    key = jax.random.key(seed, impl="threefry2x32")
+    for x in (length, head, subspace, draw):
+        key = jax.random.fold_in(key, x)
+    own_keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(number, dtype=jnp.int32))
+    bits = jax.random.key_data(own_keys)[:, 0]
+    return (bits >> 8).astype(jnp.float32) * 2.0**-24
 
 
 def _nth_trainable(

@@ -8,9 +8,19 @@ from jaxtyping import Float, Shaped
 KVLayout = Literal["BSKH", "BKSH"]
 
 
+def power_of_2_from(number: int) -> int:
+    """The least power of two that is at least `number`."""
+    return 1 << (number - 1).bit_length()
+
+
 def token_axis(kv_layout: KVLayout) -> int:
     """The axis of keys and values that counts tokens."""
     return kv_layout.index("S")
+
+
+def key_letters(kv_layout: KVLayout, tokens: str = "S", head: str = "H") -> str:
+    """The axes of keys or values, of which `tokens` names one and `head` the last."""
+    return f"B {tokens} K {head}" if kv_layout == "BSKH" else f"B K {tokens} {head}"
 
 
 def head_major(key: Shaped[Array, "B _ _ H"], kv_layout: KVLayout) -> Shaped[Array, "B K S H"]:

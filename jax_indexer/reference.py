@@ -3,14 +3,26 @@
 Letters are those of CONTRACT.md, section 2.
 """
 
+import dataclasses
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 from jaxtyping import Bool, Float, Int32, UInt8
 
+from jax_indexer.cells import grow, seal
 from jax_indexer.config import IndexerConfig, Metric
-from jax_indexer.layout import KVLayout, by_kv_head, by_query_head, subvectors, token_axis
+from jax_indexer.layout import (
+    KVLayout,
+    by_kv_head,
+    by_query_head,
+    head_major,
+    subvectors,
+    token_axis,
+)
+from jax_indexer.state import MOST_NEW, PQIndex, Selection
 
 # Tokens encoded at once, in distances held in memory (tokens times K * M * C).
 DISTANCES_IN_MEMORY = 2**22
@@ -79,30 +91,44 @@ def ordered(scores: Float[Array, "*shape"]) -> Int32[Array, "*shape"]:
 
 
 def visible_tokens(
-    lengths: Int32[Array, "B"], capacity: int, num_query_tokens: int
+    lengths: Int32[Array, "B"],
+    counts: Int32[Array, "B"] | None,
+    capacity: int,
+    num_query_tokens: int,
 ) -> Int32[Array, "B T"]:
-    """V of every query token: lengths clipped to the capacity, less the step's later tokens."""
-    later = np.arange(num_query_tokens - 1, -1, -1, dtype=np.int32)
-    return jnp.maximum(jnp.clip(lengths, 0, capacity)[:, None] - later, 0)
+    """V of every query token: lengths clipped to the capacity, less the step's later tokens.
+
+    Of the step's tokens each row has taken the first `counts`, None for all; the others see none.
+    """
+    lengths = jnp.clip(lengths, 0, capacity)[:, None]
+    token = jnp.arange(num_query_tokens, dtype=jnp.int32)[None]
+    if counts is None:
+        return jnp.maximum(lengths - (num_query_tokens - 1 - token), 0)
+    counts = jnp.clip(counts, 0, num_query_tokens)[:, None]
+    return jnp.where(token < counts, jnp.maximum(lengths - (counts - 1 - token), 0), 0)
 
 
 def candidates(
     visible: Int32[Array, "*rows"], capacity: int, config: IndexerConfig
 ) -> Bool[Array, "*rows S"]:
     """Which tokens may be chosen by score (rule 2)."""
-    position = jnp.arange(capacity, dtype=jnp.int32)
     last = visible[..., None] - config.window_size
+    position = lax.broadcasted_iota(jnp.int32, (1,) * visible.ndim + (capacity,), visible.ndim)
     return (position >= config.first_candidate) & (position < last)
 
 
 def select_from_scores(
-    scores: Float[Array, "B T N S"], lengths: Int32[Array, "B"], config: IndexerConfig
+    scores: Float[Array, "B T N S"],
+    lengths: Int32[Array, "B"],
+    counts: Int32[Array, "B"] | None,
+    config: IndexerConfig,
 ) -> tuple[Int32[Array, "B T N P"], Int32[Array, "B T N"]]:
     """The lists of positions and their lengths (rules 1, 2, 4, 5 and 6).
 
     Args:
       scores: of all S tokens; those of tokens that are no candidates are not used.
       lengths: tokens in the cache; clipped to 0..S.
+      counts: as in `visible_tokens`.
       config: sizes.
 
     Returns:
@@ -112,7 +138,7 @@ def select_from_scores(
     list_size = config.max_selected(num_query_tokens)
     nowhere = np.int32(max(capacity, list_size))  # sorts behind every position
 
-    visible = visible_tokens(lengths, capacity, num_query_tokens)[..., None]
+    visible = visible_tokens(lengths, counts, capacity, num_query_tokens)[..., None]
     candidate = candidates(visible, capacity, config)
     # Integers have neither NaN nor two zeros, so top_k's own rule for ties (lower index first) is
     # the contract's.
@@ -120,18 +146,20 @@ def select_from_scores(
     _, heavy = lax.top_k(rank, min(config.heavy_size, capacity))
     num_heavy = jnp.clip(visible - config.window_size - config.first_candidate, 0, heavy.shape[-1])
 
+    def slots(number: int) -> np.ndarray:
+        return np.arange(number, dtype=np.int32).reshape(1, 1, 1, -1)
+
     def entries(positions, exist):
         positions = jnp.where(exist, positions, nowhere)
         return jnp.broadcast_to(positions, (*scores.shape[:3], positions.shape[-1]))
 
     visible = visible[..., None]
-    sink = np.arange(config.sink_size, dtype=np.int32)
-    window = visible - config.window_size + np.arange(config.window_size, dtype=np.int32)
-    heavy_slot = np.arange(heavy.shape[-1], dtype=np.int32)
+    sink = slots(config.sink_size)
+    window = visible - config.window_size + slots(config.window_size)
     attended = jnp.concatenate(
         [
             entries(sink, sink < visible),
-            entries(heavy.astype(jnp.int32), heavy_slot < num_heavy[..., None]),
+            entries(heavy.astype(jnp.int32), slots(heavy.shape[-1]) < num_heavy[..., None]),
             entries(window, window >= np.int32(config.sink_size)),
         ],
         axis=-1,
@@ -139,7 +167,7 @@ def select_from_scores(
     missing = list_size - attended.shape[-1]
     attended = jnp.pad(attended, ((0, 0),) * 3 + ((0, missing),), constant_values=nowhere)
 
-    slot = np.arange(list_size, dtype=np.int32)
+    slot = slots(list_size)
     everything = entries(slot, slot < visible)
     is_short = visible <= config.short_context(num_query_tokens)
     indices = jnp.sort(jnp.where(is_short, everything, attended), axis=-1)
@@ -164,14 +192,27 @@ def select_from_table(
     table: Float[Array, "B T N M C"],
     codes: UInt8[Array, "B K M S"],
     lengths: Int32[Array, "B"],
+    counts: Int32[Array, "B"] | None,
     config: IndexerConfig,
     weights_dtype: np.dtype | None,
-) -> tuple[Int32[Array, "B T N P"], Int32[Array, "B T N"], Float[Array, "B T N S"] | None]:
-    """Everything of a selection that follows the table: indices, counts, weights if asked for."""
-    indices, counts = select_from_scores(adc_scores(table, codes), lengths, config)
-    if weights_dtype is None:
-        return indices, counts, None
-    return indices, counts, dense_weights(indices, codes.shape[-1], weights_dtype)
+) -> Selection:
+    """Everything of a selection that follows the table."""
+    capacity = codes.shape[-1]
+    found = select_from_scores(adc_scores(table, codes), lengths, counts, config)
+    weights = None if weights_dtype is None else dense_weights(found[0], capacity, weights_dtype)
+    return Selection(*found, weights, capacity)
+
+
+def select(
+    query: Float[Array, "B T N H"],
+    index: PQIndex,
+    config: IndexerConfig,
+    counts: Int32[Array, "B"] | None,
+    weights_dtype: np.dtype | None,
+) -> Selection:
+    """All of CONTRACT.md, section 3."""
+    table = lookup_table(query, index.codebooks, config.table_dtype)
+    return select_from_table(table, index.codes, index.lengths, counts, config, weights_dtype)
 
 
 def augment(
@@ -270,29 +311,31 @@ def encode_tokens(
     return lax.map(wanted, (taken, key, codebooks, phi))
 
 
-def centroid_sums(
+def assign_and_sum(
     key: Float[Array, "B _ _ H"],
     trainable: Bool[Array, "B K M S"],
     centroids: Float[Array, "B K M C D_"],
+    origin: Float[Array, "B K M D_"],
     phi: Float[Array, "B K M"] | None,
     stop: Int32[Array, "B K M"],
     kv_layout: KVLayout,
-) -> Float[Array, "B K M C E"]:
+) -> tuple[Float[Array, "B K M C E"], UInt8[Array, "B K M S"]]:
     """One pass of k-means: assigns trainable subvectors to centroids and sums each one's members.
 
-    Distances are matrix products, |c|^2 / 2 - x.c with the centroids' mean for origin, in chunks of
-    tokens.
+    Distances are matrix products, |c|^2 / 2 - x.c from the given origin, in chunks of tokens.
 
     Args:
       key: [B, S, K, H] ("BSKH") or [B, K, S, H] ("BKSH").
       trainable: which subvectors count.
       centroids: float32, augmented for the inner-product metric.
+      origin: what distances are taken from; they are exact to a part of the distance to it.
       phi: largest squared norm of a training subvector, for the inner-product metric, else None.
       stop: 0 for codebooks whose sums are not wanted; a row without any is skipped.
       kv_layout: of `key`.
 
     Returns:
-      Sums of the members of every cluster and, in the last column, their number.
+      Sums of the members of every cluster, of the augmented coordinate less its origin, and, in
+      the last column, their number; and the cluster of every trainable subvector before `stop`.
     """
     _, kv_heads, num_subspaces, capacity = trainable.shape
     num_centroids, dimensions = centroids.shape[3], key.shape[-1] // num_subspaces
@@ -301,11 +344,10 @@ def centroid_sums(
     highest = lax.Precision.HIGHEST
     centroid = np.arange(num_centroids, dtype=np.int32)[:, None]
 
-    def sum_codebook(row, k, m) -> Float[Array, "C E"]:
-        key, trainable, centroids, phi, _ = row
-        centroids = centroids[k, m]
+    def sum_codebook(row, k, m) -> tuple[Float[Array, "C E"], UInt8[Array, "S"]]:
+        key, trainable, centroids, origin, phi, _ = row
+        centroids, origin = centroids[k, m], origin[k, m][None]
         # Where keys lie close together, far from zero, their products would hide the differences.
-        origin = jnp.mean(centroids, axis=0)
         offsets = centroids - origin
         bias = jnp.sum(offsets * offsets, axis=-1, keepdims=True) / 2
 
@@ -320,37 +362,50 @@ def centroid_sums(
             parts = jnp.where(counts[:, None], parts, 0)
             if phi is not None:
                 parts = augment(parts, phi[k, m])
+            from_origin = parts - origin
             # Tokens along the last axis, which CPUs reduce over centroids in vectors.
-            scores = jnp.dot(offsets, (parts - origin).T, precision=highest) - bias
-            is_best = scores == jnp.max(scores, axis=0)
+            scores = jnp.dot(offsets, from_origin.T, precision=highest) - bias
+            is_best = scores == jnp.max(scores, axis=0, keepdims=True)
             nearest = jnp.min(jnp.where(is_best, centroid, num_centroids), axis=0)
-            member = (nearest == centroid) & counts
-            parts = jnp.concatenate([parts, jnp.ones_like(parts[:, :1])], axis=-1)
-            return jnp.dot(member.astype(jnp.float32), parts, precision=highest)
+            member = (nearest[None] == centroid) & counts[None]
+            columns = [parts[:, :dimensions], from_origin[:, dimensions:]]
+            parts = jnp.concatenate([*columns, jnp.ones_like(parts[:, :1])], axis=-1)
+            sums = jnp.dot(member.astype(jnp.float32), parts, precision=highest)
+            return sums, nearest.astype(jnp.uint8)
 
         firsts = jnp.arange(0, capacity, chunk, dtype=jnp.int32)
-        return jnp.sum(lax.map(sum_chunk, firsts), axis=0)
+        sums, nearest = lax.map(sum_chunk, firsts)
+        tail = nearest[-1, len(firsts) * chunk - capacity :]
+        return jnp.sum(sums, axis=0), jnp.concatenate([nearest[:-1].reshape(-1), tail])
 
-    def sum_row(row) -> Float[Array, "K M C E"]:
+    def sum_row(row) -> tuple[Float[Array, "K M C E"], UInt8[Array, "K M S"]]:
         number = jnp.arange(kv_heads * num_subspaces, dtype=jnp.int32)
-        sums = lax.map(lambda i: sum_codebook(row, i // num_subspaces, i % num_subspaces), number)
-        return sums.reshape(kv_heads, num_subspaces, *sums.shape[1:])
+        found = lax.map(lambda i: sum_codebook(row, i // num_subspaces, i % num_subspaces), number)
+        return jax.tree.map(lambda x: x.reshape(kv_heads, num_subspaces, *x.shape[1:]), found)
 
-    def none(row) -> Float[Array, "K M C E"]:
-        centroids = row[2]
-        return jnp.zeros_like(jnp.concatenate([centroids, centroids[..., :1]], axis=-1))
+    def none(row) -> tuple[Float[Array, "K M C E"], UInt8[Array, "K M S"]]:
+        trainable, centroids = row[1:3]
+        sums = jnp.zeros_like(jnp.concatenate([centroids, centroids[..., :1]], axis=-1))
+        return sums, jnp.zeros_like(trainable, np.uint8)
 
     # Row by row, which bounds memory and keeps a row's bits from depending on the batch.
     def wanted(row):
         return lax.cond(jnp.any(row[-1] > 0), sum_row, none, row)
 
-    return lax.map(wanted, (key, trainable, centroids, phi, stop))
+    return lax.map(wanted, (key, trainable, centroids, origin, phi, stop))
+
+
+class Room(NamedTuple):
+    """Where each row's new tokens go: the position of the first, and how many are taken."""
+
+    start: Int32[Array, "B"]
+    taken: Int32[Array, "B"]
 
 
 def make_room(
     lengths: Int32[Array, "B"], counts: Int32[Array, "B"] | None, num_new: int, capacity: int
-) -> tuple[Int32[Array, "B"], Int32[Array, "B"], Int32[Array, "B"]]:
-    """Where each row's new tokens go: all of them, or none where they would pass the capacity.
+) -> tuple[Room, Int32[Array, "B"]]:
+    """Room for each row's new tokens: all of them, or none where they would pass the capacity.
 
     Args:
       lengths: tokens so far, clipped to 0..S.
@@ -359,24 +414,43 @@ def make_room(
       capacity: S.
 
     Returns:
-      The position of the first new token, how many are taken, and the lengths after it, which are
-      what they were where none is taken.
+      The room, and the lengths after it, which are what they were where none is taken.
     """
     start = jnp.clip(lengths, 0, capacity)
     wanted = jnp.full_like(lengths, num_new) if counts is None else jnp.clip(counts, 0, num_new)
     taken = jnp.where(start + wanted <= capacity, wanted, 0)
-    return start, taken, jnp.where(taken > 0, start + taken, lengths)
+    return Room(start, taken), jnp.where(taken > 0, start + taken, lengths)
+
+
+def append(
+    key_new: Float[Array, "B _ _ H"],
+    index: PQIndex,
+    room: Room,
+    lengths: Int32[Array, "B"],
+    config: IndexerConfig,
+    kv_layout: KVLayout,
+) -> PQIndex:
+    """The index with each row's first `room.taken` new keys."""
+    key_new = head_major(key_new, kv_layout)
+    phi = index.phi if config.metric == "ip" else None
+    new = encode_tokens(key_new, index.codebooks, phi, room.taken, config.metric)
+    codes, cells, after = write_codes(index.codes, new, room), index.cells, room.start + room.taken
+    if cells is not None and key_new.shape[2] <= MOST_NEW:
+        cells = grow(cells, codes, room.start, after, config)
+    elif cells is not None:
+        cells = seal(cells, codes, after, room.taken > 0, config)
+    return dataclasses.replace(index, codes=codes, lengths=lengths, cells=cells)
 
 
 def write_codes(
     codes: UInt8[Array, "B K M S"],
     new: UInt8[Array, "B K M t"],
-    start: Int32[Array, "B"],
-    taken: Int32[Array, "B"],
+    room: Room,
 ) -> UInt8[Array, "B K M S"]:
-    """Puts each row's first `taken` new codes at `start`; the others have no effect."""
-    token = np.arange(new.shape[-1], dtype=np.int32)
-    place = jnp.where(token < taken[:, None], start[:, None] + token, codes.shape[-1])
+    """Puts each row's first `room.taken` new codes in their place; the others have no effect."""
+    token = np.arange(new.shape[-1], dtype=np.int32)[None]
+    is_taken = token < room.taken[:, None]
+    place = jnp.where(is_taken, room.start[:, None] + token, codes.shape[-1])
 
     def write(row: UInt8[Array, "K M S"], new: UInt8[Array, "K M t"], place: Int32[Array, "t"]):
         return row.at[:, :, place].set(new, mode="drop")

@@ -19,9 +19,9 @@ Lanes that are masked off may point anywhere. What a launch leaves unwritten is 
 
 import contextlib
 import functools
-import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 from unittest import mock
 
 import jax
@@ -218,57 +218,49 @@ def _while_loop(condition, body, carry):
     return carry
 
 
-def _names(kernel: Callable[..., None], count: int) -> list[str]:
-    """The kernel's own names of its references, as far as it has them."""
-    kernel = kernel.func if isinstance(kernel, functools.partial) else kernel
-    named = [
-        name
-        for name, parameter in inspect.signature(kernel).parameters.items()
-        if parameter.kind is parameter.POSITIONAL_OR_KEYWORD
-    ]
-    names = [*named, *(f"reference {i}" for i in range(len(named), count))]
-    return [f"{kernel.__name__}: {name}" for name in names[:count]]
-
-
 def _launch(
-    kernel: Callable[..., None],
-    *operands: jax.Array,
-    programs: int,
-    out_shape: Sequence[jax.ShapeDtypeStruct],
-    aliases: dict[int, int] | None = None,
+    what: backend.Launch,
+    *,
+    num_warps: int,
     order: np.random.Generator,
     record: list[dict[str, np.ndarray]],
-    **_,
-) -> list[jax.Array]:
+) -> Any:
     """`backend.launch`."""
-    names = _names(kernel, len(operands) + len(out_shape))
-    inputs = [
-        Memory(name, np.array(x), writable=False, written=True)
-        for name, x in zip(names, operands, strict=False)
-    ]
-    outputs = [
-        Memory(name, _garbage(x.shape, x.dtype), writable=True, written=False)
-        for name, x in zip(names[len(operands) :], out_shape, strict=True)
-    ]
-    for operand, output in (aliases or {}).items():
-        name, values = outputs[output].name, inputs[operand].values
-        assert (values.shape, values.dtype) == (outputs[output].shape, outputs[output].dtype)
-        inputs[operand] = outputs[output] = Memory(name, values, writable=True, written=True)
+    del num_warps
+    kernel = backend.name_of(what.kernel)
+    arrays, inputs_tree = jax.tree.flatten(what.inputs)
+    shapes, outputs_tree = jax.tree.flatten(what.outputs)
+    inputs = {
+        name: Memory(f"{kernel}: {name}", np.array(x), writable=False, written=True)
+        for name, x in zip(backend.names_of(what.inputs), arrays, strict=True)
+    }
+    outputs = {
+        name: Memory(f"{kernel}: {name}", _garbage(x.shape, x.dtype), writable=True, written=False)
+        for name, x in zip(backend.names_of(what.outputs), shapes, strict=True)
+    }
+    for name in set(what.in_place) & set(inputs):
+        values, made = inputs[name].values, outputs[name].values
+        assert (values.shape, values.dtype) == (made.shape, made.dtype)
+        both = Memory(f"{kernel}: {name}", values, writable=True, written=True)
+        inputs[name] = outputs[name] = both
+    memories = [*inputs.values(), *outputs.values()]
 
-    def barrier(*_):
-        for memory in inputs + outputs:
+    def barrier():
+        for memory in memories:
             memory.barriers += 1
 
-    for program in order.permutation(programs):
-        for memory in inputs + outputs:
+    arguments = (
+        jax.tree.unflatten(inputs_tree, inputs.values()),
+        jax.tree.unflatten(outputs_tree, outputs.values()),
+    )
+    for program in order.permutation(what.programs):
+        for memory in memories:
             memory.program = int(program)
-        with (
-            mock.patch.object(pl, "program_id", lambda axis, p=program: jnp.int32((p,)[axis])),
-            mock.patch.object(backend, "barrier", barrier),
-        ):
-            kernel(*inputs, *outputs)
-    record.append({output.name: output.writes for output in outputs})
-    return [jnp.asarray(output.values) for output in outputs]
+        with mock.patch.object(backend, "barrier", barrier):
+            what.kernel(jnp.int32(program), *arguments)
+    record.append({memory.name: memory.writes for memory in outputs.values()})
+    made = (jnp.asarray(memory.values) for memory in outputs.values())
+    return jax.tree.unflatten(outputs_tree, made)
 
 
 @contextlib.contextmanager
@@ -317,30 +309,41 @@ def poisoned() -> Iterator[list[jax.Array]]:
     canaries: list[jax.Array] = []
     real_launch = backend.launch
 
-    def launch(kernel, *operands, out_shape, aliases=None, **options):
-        aliases = dict(aliases or {})
-        fresh = [i for i in range(len(out_shape)) if i not in aliases.values()]
-        shapes = [
-            jax.ShapeDtypeStruct((x.shape[0] + (i in fresh), *x.shape[1:]), x.dtype)
-            for i, x in enumerate(out_shape)
-        ]
-        poison = [jnp.full(shapes[i].shape, _poison(shapes[i].dtype)) for i in fresh]
+    def launch(what: backend.Launch, *, num_warps: int) -> Any:
+        shapes, outputs_tree = jax.tree.flatten(what.outputs)
+        names = backend.names_of(what.outputs)
+        given = dict(zip(backend.names_of(what.inputs), jax.tree.leaves(what.inputs), strict=True))
+        in_place = set(what.in_place) & set(given)
+        taller = {
+            name: x
+            if name in in_place
+            else jax.ShapeDtypeStruct((x.shape[0] + 1, *x.shape[1:]), x.dtype)
+            for name, x in zip(names, shapes, strict=True)
+        }
+        poison = {
+            name: jnp.full(x.shape, _poison(x.dtype))
+            for name, x in taller.items()
+            if name not in in_place
+        }
 
-        def on_poison(*refs):
-            kernel(*refs[: len(operands)], *refs[len(operands) + len(poison) :])
+        assert not set(poison) & set(given)
 
-        on_poison.__name__ = backend.name_of(kernel)
+        def on_poison(program, inputs, outputs):
+            inputs = jax.tree.unflatten(
+                jax.tree.structure(what.inputs), [inputs[name] for name in given]
+            )
+            outputs = jax.tree.unflatten(outputs_tree, [outputs[name] for name in names])
+            what.kernel(program, inputs, outputs)
 
-        outputs = real_launch(
-            on_poison,
-            *operands,
-            *poison,
-            out_shape=shapes,
-            aliases=aliases | {len(operands) + at: i for at, i in enumerate(fresh)},
-            **options,
+        on_poison.__name__ = backend.name_of(what.kernel)
+        made = real_launch(
+            backend.Launch(on_poison, given | poison, taller, what.programs, tuple(names)),
+            num_warps=num_warps,
         )
-        canaries.extend(outputs[i][-1] for i in fresh)
-        return [x[:-1] if i in fresh else x for i, x in enumerate(outputs)]
+        canaries.extend(made[name][-1] for name in poison)
+        return jax.tree.unflatten(
+            outputs_tree, [made[name][:-1] if name in poison else made[name] for name in names]
+        )
 
     with mock.patch.object(backend, "launch", launch):
         yield canaries

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
 
 # The same examples on every run, and no deadline: the first one of a shape compiles.
 hypothesis.settings.register_profile(

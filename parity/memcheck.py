@@ -9,17 +9,20 @@ granules of its "platform" allocator.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import os
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_indexer import IndexerConfig, PQIndex, with_cells
-from jax_indexer.cells import MOST_NEW, RATE
+from jax_indexer import IndexerConfig, PQIndex, reference, with_cells
 from jax_indexer.config import MOST_CELLS
 from jax_indexer.kernels import backend, centroid_sums, pipeline
+from jax_indexer.kernels.step import Step
+from jax_indexer.state import MOST_NEW, RATE
 from parity.checked_memory import check_canaries, poisoned
 
 # (B, T, N, K, H, S, config): sizes around and between those of blocks.
@@ -43,7 +46,7 @@ CASES = (
 )
 
 
-def run_case(case, interpret: bool) -> None:
+def run_case(case) -> None:
     """A decode step kernel by kernel: inside one jit, intermediate arrays share an allocation.
 
     Outputs are poisoned beforehand and end in a row that no kernel may touch, which finds what
@@ -59,111 +62,113 @@ def run_case(case, interpret: bool) -> None:
         return jnp.asarray(rng.standard_normal(shape), dtype)
 
     with poisoned() as canaries:
-        codebooks = draw(B, K, M, C, H // M + augmented)
+        index = PQIndex(
+            codebooks=draw(B, K, M, C, H // M + augmented),
+            codes=jnp.asarray(rng.integers(0, 256, (B, K, M, S), dtype=np.uint8)),
+            lengths=jnp.asarray(lengths - T),
+            phi=jnp.full((B, K, M), 9.0, jnp.float32) if augmented else None,
+        )
         key_new, query = draw(B, T, K, H, dtype=jnp.bfloat16), draw(B, T, N, H)
-        given = jnp.asarray(rng.integers(0, 256, (B, K, M, S), dtype=np.uint8))
-        phi = jnp.full((B, K, M), 9.0, jnp.float32) if augmented else None
-        start, taken = jnp.asarray(lengths - T), jnp.full(B, T, jnp.int32)
-        options = {"kv_layout": "BSKH", "interpret": interpret}
-        # Alone, and as a decode step launches them.
-        inputs = key_new, codebooks, given, phi
-        alone = pipeline.append_tokens(*inputs, None, start, taken, config, **options).codes
-        tables_alone = pipeline.tables_of(query, codebooks, config.table_dtype, interpret=interpret)
-        made = pipeline.append_tokens(*inputs, None, start, taken, config, query=query, **options)
-        codes, tables = made.codes, made.tables
-        jax.tree.map(np.testing.assert_array_equal, (codes, tables), (alone, tables_alone))
-
+        lists = check_step(index, query, key_new, config, with_none=case in (CASES[0], CASES[-1]))
         if not centroid_sums.unsupported(C, H // M):
-            # One pass of training over what the cache would hold.
-            cache = draw(B, S, K, H, dtype=jnp.bfloat16)
-            trainable = jnp.arange(S) < jnp.asarray(lengths)[:, None, None, None]
-            sums = centroid_sums.centroid_sums(
-                cache,
-                jnp.broadcast_to(trainable, given.shape),
-                codebooks,
-                phi,
-                jnp.broadcast_to(jnp.asarray(lengths)[:, None, None], (B, K, M)),
-                **options,
-            )
-            np.testing.assert_array_equal(
-                np.asarray(sums)[..., -1].sum(-1),
-                np.broadcast_to(lengths[:, None, None], (B, K, M)),
-            )
-
-        def select(selector: str, weights_dtype):
-            sizes = (jnp.asarray(lengths), config, T, N, weights_dtype, selector)
-            return pipeline.select_from_tables(tables, codes, *sizes, interpret=interpret)
-
-        for selector in pipeline.SELECTORS:
-            indices, counts, weights = select(selector, np.dtype(np.float32))
-            np.testing.assert_array_equal((np.asarray(indices) >= 0).sum(-1), counts)
-            np.testing.assert_array_equal(np.asarray(weights).sum(-1), counts)
-            if case in (CASES[0], CASES[-1]):
-                np.testing.assert_array_equal(select(selector, None)[0], indices)
-
+            check_training(index, draw(B, S, K, H, dtype=jnp.bfloat16), lengths)
         if T == 1 and config.num_cells <= MOST_CELLS:
-            check_cells(config, query, inputs, indices, start, options)
+            check_cells(index, query, key_new, config, lists)
     check_canaries(canaries)
 
 
-def check_cells(config, query, inputs, indices, start, options) -> None:
+def check_step(index, query, key_new, config, *, with_none):
+    """Both selectors, after an append in the same launch and after one alone."""
+    _, T, N, _ = query.shape
+    step = Step.of(index, config, T=T, N=N, weights_dtype=np.dtype(np.float32))
+    room, lengths = reference.make_room(index.lengths, None, T, step.S)
+    alone = pipeline.append(step, key_new, index, room, lengths)
+    for selector in ("threshold", "top_k"):
+        inputs = query, key_new, index, room, lengths, None
+        lists, after = pipeline.append_and_select(step, *inputs, selector)
+        np.testing.assert_array_equal(after.codes, alone.codes)
+        np.testing.assert_array_equal((np.asarray(lists.indices) >= 0).sum(-1), lists.counts)
+        np.testing.assert_array_equal(np.asarray(lists.weights).sum(-1), lists.counts)
+        if with_none:
+            bare = dataclasses.replace(step, weights_dtype=None)
+            again = pipeline.select(bare, query, alone, None, selector)
+            np.testing.assert_array_equal(again.indices, lists.indices)
+    return lists
+
+
+def check_training(index, cache, lengths) -> None:
+    """One pass over what the cache would hold."""
+    B, K, M, S = index.codes.shape
+    of_rows = jnp.asarray(lengths)[:, None, None]
+    trainable = jnp.broadcast_to(jnp.arange(S)[None, None, None] < of_rows[..., None], (B, K, M, S))
+    sums, nearest = centroid_sums.centroid_sums(
+        cache,
+        trainable,
+        index.codebooks,
+        index.codebooks[..., 0, :],
+        index.phi,
+        jnp.broadcast_to(of_rows, (B, K, M)),
+        kv_layout="BSKH",
+    )
+    want = np.broadcast_to(of_rows, (B, K, M))
+    np.testing.assert_array_equal(np.asarray(sums)[..., -1].sum(-1), want)
+    assert (np.asarray(nearest)[np.asarray(trainable)] < index.codebooks.shape[3]).all()
+
+
+def check_cells(index, query, key_new, config, lists) -> None:
     """Selects from cells of rows at every stage of sealing: two steps around each bound.
 
     What was due before them is left out, so that numbers have no meaning but in the first stage.
     """
     config = dataclasses.replace(config, cells=True)
-    key_new, codebooks, codes, phi = inputs
-    taken = jnp.ones_like(start)
-    index = PQIndex(codebooks, codes, start, phi)
-    plan = with_cells(index, config).cells.plan
+    start, sealing = index.lengths, with_cells(index, config).cells.sealing
+    step = Step.of(index, config, N=query.shape[2], weights_dtype=np.dtype(np.float32))
 
     def most_waiting(waiting):
-        return plan.most_waiting(
-            jnp.maximum(start - waiting - plan.margin - plan.first_candidate, 0)
-        )
+        entries = start - waiting - sealing.margin - sealing.first_candidate
+        return sealing.most_waiting(jnp.maximum(entries, 0))
 
     # A row has as many entries as do not wait.
-    done = most_waiting(most_waiting(plan.segment))
-    counting = plan.segment - plan.segment // RATE
-    bounds = (0, counting, plan.segment, plan.segment + MOST_NEW, done)
+    done = most_waiting(most_waiting(sealing.segment))
+    counting = sealing.segment - sealing.segment // RATE
+    bounds = (0, counting, sealing.segment, sealing.segment + MOST_NEW, done)
     for number, back in enumerate(bounds):  # counting, new starts and reading, writing, sealing
-        before = jnp.maximum(start - back, 0)
-        cells = with_cells(dataclasses.replace(index, lengths=before), config).cells
+        before = dataclasses.replace(index, lengths=jnp.maximum(start - back, 0))
+        now = dataclasses.replace(index, cells=with_cells(before, config).cells)
         for first in (start - 1, start):  # what is due in both steps is done in one or the other
-            made = pipeline.append_tokens(
-                key_new, codebooks, codes, phi, cells, jnp.maximum(first, 0), taken, config,
-                query=query, weights_dtype=np.dtype(np.float32), **options,
-            )  # fmt: skip
-            cells, codes = made.cells, made.codes
-        lists = pipeline.select_from_cells(
-            made.tables, codes, start + 1, cells, config, made.weights,
-            interpret=options["interpret"],
-        )  # fmt: skip
+            room = reference.Room(jnp.maximum(first, 0), jnp.ones_like(start))
+            inputs = query, key_new, now, room, room.start + 1, None
+            got, now = pipeline.append_and_select(step, *inputs, "cells")
         if number == 0:
-            np.testing.assert_array_equal(lists[0], indices)
-            np.testing.assert_array_equal(np.asarray(lists[2]).sum(-1), lists[1])
+            np.testing.assert_array_equal(got.indices, lists.indices)
+            np.testing.assert_array_equal(np.asarray(got.weights).sum(-1), got.counts)
 
 
 def run_kernels(cases) -> None:
-    interpret = backend.no_gpu() is not None
-    for case in cases:
-        run_case(case, interpret)
-        print(f"checked {case[:-1]}", flush=True)
+    on_cpu = backend.no_gpu() is not None
+    with backend.interpreted() if on_cpu else contextlib.nullcontext():
+        for case in cases:
+            run_case(case)
+            print(f"checked {case[:-1]}", flush=True)
 
 
-def overrun_kernel(in_ref, out_ref):
+class Numbers(NamedTuple):
+    """Some numbers."""
+
+    x: Any
+
+
+def overrun_kernel(program, inputs: Numbers, outputs: Numbers):
+    del program
     lane = jnp.arange(256, dtype=jnp.int32)
-    backend.store(out_ref.at[lane], in_ref[0] + lane.astype(jnp.float32), mask=lane >= 0)
+    backend.store(outputs.x.at[lane], inputs.x[0] + lane.astype(jnp.float32), mask=lane >= 0)
 
 
 def run_overrun() -> None:
-    (out,) = backend.launch(
-        overrun_kernel,
-        jnp.ones(100, jnp.float32),
-        programs=1,
-        out_shape=[jax.ShapeDtypeStruct((128,), np.float32)],
-        num_warps=4,
-    )
+    inputs = Numbers(jnp.ones(100, jnp.float32))
+    outputs = Numbers(jax.ShapeDtypeStruct((128,), np.float32))
+    what = backend.Launch(overrun_kernel, inputs, outputs, programs=1)
+    out = backend.launch(what, num_warps=4)
     print("checked the planted overrun", flush=True)
     jax.block_until_ready(out)
 

@@ -39,10 +39,17 @@ def scores(table, codes, num_bits):
     return total
 
 
-def visible(lengths, capacity, num_query_tokens):
-    """V of section 3: int [B] -> [B,T]."""
-    later = np.arange(num_query_tokens)[::-1]
-    return np.maximum(np.clip(lengths.astype(np.int64), 0, capacity)[:, None] - later, 0)
+def visible(lengths, capacity, num_query_tokens, counts=None):
+    """V of section 3: int [B] -> [B,T]; `counts` are tokens of the step that each row has taken."""
+    if counts is None:
+        counts = np.full(len(lengths), num_query_tokens)
+    found = np.zeros((len(lengths), num_query_tokens), np.int64)
+    for b, t in np.ndindex(*found.shape):
+        length = min(max(int(lengths[b]), 0), capacity)
+        count = min(max(int(counts[b]), 0), num_query_tokens)
+        if t < count:
+            found[b, t] = max(length - count + t + 1, 0)
+    return found
 
 
 def tokens(scores, visible, num_query_tokens, config):
@@ -62,21 +69,21 @@ def tokens(scores, visible, num_query_tokens, config):
     return np.sort(np.concatenate([position[always], heavy]))
 
 
-def select(table, codes, lengths, config):
+def select(table, codes, lengths, config, counts=None):
     """Section 3: indices [B,T,N,P], counts [B,T,N] and 0/1 weights [B,T,N,S] for given tables."""
     B, T, N = table.shape[:3]
     S = codes.shape[-1]
     indices = np.full((B, T, N, config.max_selected(T)), -1, np.int32)
-    counts = np.zeros((B, T, N), np.int32)
+    num_listed = np.zeros((B, T, N), np.int32)
     weights = np.zeros((B, T, N, S), np.float32)
     score = scores(table, codes, config.num_bits)
-    limit = visible(lengths, S, T)
+    limit = visible(lengths, S, T, counts)
     for b, t, n in np.ndindex(B, T, N):
         chosen = tokens(score[b, t, n], limit[b, t], T, config)
         indices[b, t, n, : len(chosen)] = chosen
-        counts[b, t, n] = len(chosen)
+        num_listed[b, t, n] = len(chosen)
         weights[b, t, n, chosen] = 1
-    return indices, counts, weights
+    return indices, num_listed, weights
 
 
 def subvectors(key, num_subspaces, phi=None):

@@ -34,7 +34,8 @@ from benchmarks.__main__ import main
 from benchmarks.clock import ClockError, Kernel
 from benchmarks.programs import Forms
 from benchmarks.workloads import SMALL, WORKLOADS, make_inputs
-from jax_indexer import cells
+from jax_indexer import cells, state
+from jax_indexer.kernels import backend
 
 CEILINGS = ceilings.Ceilings(
     copy_bytes_per_second=3e12,
@@ -104,9 +105,8 @@ def test_lookup_kernel_sums_the_rows_it_claims_to_read():
     rng = np.random.default_rng(0)
     codes = rng.integers(0, ceilings.CENTROIDS, 2 * ceilings.LOOKUP_BLOCK, np.int32)
     table = rng.integers(-8, 8, (ceilings.SUBSPACES * ceilings.CENTROIDS, 4)).astype(np.float32)
-    found = ceilings.sum_of_lookups(
-        jnp.asarray(table), jnp.asarray(codes), lookups=5, interpret=True
-    )
+    with backend.interpreted():
+        found = ceilings.sum_of_lookups(jnp.asarray(table), jnp.asarray(codes), lookups=5)
     rows = [m * ceilings.CENTROIDS + (codes + 37 * m) % ceilings.CENTROIDS for m in range(5)]
     np.testing.assert_array_equal(found, sum(table[row].sum(axis=1) for row in rows))
 
@@ -1007,9 +1007,11 @@ def test_a_build_is_checked_timed_and_reported(folder, monkeypatch, capsys):
 
 def test_a_decode_goes_on_until_a_segment_is_sealed(folder, monkeypatch, capsys):
     """On XLA, which keeps the state too, with a clock that makes times up."""
-    monkeypatch.setattr(cells, "SMALLEST_SEGMENT", 16)
-    monkeypatch.setattr(cells, "SMALLEST_BLOCK", 64)
-    monkeypatch.setattr(cells, "MOST_MOVES", 4)
+    small_sealing = functools.partial(
+        state.sealing_for, smallest_segment=16, smallest_block=64, most_moves=4
+    )
+    for module in (cells, decode):
+        monkeypatch.setattr(module, "sealing_for", small_sealing)
     monkeypatch.setattr(machine, "has_gpu", lambda: True)
     monkeypatch.setattr(clock, "open_kernel_clock", FakeClock)
     monkeypatch.setattr(decode, "SELECTOR", None)

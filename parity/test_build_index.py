@@ -1,11 +1,13 @@
 """build_index: codebooks, codes, and what they may depend on."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_indexer import IndexerConfig, PQIndex, append, build_index
+from jax_indexer import IndexerConfig, PQIndex, append, build_index, kmeans
 from parity import oracle
 
 C, OFFSET = 16, 3
@@ -32,6 +34,17 @@ def random_keys(B=B, S=S, seed=0, dtype=np.float32):
 
 def build(key, lengths, config=CONFIG, **options):
     return build_index(jnp.asarray(key), jnp.asarray(lengths, jnp.int32), config, **options)
+
+
+def train(key, lengths, first_head=0):
+    """Codebooks, compiled anew: JAX's cache of programs does not look at its settings."""
+
+    @jax.jit
+    def codebooks(key, lengths, first_head):
+        keys = kmeans.training_set(key, lengths, CONFIG, "BSKH")
+        return kmeans.train(keys, lengths, jnp.uint32(0), first_head, CONFIG, "BSKH", None)
+
+    return codebooks(jnp.asarray(key), jnp.asarray(lengths, jnp.int32), jnp.int32(first_head))
 
 
 def check_same(got, want):
@@ -163,6 +176,34 @@ def test_rows_of_one_batch_equal_rows_alone(metric):
     for row in range(B):
         alone = build(key[row : row + 1], lengths[row : row + 1], config)
         check_same_row(alone, 0, together, row, lengths[row])
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        functools.partial(jax.default_prng_impl, "rbg"),
+        functools.partial(jax.default_prng_impl, "unsafe_rbg"),
+        functools.partial(jax.threefry_partitionable, False),
+    ],
+    ids=["rbg", "unsafe_rbg", "not partitionable"],
+)
+def test_random_numbers_follow_no_setting_of_jax(setting):
+    """Some generators draw all rows' numbers from the key of the first."""
+    key, lengths = random_keys(), [S, 131, 40, 9]
+    with setting():
+        together, alone = train(key, lengths), train(key[1:], lengths[1:])
+    np.testing.assert_array_equal(alone, together[1:])
+    np.testing.assert_array_equal(together, build(key, lengths).codebooks)
+
+
+@pytest.mark.parametrize("some", ["random", "rare"])
+def test_a_heads_codebooks_do_not_depend_on_the_other_heads(some):
+    key = random_keys() if some == "random" else rare_keys((B, S, K, H), 40)
+    lengths = [S, 131, 40, 9]
+    together = train(key, lengths)
+    for head in range(K):
+        alone = train(key[:, :, head : head + 1], lengths, first_head=head)
+        np.testing.assert_array_equal(alone[:, 0], together[:, head])
 
 
 @pytest.mark.parametrize("metric", METRICS)
@@ -298,6 +339,17 @@ def test_non_finite_subvectors_are_not_trained_on_and_get_code_0(metric):
     np.testing.assert_array_equal(index.codebooks[:, 1], clean.codebooks[:, 1])
 
 
+@pytest.mark.parametrize("metric", METRICS)
+def test_keys_too_long_for_float32s_products_are_not_trained_on(metric):
+    key, config = random_keys(), with_(metric)
+    key[:, 10] = np.nan
+    want = build(key, [S] * B, config)
+    key[:, 10] = np.sqrt(2.0**122)  # four of it square to 2**124
+    assert (build(key, [S] * B, config).codebooks != want.codebooks).any()
+    key[:, 10] *= 1.001
+    np.testing.assert_array_equal(build(key, [S] * B, config).codebooks, want.codebooks)
+
+
 def test_only_non_finite_keys_give_zeros():
     lengths = [S, S, 20, 4]
     index = build(np.full((B, S, K, H), np.nan, np.float32), lengths)
@@ -350,11 +402,8 @@ def test_the_fit_is_that_of_textbook_lloyd(num_bits):
     assert abs(np.mean(ratio) - 1) < 0.05
 
 
-def test_empty_clusters_are_seeded_again():
-    """Half of the keys are one point: without re-seeding, each second start dies there.
-
-    A new seed falls on that point again half of the time, so ten rounds leave next to none.
-    """
+def test_empty_clusters_take_up_other_keys():
+    """Half of the keys are one point: without that, each second start dies there."""
     rng = np.random.default_rng(1)
     key = rng.standard_normal((B, 259, K, H)).astype(np.float32)
     key[:, OFFSET::2] = 0.5
@@ -363,7 +412,43 @@ def test_empty_clusters_are_seeded_again():
         points = training_set(key[b, :, k], 259, m)
         stuck = lloyd(points, 64, 10, rng)
         assert len(np.unique(np.square(points[:, None] - stuck).sum(-1).argmin(-1))) < 50
-        assert len(np.unique(index.codes[b, k, m, OFFSET:])) > 56
+        assert len(np.unique(index.codes[b, k, m, OFFSET:])) == 64
+
+
+def rare_keys(shape, distinct, seed=0):
+    """Keys of integers, all of them one but for `distinct` - 1 others, each in one place."""
+    batch, tokens, heads, size = shape
+    rng = np.random.default_rng(seed)
+    points = rng.integers(-64, 64, (batch, distinct, heads, size)).astype(np.float32)
+    which = np.zeros((batch, tokens), int)
+    for row in which:
+        row[OFFSET + rng.choice(tokens - OFFSET, distinct - 1, replace=False)] = range(1, distinct)
+    return np.take_along_axis(points, which[:, :, None, None], axis=1)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_rare_keys_are_quantized_without_error(metric):
+    """Starts are drawn from 4096 keys, of which all but 19 are equal."""
+    key = rare_keys((2, 4096, 1, H), 20)
+    index = build(key, [4096] * 2, with_(metric, num_bits=6))
+    for b, m in np.ndindex(2, 2):
+        points = key[b, :, 0].reshape(4096, 2, 4)[:, m]
+        quantized = np.asarray(index.codebooks)[b, 0, m][np.asarray(index.codes)[b, 0, m], :4]
+        np.testing.assert_allclose(quantized, points, rtol=2.0**-22)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_what_empty_clusters_take_up_depends_on_their_row_alone(metric):
+    key, lengths, config = rare_keys((B, S, K, H), 40), [S, S, S - 9, 70], with_(metric)
+    together = build(key, lengths, config)
+    for row in range(B):
+        alone = build(key[row : row + 1], lengths[row : row + 1], config)
+        check_same_row(alone, 0, together, row, lengths[row])
+    longer = np.pad(key, ((0, 0), (0, 50), (0, 0), (0, 0)), constant_values=np.nan)
+    longer = build(longer, lengths, config)
+    np.testing.assert_array_equal(longer.codebooks, together.codebooks)
+    head_major = build(key.swapaxes(1, 2), lengths, config, kv_layout="BKSH")
+    check_same(head_major, together)
 
 
 def test_heads_and_subspaces_draw_different_random_numbers():

@@ -23,34 +23,26 @@ from jax_indexer import (
     reference,
     reset,
     select,
+    state,
     with_cells,
 )
 from jax_indexer.kernels import backend, pipeline
-from jax_indexer.kernels import cells as kernels
-from jax_indexer.kernels import seal as seal_kernels
+from jax_indexer.kernels.lookup_table import tables_from
+from jax_indexer.kernels.output import weights_launch
+from jax_indexer.kernels.step import Lengths, Step
+from jax_indexer.kernels.tuning import H100
+from jax_indexer.layout import by_query_head
 from parity.checked_memory import Memory, checked
 
 B, K, G, S = 3, 2, 2, 300
 F32 = np.dtype(np.float32)
-
-
-@pytest.fixture(autouse=True)
-def small_segments(monkeypatch):
-    monkeypatch.setattr(cells, "SMALLEST_SEGMENT", 16)
-    monkeypatch.setattr(cells, "SMALLEST_BLOCK", 8)
-    monkeypatch.setattr(cells, "MOST_MOVES", 32)
-    for name, number in (("ENTRIES_AT_ONCE", 8), ("STARTS_AT_ONCE", 16), ("FILLED_AT_ONCE", 32)):
-        monkeypatch.setattr(seal_kernels, name, number)
-    jax.clear_caches()
-    yield
-    jax.clear_caches()
+SMALL_BLOCKS = dataclasses.replace(H100, moved_at_once=8, starts_at_once=16, filled_at_once=32)
 
 
 @pytest.fixture
-def interpreted(monkeypatch):
-    launch = backend.launch
-    monkeypatch.setattr(backend, "launch", lambda *x, **y: launch(*x, **y | {"interpret": True}))
-    monkeypatch.setattr(backend, "barrier", lambda interpret: None)
+def interpreted():
+    with backend.interpreted():
+        yield
 
 
 def config_of(**fields):
@@ -58,7 +50,12 @@ def config_of(**fields):
     return IndexerConfig(cells=True, **sizes)
 
 
-def start(config, lengths, *, kv_heads=K, capacity=S, seed=0):
+def small_sealing(capacity, config):
+    """Segments and blocks of which a small cache has many."""
+    return state.sealing_for(capacity, config, smallest_segment=16, smallest_block=8, most_moves=32)
+
+
+def start(config, lengths, *, kv_heads=K, capacity=S, seed=0, sealing_for=small_sealing):
     """An index of random codebooks and codes."""
     rng = np.random.default_rng(seed)
     shape = len(lengths), kv_heads, config.num_subspaces
@@ -67,13 +64,22 @@ def start(config, lengths, *, kv_heads=K, capacity=S, seed=0):
         codes=jnp.asarray(rng.integers(0, 256, (*shape, capacity), np.uint8)),
         lengths=jnp.asarray(lengths, jnp.int32),
     )
-    return with_cells(index, config)
+    return sealed_anew(index, config, sealing_for(capacity, config))
+
+
+def sealed_anew(index, config, sealing=None, **changes):
+    """What `with_cells` does, sealed in another way or as before."""
+    index = dataclasses.replace(index, **changes)
+    rows, kv_heads, _, capacity = index.codes.shape
+    none = cells.no_cells(rows, kv_heads, capacity, config, sealing or index.cells.sealing)
+    made = cells.seal(none, index.codes, index.lengths, jnp.ones(rows, bool), config)
+    return dataclasses.replace(index, cells=made)
 
 
 def check_state(index, config):
     """All of the state is what codes and lengths say, and the tail is not too long."""
     index, now = jax.tree.map(np.asarray, (index, progress_of(index)))
-    capacity, plan = index.codes.shape[-1], index.cells.plan
+    capacity, sealing = index.codes.shape[-1], index.cells.sealing
     number = np.zeros((*index.codes.shape[:2], capacity), int)
     for m in range(config.num_subspaces):
         digit = index.codes[:, :, m] & (config.num_centroids - 1)
@@ -81,7 +87,7 @@ def check_state(index, config):
     sealed = np.asarray(index.cells.sealed(jnp.asarray(index.lengths)))
     last = np.clip(index.lengths, 0, capacity) - config.window_size
     assert (sealed <= np.maximum(last, config.first_candidate)).all()
-    assert (last - sealed <= plan.most_tail(capacity)).all()
+    assert (last - sealed <= sealing.most_tail(capacity)).all()
     for b, k in np.ndindex(number.shape[:2]):
         positions = np.arange(config.first_candidate, sealed[b])
         cell = number[b, k, positions]
@@ -98,42 +104,49 @@ def check_state(index, config):
         check_segment(index.cells, (b, k), now, number[b, k, sealed[b] :], listed)
 
 
-def check_segment(state, row, now, waiting, listed):
+def check_segment(kept, row, now, waiting, listed):
     """What is known of the next segment: counts or new starts, and the blocks on their way.
 
     `waiting` are cells of the tokens that are not sealed, `listed` are those that are.
     """
-    plan, (b, _) = state.plan, row
+    sealing, (b, _) = kept.sealing, row
     counted, read, moved = now.counted[b], now.read[b], now.moved[b]
-    old, new = state.starts[row]
+    old, new = kept.starts[row]
     counts = np.bincount(waiting[:counted], minlength=len(old))
-    want = counts if counted < plan.segment else old + np.cumsum(counts) - counts
+    want = counts if counted < sealing.segment else old + np.cumsum(counts) - counts
     np.testing.assert_array_equal(new, want)
     before = [(waiting[:j] == waiting[j]).sum() for j in range(counted)]
-    np.testing.assert_array_equal(state.earlier[row][:counted], before)
-    ring, end = state.ring[row].reshape(-1, plan.block), len(listed)
+    np.testing.assert_array_equal(kept.earlier[row][:counted], before)
+    ring, end = kept.ring[row].reshape(-1, sealing.block), len(listed)
     for i in range(moved, read):
-        block = listed[max(end - (i + 1) * plan.block, 0) : end - i * plan.block]
-        np.testing.assert_array_equal(ring[i % len(ring)][plan.block - len(block) :], block)
+        block = listed[max(end - (i + 1) * sealing.block, 0) : end - i * sealing.block]
+        np.testing.assert_array_equal(ring[i % len(ring)][sealing.block - len(block) :], block)
 
 
 def progress_of(index):
-    return cells.progress(
-        index.lengths, index.cells.sealed(index.lengths), index.cells.plan, index.codes.shape[-1]
-    )
+    sealed, capacity = index.cells.sealed(index.lengths), index.codes.shape[-1]
+    return state.progress(index.lengths, sealed, index.cells.sealing, capacity)
 
 
-def by_kernels(index, key, config, counts=None, *, query=None, **options):
-    """`append` by the kernels, and the tables of a query."""
-    first, taken, lengths = reference.make_room(
-        index.lengths, counts, key.shape[1], index.codes.shape[-1]
-    )
-    made = pipeline.append_tokens(
-        key, index.codebooks, index.codes, None, index.cells, first, taken, config,
-        query=query, weights_dtype=None if query is None else F32, kv_layout="BSKH", **options,
+def by_kernels(index, key, config, counts=None, *, query=None):
+    """`append` by the kernels, and the table of a query [B, 1, N, M, C]."""
+    step = Step.of(
+        index, config, T=key.shape[1], N=0 if query is None else query.shape[2],
+        weights_dtype=None if query is None else F32, tuning=SMALL_BLOCKS,
     )  # fmt: skip
-    index = dataclasses.replace(index, codes=made.codes, lengths=lengths, cells=made.cells)
-    return index, made.tables
+    room, lengths = reference.make_room(index.lengths, counts, step.T, step.S)
+    launches = pipeline.append_launches(step, key, index, room)
+    if query is not None:
+        of_query = dataclasses.replace(step, T=1)
+        launches |= pipeline.query_launches(of_query, query, index, Lengths(lengths, None))
+    made = pipeline.launched(step, launches)
+    index = pipeline.appended(step, index, room, lengths, made)
+    if query is None:
+        return index, None
+    by_query = made["tables"].by_query
+    return index, by_query_head(
+        by_query.reshape(step.B, step.K, -1, config.num_subspaces, config.num_centroids), 1
+    )
 
 
 def advanced(index, config, tokens):
@@ -147,54 +160,41 @@ def advanced(index, config, tokens):
     return index
 
 
-def lists_of(tables, index, config, dtype=F32, **options):
-    """What the cells kernel and the reference select from the same tables."""
-    rows, queries, entries = tables.by_query.shape
-    batch = index.codes.shape[0]
-    weights = None
+def lists_of(table, index, config, dtype=F32, tuning=SMALL_BLOCKS):
+    """What the cells kernel and the reference select from the same table."""
+    step = Step.of(index, config, N=table.shape[2], weights_dtype=dtype, tuning=tuning)
+    lengths, weights = Lengths(index.lengths, None), None
     if dtype is not None:
-        (((weights,),)) = backend.launch_together(
-            [
-                pipeline.weights_launch(
-                    index.lengths, rows, queries, index.codes.shape[-1], config, dtype
-                )
-            ],
-            num_warps=4,
-            **options,
-        )
-    got = pipeline.select_from_cells(
-        tables, index.codes, index.lengths, index.cells, config, weights, **options
-    )
-    shape = batch, 1, rows // batch * queries, config.num_subspaces, config.num_centroids
-    assert np.prod(shape) == rows * queries * entries
-    want = reference.select_from_table(
-        tables.by_query.reshape(shape), index.codes, index.lengths, config, dtype
-    )
+        made = pipeline.launched(step, {"weights": weights_launch(step, lengths)})
+        weights = made["weights"].weights
+    tables = tables_from(table, step)
+    got = pipeline.from_tables(step, tables, index, lengths, weights, "cells")
+    want = reference.select_from_table(table, index.codes, index.lengths, None, config, dtype)
     return got, want
 
 
 def check_lists(got, want, message=""):
-    for name, one, other in zip(("indices", "counts", "weights"), got, want, strict=True):
+    for name in ("indices", "counts", "weights"):
+        one, other = getattr(got, name), getattr(want, name)
         if one is None:
             assert other is None
         else:
             np.testing.assert_array_equal(one, other, err_msg=f"{message} {name}")
 
 
-# The plan
+# How tokens are sealed
 
 
 @pytest.mark.parametrize("capacity", [1, 100, 8192, 131072, 131073, 1 << 19, 1 << 20, 3 << 20])
-def test_a_segment_is_done_before_the_next_begins(capacity, monkeypatch):
-    monkeypatch.undo()
-    plan = cells.seal_plan(capacity, IndexerConfig())
-    moves = -(-capacity // plan.block)
-    assert moves <= cells.MOST_MOVES
-    most = plan.most_waiting(capacity)
-    left = most + cells.MOST_NEW - plan.segment
-    now = cells.progress(jnp.int32(left + plan.margin), jnp.int32(0), plan, capacity + 4096)
+def test_a_segment_is_done_before_the_next_begins(capacity):
+    sealing = state.sealing_for(capacity, IndexerConfig())
+    moves = -(-capacity // sealing.block)
+    assert moves <= state.MOST_MOVES
+    most = sealing.most_waiting(capacity)
+    left = most + state.MOST_NEW - sealing.segment
+    now = state.progress(jnp.int32(left + sealing.margin), jnp.int32(0), sealing, capacity + 4096)
     assert (now.waiting, now.counted) == (left, 0)
-    assert plan.segment == 512 or plan.segment * 3 // 8 < moves + 3 * cells.MOST_NEW
+    assert sealing.segment == 512 or sealing.segment * 3 // 8 < moves + 3 * state.MOST_NEW
 
 
 @pytest.mark.parametrize(
@@ -207,57 +207,60 @@ def test_a_segment_is_done_before_the_next_begins(capacity, monkeypatch):
         (3 << 20, 8192, 1024, 1424),
     ],
 )
-def test_plans(capacity, block, segment, most_tail, monkeypatch):
-    monkeypatch.undo()
-    plan = cells.seal_plan(capacity, IndexerConfig())
-    assert (plan.block, plan.segment, plan.most_tail(capacity)) == (block, segment, most_tail)
-    assert capacity < 32768 or 4 * plan.ring <= capacity / 2
+def test_segments_and_blocks(capacity, block, segment, most_tail):
+    sealing = state.sealing_for(capacity, IndexerConfig())
+    assert (sealing.block, sealing.segment, sealing.most_tail(capacity)) == (
+        block,
+        segment,
+        most_tail,
+    )
+    assert capacity < 32768 or 4 * sealing.ring <= capacity / 2
 
 
 def test_a_step_writes_what_an_earlier_one_read_and_what_no_other_program_needs():
-    plan, entries = cells.seal_plan(S, config_of()), 150
-    sealed = entries + plan.first_candidate
-    waiting = jnp.arange(plan.most_waiting(entries) + 1)[:, None]
-    lengths = sealed + plan.margin + waiting + jnp.arange(cells.MOST_NEW + 1)
+    sealing, entries = small_sealing(S, config_of()), 150
+    sealed = entries + sealing.first_candidate
+    waiting = jnp.arange(sealing.most_waiting(entries) + 1)[:, None]
+    lengths = sealed + sealing.margin + waiting + jnp.arange(state.MOST_NEW + 1)[None]
     sealed = jnp.full_like(lengths, sealed)
-    now = cells.progress(lengths, sealed, plan, 2 * S)
+    now = state.progress(lengths, sealed, sealing, 2 * S)
     was = jax.tree.map(lambda x: x[:, :1], now)
-    moves = -(-entries // plan.block)
-    assert (now.counted - was.counted <= cells.RATE * cells.MOST_NEW).all()
+    moves = -(-entries // sealing.block)
+    assert (now.counted - was.counted <= state.RATE * state.MOST_NEW).all()
     assert (now.counted <= now.waiting).all()
-    assert (now.begun == (now.counted == plan.segment)).all()
+    assert (now.begun == (now.counted == sealing.segment)).all()
     writes = now.moved > was.moved
     assert (~writes | (was.begun & (now.moved <= was.read))).all()
-    assert ((now.read - was.moved) * plan.block <= plan.ring).all()
+    assert ((now.read - was.moved) * sealing.block <= sealing.ring).all()
     seals = now.done & ~was.done
     assert seals.any()
     assert (~seals | (was.moved == moves)).all()
-    after = cells.progress(lengths, sealed + plan.segment, plan, 2 * S)
+    after = state.progress(lengths, sealed + sealing.segment, sealing, 2 * S)
     assert (~seals | (after.counted == 0)).all()
-    assert (now.done | (now.waiting <= plan.most_waiting(entries))).all()
+    assert (now.done | (now.waiting <= sealing.most_waiting(entries))).all()
 
 
 @pytest.mark.parametrize("base", [3, 40, 77])
 def test_what_is_sealed_follows_from_the_length_alone(base):
     capacity = 3000
-    plan = cells.seal_plan(capacity, config_of())
+    sealing = small_sealing(capacity, config_of())
     want, sealed = [], base
     for length in range(capacity + 20):
-        while cells.progress(jnp.int32(length), jnp.int32(sealed), plan, capacity).done:
-            sealed += plan.segment
+        while state.progress(jnp.int32(length), jnp.int32(sealed), sealing, capacity).done:
+            sealed += sealing.segment
         want.append(sealed)
-    got = cells.sealed_at(jnp.arange(capacity + 20), jnp.int32(base), plan, capacity)
+    got = state.sealed_at(jnp.arange(capacity + 20), jnp.int32(base), sealing, capacity)
     np.testing.assert_array_equal(got, want)
-    assert sealed > base + 10 * plan.segment
+    assert sealed > base + 10 * sealing.segment
 
 
 def test_a_base_outside_of_the_candidates_is_taken_for_the_nearest_inside():
     capacity, config = 3000, config_of()
-    plan = cells.seal_plan(capacity, config)
+    sealing = small_sealing(capacity, config)
     lengths = jnp.arange(capacity + 20)
 
     def sealed(base):
-        return np.asarray(cells.sealed_at(lengths, jnp.int32(base), plan, capacity))
+        return np.asarray(state.sealed_at(lengths, jnp.int32(base), sealing, capacity))
 
     for base in (-(2**31), -1, config.first_candidate - 1):
         np.testing.assert_array_equal(sealed(base), sealed(config.first_candidate))
@@ -277,7 +280,7 @@ def test_lists_hold_what_is_sealed_after_every_append(implementation, window_siz
     rng = np.random.default_rng(num_new)
     step = functools.partial(append, config=config)
     if implementation == "triton":
-        step = jax.jit(lambda *x, **y: by_kernels(*x, config, **y, interpret=True)[0])
+        step = jax.jit(lambda *x, **y: by_kernels(*x, config, **y)[0])
     index = start(config, [150, 0, 60])
     sealed = index.cells.sealed(index.lengths)
     for _ in range(240 // num_new):
@@ -291,16 +294,16 @@ def test_lists_hold_what_is_sealed_after_every_append(implementation, window_siz
 STAGES = ("counted", "begun", "read", "moved", "last read", "last moved", "done")
 
 
-def waiting_at(stage, plan, moves):
+def waiting_at(stage, sealing, moves):
     """Tokens that wait in the first step of a stage."""
     return {
-        "counted": plan.segment - plan.segment // cells.RATE + 1,
-        "begun": plan.segment,
-        "read": plan.segment + 1,
-        "moved": plan.segment + cells.MOST_NEW + 1,
-        "last read": plan.segment + moves,
-        "last moved": plan.segment + cells.MOST_NEW + moves,
-        "done": plan.segment + 2 * cells.MOST_NEW + moves + 1,
+        "counted": sealing.segment - sealing.segment // state.RATE + 1,
+        "begun": sealing.segment,
+        "read": sealing.segment + 1,
+        "moved": sealing.segment + state.MOST_NEW + 1,
+        "last read": sealing.segment + moves,
+        "last moved": sealing.segment + state.MOST_NEW + moves,
+        "done": sealing.segment + 2 * state.MOST_NEW + moves + 1,
     }[stage]
 
 
@@ -309,13 +312,15 @@ def waiting_at(stage, plan, moves):
 def test_a_step_of_any_size_across_any_bound(window_size):
     """From some tokens before a bound to as many or fewer behind it, and then one token more."""
     config = config_of(window_size=window_size)
-    step = jax.jit(lambda *x: by_kernels(*x[:2], config, x[2], interpret=True)[0])
+    step = jax.jit(lambda *x: by_kernels(*x[:2], config, x[2])[0])
     by_xla = jax.jit(lambda *x: append(*x[:2], config, counts=x[2]))
     key = jnp.asarray(np.random.default_rng(0).standard_normal((2, B, 8, K, 8)), F32)
     index = start(config, [150, 45, 77])
     first = np.asarray(progress_of(index).entries)
-    plan = index.cells.plan
-    bounds = [[waiting_at(stage, plan, -(-n // plan.block)) for n in first] for stage in STAGES]
+    sealing = index.cells.sealing
+    bounds = [
+        [waiting_at(stage, sealing, -(-n // sealing.block)) for n in first] for stage in STAGES
+    ]
     reached = np.zeros(B, int)
     for stage, bound in zip(STAGES, np.asarray(bounds), strict=True):
         for before in (8, 3, 1):
@@ -346,7 +351,8 @@ def test_many_tokens_at_once_are_all_sealed_and_other_rows_keep_their_bits():
 def test_built_reset_and_rebuilt_rows():
     config = config_of()
     key = jnp.asarray(np.random.default_rng(0).standard_normal((B, S, K, 8)), F32)
-    index = build_index(key, jnp.asarray([S, 70, 2], jnp.int32), config)
+    lengths = jnp.asarray([S, 70, 2], jnp.int32)
+    index = rebuild(start(config, [0, 0, 0]), key, config, jnp.ones(B, bool), lengths=lengths)
     check_state(index, config)
     some = jnp.asarray([True, False, False])
     emptied = reset(index, some)
@@ -403,8 +409,8 @@ def test_a_decode_keeps_state_and_lists_right(num_new, steps, window_size):
 
     @jax.jit
     def step(query, key, index, counts):
-        index, tables = by_kernels(index, key, config, counts, query=query, interpret=True)
-        return index, lists_of(tables, index, config, interpret=True)
+        index, table = by_kernels(index, key, config, counts, query=query)
+        return index, lists_of(table, index, config)
 
     index = start(config, [150, 3, 40])
     sealed, phases = index.cells.sealed(index.lengths), set()
@@ -423,9 +429,9 @@ def test_a_decode_keeps_state_and_lists_right(num_new, steps, window_size):
     assert len(phases) >= 3
 
 
-def tables_of(kind, config, rng):
-    """Look-up tables [K * B, G, M * C] that bring about ties, no numbers, and the like."""
-    shape = B * K, G, config.num_subspaces * config.num_centroids
+def table_of(kind, config, rng):
+    """A look-up table [B, 1, N, M, C] that brings about ties, no numbers, and the like."""
+    shape = B, 1, K * G, config.num_subspaces, config.num_centroids
     table = rng.standard_normal(shape).astype(F32)
     if kind == "zeros":
         table = rng.choice(np.asarray([0.0, -0.0], F32), shape)
@@ -437,7 +443,7 @@ def tables_of(kind, config, rng):
         table[rng.random(shape) < 0.1] = -np.inf
     if kind == "rounded":
         table = np.round(table)
-    return pipeline.tables_from(jnp.asarray(table))
+    return jnp.asarray(table)
 
 
 KINDS = ["random", "zeros", "two values", "no numbers", "rounded"]
@@ -455,19 +461,19 @@ SHAPES = {
 
 @pytest.mark.usefixtures("interpreted")
 @pytest.mark.parametrize("name", SHAPES)
-def test_lists_equal_the_references(name, monkeypatch):
+def test_lists_equal_the_references(name):
+    tuning = SMALL_BLOCKS
     if "bit" in name:
-        monkeypatch.setattr(kernels, "MOST_PAIRED", 16)
-        monkeypatch.setattr(kernels, "WORDS_AT_ONCE", 2)
+        tuning = dataclasses.replace(tuning, most_paired=16, words_at_once=2)
     config = config_of(**SHAPES[name])
     rng = np.random.default_rng(list(SHAPES).index(name))
-    run = jax.jit(functools.partial(lists_of, config=config, interpret=True))
+    run = jax.jit(functools.partial(lists_of, config=config, tuning=tuning))
     for kind in KINDS:
         for lengths in ([S, 47, 9], [S + 5, -1, 100]):
             index = start(config, lengths, seed=len(lengths))
             for codes in (index.codes, index.codes * 0, jnp.sort(index.codes, axis=-1)):
-                index = with_cells(dataclasses.replace(index, codes=codes), config)
-                got, want = run(tables_of(kind, config, rng), index)
+                index = sealed_anew(index, config, codes=codes)
+                got, want = run(table_of(kind, config, rng), index)
                 check_lists(got, want, f"{kind}, {lengths}")
 
 
@@ -476,11 +482,11 @@ def test_winners_in_the_tail():
     """A tail that no segment was sealed of for long, empty lists, and winners in the tail alone."""
     config = config_of()
     rng = np.random.default_rng(0)
-    run = jax.jit(functools.partial(lists_of, config=config, interpret=True, dtype=None))
-    tables = tables_of("random", config, rng)
-    best = jnp.argmax(tables.by_query[0, 0].reshape(2, 4), axis=1).astype(jnp.uint8)
+    run = jax.jit(functools.partial(lists_of, config=config, dtype=None))
+    table = table_of("random", config, rng)
+    best = jnp.argmax(table[0, 0, 0], axis=1).astype(jnp.uint8)
     empty = start(config, [0, 0, 0])
-    most = empty.cells.plan.segment - 1
+    most = empty.cells.sealing.segment - 1
     for length in (12, most):  # as if appended one by one
         for all_best in (False, True):
             codes = empty.codes
@@ -489,14 +495,14 @@ def test_winners_in_the_tail():
             index = dataclasses.replace(
                 empty, codes=codes, lengths=jnp.full(B, length + config.window_size, jnp.int32)
             )
-            check_lists(*run(tables, index))
+            check_lists(*run(table, index))
 
 
 @pytest.mark.parametrize("kind", ["zeros", "no numbers"])
-def test_no_access_leaves_an_array(kind, monkeypatch):
+def test_no_access_leaves_an_array(kind):
     """On checked memory, with programs in random order."""
-    if kind == "no numbers":
-        monkeypatch.setattr(kernels, "MOST_PAIRED", 16)
+    by_bits = kind == "no numbers"
+    tuning = dataclasses.replace(SMALL_BLOCKS, most_paired=16 if by_bits else 256)
     config = config_of(heavy_size=20)
     rng = np.random.default_rng(0)
     index = start(config, [S - 1, 61, 30])
@@ -505,7 +511,7 @@ def test_no_access_leaves_an_array(kind, monkeypatch):
         for _ in range(2):
             index, _ = by_kernels(index, key, config)
             check_state(index, config)
-        got, want = lists_of(tables_of(kind, config, rng), index, config)
+        got, want = lists_of(table_of(kind, config, rng), index, config, tuning=tuning)
     check_lists(got, want)
 
 
@@ -517,9 +523,9 @@ def test_programs_that_seal_need_nothing_of_one_another(stages, num_new):
     """Every row is before a bound; on checked memory, with programs in random order."""
     config = config_of()
     index = start(config, [50, 70, 150], kv_heads=1)
-    entries, plan = progress_of(index).entries, index.cells.plan
-    moves = -(-entries // plan.block)
-    bounds = [waiting_at(stage, plan, int(n)) for stage, n in zip(stages, moves, strict=True)]
+    entries, sealing = progress_of(index).entries, index.cells.sealing
+    moves = -(-entries // sealing.block)
+    bounds = [waiting_at(stage, sealing, int(n)) for stage, n in zip(stages, moves, strict=True)]
     index = advanced(index, config, np.asarray(bounds) - num_new // 2 - 1)
     key = jnp.asarray(np.random.default_rng(0).standard_normal((B, num_new, 1, 8)), F32)
     sealed = index.cells.sealed(index.lengths)
@@ -534,7 +540,7 @@ def test_programs_that_seal_need_nothing_of_one_another(stages, num_new):
 @pytest.mark.parametrize("made_for", [120, 20])
 def test_lengths_set_by_hand_give_some_list_of_the_right_length(made_for, most_paired, monkeypatch):
     """What was sealed for another length, with segments at all stages; see the contract."""
-    monkeypatch.setattr(kernels, "MOST_PAIRED", most_paired)
+    tuning = dataclasses.replace(SMALL_BLOCKS, most_paired=most_paired)
     # A token that is listed twice has one place.
     check = Memory.check
     monkeypatch.setattr(
@@ -554,12 +560,12 @@ def test_lengths_set_by_hand_give_some_list_of_the_right_length(made_for, most_p
         wrong = dataclasses.replace(index, codes=codes, lengths=jnp.asarray(lengths, jnp.int32))
         with checked(seed=0):
             wrong, _ = by_kernels(wrong, key, config)
-            got, want = lists_of(tables_of(kind, config, rng), wrong, config)
-        np.testing.assert_array_equal(got[1], want[1])
-        listed_ones = np.arange(got[0].shape[-1]) < np.asarray(got[1])[..., None]
+            got, want = lists_of(table_of(kind, config, rng), wrong, config, tuning=tuning)
+        np.testing.assert_array_equal(got.counts, want.counts)
+        listed_ones = np.arange(got.indices.shape[-1]) < np.asarray(got.counts)[..., None]
         visible = np.clip(np.asarray(wrong.lengths), 0, S)[:, None, None, None]
-        assert ((np.asarray(got[0]) >= 0) == listed_ones).all()
-        assert (np.asarray(got[0]) < np.maximum(visible, 1)).all()
+        assert ((np.asarray(got.indices) >= 0) == listed_ones).all()
+        assert (np.asarray(got.indices) < np.maximum(visible, 1)).all()
 
 
 @pytest.mark.parametrize("window_size", [2**31 - 254, 7])
@@ -571,10 +577,8 @@ def test_sizes_beyond_any_cache(window_size):
     index = start(config, [0, 20, 32], capacity=32)
     key = jnp.zeros((B, 8, K, 8), F32)
     with checked(seed=0):
-        first, taken, _ = reference.make_room(index.lengths, None, 8, 32)
-        inputs = key, index.codebooks, index.codes, None, index.cells, first, taken, config
-        made = pipeline.append_tokens(*inputs, kv_layout="BSKH")
-    assert made.cells.sealed(first + taken).tolist() == [2**31 - 250] * 3
+        after, _ = by_kernels(index, key, config)
+    assert after.cells.sealed(after.lengths).tolist() == [2**31 - 250] * 3
 
 
 # What is refused
@@ -601,7 +605,9 @@ def test_what_cells_cannot_do_is_said():
         dataclasses.replace(config, window_size=5),
         dataclasses.replace(config, sink_size=4),
     ):
-        with pytest.raises(ValueError, match=r"^index\.cells\.plan: expected .*window_size"):
+        with pytest.raises(
+            ValueError, match=r"^index\.cells\.sealing\.(first_candidate|window_size): expected "
+        ):
             append(index, key, other)
     with pytest.raises(ValueError, match=r"^index\.cells\.order: expected int32"):
         append(
@@ -613,7 +619,7 @@ def test_what_cells_cannot_do_is_said():
         )
     for cells_like, message in (
         ("cells", "got str"),
-        (dataclasses.replace(index.cells, plan=None), "got Cells with NoneType"),
+        (dataclasses.replace(index.cells, sealing=None), "got Cells with NoneType"),
         (dataclasses.replace(index.cells, starts=None), "starts: expected int32"),
         (dataclasses.replace(index.cells, earlier=index.cells.order), "earlier: expected int32"),
         (dataclasses.replace(index.cells, ring=index.cells.ring[..., 1:]), "ring: expected int32"),

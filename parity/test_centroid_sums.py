@@ -3,6 +3,7 @@
 Runs three times, as test_kernels does: interpreter, checked memory, and a GPU where there is one.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -12,9 +13,10 @@ import pytest
 
 from jax_indexer import reference
 from jax_indexer.kernels import centroid_sums as kernels
+from jax_indexer.kernels.tuning import H100
 from parity.test_kernels import each, run  # noqa: F401  (run is a fixture)
 
-PART = 128  # several parts of few tokens
+SMALL_PARTS = dataclasses.replace(H100, tokens_per_part=128)  # several of few tokens
 
 # (S, K, M, D, C, dtype, metric, layout)
 CASES = [
@@ -26,29 +28,29 @@ CASES = [
 ]
 
 
-def numpy_sums(key, trainable, centroids, phi, stop, layout):
+def numpy_sums(key, trainable, centroids, origin, phi, stop, layout):
     """Exact for small integers: float64, ties to the lower centroid."""
     B, K, M, C, size = centroids.shape
     total = np.zeros((B, K, M, C, size + 1))
+    clusters = np.full(trainable.shape, -1)
     for b, k, m in np.ndindex(B, K, M):
         keys = np.asarray(key[b, :, k] if layout == "BSKH" else key[b, k], np.float64)
-        parts = keys.reshape(len(keys), M, -1)[: stop[b, k, m], m]
-        parts = parts[trainable[b, k, m, : stop[b, k, m]]]
+        counts = np.flatnonzero(trainable[b, k, m, : stop[b, k, m]])
+        parts = keys.reshape(len(keys), M, -1)[counts, m]
         if phi is not None:
             extra = np.sqrt(np.maximum(phi[b, k, m] - np.square(parts).sum(-1), 0))
             parts = np.concatenate([parts, extra[:, None]], axis=-1)
-        distance = np.square(parts[:, None] - centroids[b, k, m]).sum(-1)
+        nearest = np.square(parts[:, None] - centroids[b, k, m]).sum(-1).argmin(-1)
+        clusters[b, k, m, counts] = nearest
+        parts[:, key.shape[-1] // M :] -= origin[b, k, m, key.shape[-1] // M :]
         np.add.at(
-            total[b, k, m],
-            distance.argmin(-1),
-            np.concatenate([parts, np.ones((len(parts), 1))], axis=-1),
+            total[b, k, m], nearest, np.concatenate([parts, np.ones((len(parts), 1))], axis=-1)
         )
-    return total
+    return total, clusters
 
 
 @each(CASES, checked=[CASES[0], CASES[3]])
-def test_sums_are_those_of_the_nearest_centroids_members(run, case, monkeypatch):  # noqa: F811
-    monkeypatch.setattr(kernels, "TOKENS_PER_PART", PART)
+def test_sums_are_those_of_the_nearest_centroids_members(run, case):  # noqa: F811
     S, K, M, D, C, dtype, metric, layout = case
     rng = np.random.default_rng(S)
     B = 2
@@ -61,6 +63,7 @@ def test_sums_are_those_of_the_nearest_centroids_members(run, case, monkeypatch)
         phi = np.full((B, K, M), 16.0 * D, np.float32)
         extra = rng.random((B, K, M, C, 1)).astype(np.float32)
         centroids = np.concatenate([centroids + 0.3 * extra, 9 * extra], axis=-1)
+    origin = rng.integers(-2, 3, (B, K, M, centroids.shape[-1])).astype(np.float32)
     key = jnp.asarray(key, dtype)
     stop = np.full((B, K, M), S - 5, np.int32)
     stop[0, -1, -1], stop[1, 0, 0] = 0, 7
@@ -73,8 +76,12 @@ def test_sums_are_those_of_the_nearest_centroids_members(run, case, monkeypatch)
         jnp.nan,
     ).astype(dtype)
 
-    got = run(kernels.centroid_sums, spoiled, trainable, centroids, phi, stop, kv_layout=layout)
-    want = numpy_sums(np.asarray(key, np.float64), trainable, centroids, phi, stop, layout)
+    arrays = trainable, centroids, origin, phi, stop
+    got, got_clusters = run(
+        kernels.centroid_sums, spoiled, *arrays, kv_layout=layout, tuning=SMALL_PARTS
+    )
+    want, clusters = numpy_sums(np.asarray(key, np.float64), *arrays, layout)
+    np.testing.assert_array_equal(got_clusters[clusters >= 0], clusters[clusters >= 0])
     if metric == "euclidean":
         np.testing.assert_array_equal(got, want)
     else:
@@ -82,7 +89,10 @@ def test_sums_are_those_of_the_nearest_centroids_members(run, case, monkeypatch)
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-4)
 
 
-def test_the_reference_gives_the_same_sums():
+@pytest.mark.parametrize("at_once", [None, 64 * 16], ids=["one chunk", "chunks"])
+def test_the_reference_gives_the_same_sums(at_once, monkeypatch):
+    if at_once:  # the last of them overlaps
+        monkeypatch.setattr(reference, "DISTANCES_AT_ONCE", at_once)
     rng = np.random.default_rng(0)
     S, C, D = 700, 16, 6
     key = rng.integers(-4, 5, (2, S, 2, 2 * D)).astype(np.float32)
@@ -90,11 +100,42 @@ def test_the_reference_gives_the_same_sums():
     trainable = rng.random((2, 2, 2, S)) < 0.9
     stop = np.full((2, 2, 2), S, np.int32)
     stop[1] = 0
-    got = jax.jit(reference.centroid_sums, static_argnums=5)(
-        key, trainable, centroids, None, stop, "BSKH"
+    origin = rng.integers(-2, 3, (2, 2, 2, D)).astype(np.float32)
+    arrays = key, trainable, centroids, origin, None, stop
+    got, got_clusters = jax.jit(functools.partial(reference.assign_and_sum, kv_layout="BSKH"))(
+        *arrays
     )
-    want = numpy_sums(key, trainable, centroids, None, stop, "BSKH")
+    want, clusters = numpy_sums(*arrays, "BSKH")
     np.testing.assert_array_equal(got, want)
+    np.testing.assert_array_equal(np.asarray(got_clusters)[clusters >= 0], clusters[clusters >= 0])
+
+
+@each([("euclidean",), ("ip",)], checked=[("ip",)])
+def test_a_far_centroid_does_not_blur_the_distances_to_the_others(run, case):  # noqa: F811
+    """One about as far away as a trainable key can be, and a key at it."""
+    S, C, D, far = 200, 16, 6, 2.0**60
+    rng = np.random.default_rng(0)
+    key = rng.integers(-4, 5, (1, S, 1, D)).astype(np.float32)
+    centroids = rng.integers(-4, 5, (1, 1, 1, C, D)).astype(np.float32)
+    key[0, 50, 0] = centroids[0, 0, 0, 3] = far
+    phi = None
+    if case == ("ip",):  # that key has all of phi in itself, the others have it beside them
+        phi = np.full((1, 1, 1), D * far**2, np.float32)
+        beside = np.full((1, 1, 1, C, 1), np.sqrt(phi[0, 0, 0]))
+        beside[0, 0, 0, 3] = 0
+        centroids = np.concatenate([centroids, beside], axis=-1).astype(np.float32)
+    origin = np.median(centroids, axis=-2)
+    arrays = np.ones((1, 1, 1, S), bool), centroids, origin, phi, np.full((1, 1, 1), S, np.int32)
+    near = np.square(key[0, :, 0, None] - centroids[0, 0, 0, :, :D].astype(np.float64)).sum(-1)
+    want = np.zeros((C, D + 1))
+    np.add.at(want, near.argmin(-1), np.concatenate([key[0, :, 0], np.ones((S, 1))], axis=-1))
+    for got in (
+        run(kernels.centroid_sums, key, *arrays, kv_layout="BSKH", tuning=SMALL_PARTS),
+        jax.jit(reference.assign_and_sum, static_argnums=6)(key, *arrays, "BSKH"),
+    ):
+        sums, clusters = got
+        np.testing.assert_array_equal(sums[0, 0, 0][:, [*range(D), -1]], want)
+        np.testing.assert_array_equal(clusters[0, 0, 0], near.argmin(-1))
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType
 
 from benchmarks.__main__ import main as benchmarks
 from benchmarks.workloads import WORKLOADS, make_inputs
@@ -23,17 +24,20 @@ from jax_indexer import (
     append,
     build_index,
     indexer_next,
-    kmeans,
     rebuild,
     reference,
     reset,
     select,
     with_cells,
 )
-from jax_indexer.kernels import cells as cells_kernels
 from jax_indexer.kernels import pipeline, scores, threshold, top_k
-from parity import memcheck, test_cells
+from jax_indexer.kernels.lookup_table import tables_from
+from jax_indexer.kernels.step import Lengths, Step
+from jax_indexer.kernels.tuning import H100
+from jax_indexer.state import sealing_for
+from parity import memcheck, meshes, test_cells
 from parity.compare import check_selection
+from parity.test_kernels import lookup_tables, selection
 
 pytestmark = pytest.mark.gpu
 
@@ -79,24 +83,24 @@ def adversarial(number: int):
     return jnp.asarray(table, config.table_dtype), jnp.asarray(codes), jnp.asarray(lengths), config
 
 
-def all_selectors_give_the_references_lists(table, codes, lengths, config, dtype):
+def all_selectors_give_the_references_lists(table, codes, lengths, config, dtype, tuning=H100):
     """Bit for bit. The reference ranks the ordered integers of the same table's sums."""
     static = {"config": config, "weights_dtype": dtype}
-    expected = jax.jit(functools.partial(reference.select_from_table, **static))(
-        table, codes, lengths
-    )
-    for selector in SELECTORS:
-        got = jax.jit(functools.partial(pipeline.select_from_table, **static, selector=selector))(
-            table, codes, lengths
+    T = table.shape[1]
+    for counts in (None, jnp.arange(len(lengths), dtype=jnp.int32) % (T + 2) - 1):
+        expected = jax.jit(functools.partial(reference.select_from_table, **static))(
+            table, codes, lengths, counts
         )
-        for name, one, other in zip(("indices", "counts", "weights"), expected, got, strict=True):
-            np.testing.assert_array_equal(one, other, err_msg=f"{selector}: {name}")
+        for selector in SELECTORS:
+            lists = functools.partial(selection, **static, selector=selector, tuning=tuning)
+            got = jax.jit(lists)(table, codes, lengths, counts)
+            for name, one in zip(("indices", "counts", "weights"), got, strict=True):
+                wanted = getattr(expected, name)
+                np.testing.assert_array_equal(one, wanted, err_msg=f"{selector}: {name}")
 
 
-@pytest.fixture
-def groups_of_two_sizes(monkeypatch):
-    """The threshold selector takes them for shorter caches too."""
-    monkeypatch.setattr(threshold, "MANY_GROUPS", 1024)
+# For shorter caches too.
+TWO_SIZES = dataclasses.replace(H100, many_groups=1024)
 
 
 @pytest.mark.parametrize("number", range(12))
@@ -105,13 +109,13 @@ def test_triton_gives_the_bits_of_xla_for_the_same_table(number):
     all_selectors_give_the_references_lists(*adversarial(number), dtype)
 
 
-@pytest.mark.usefixtures("groups_of_two_sizes")
 @pytest.mark.parametrize("number", [11, 23])
 def test_groups_of_two_sizes_give_the_bits_of_xla(number):
     table, codes, lengths, config = adversarial(number)
     config = dataclasses.replace(config, heavy_size=16)
-    assert len(threshold.group_sizes(codes.shape[3], config.heavy_size)) == 2
-    all_selectors_give_the_references_lists(table, codes, lengths, config, np.dtype(np.float32))
+    assert len(threshold.group_sizes(codes.shape[3], config.heavy_size, TWO_SIZES)) == 2
+    dtype = np.dtype(np.float32)
+    all_selectors_give_the_references_lists(table, codes, lengths, config, dtype, TWO_SIZES)
 
 
 def test_the_adversarial_rows_are_many_enough():
@@ -131,18 +135,18 @@ def test_a_million_tokens(budget, scale):
         all_selectors_give_the_references_lists(table, codes, lengths, config, np.dtype(np.float32))
 
 
-@pytest.mark.usefixtures("groups_of_two_sizes")
 @pytest.mark.parametrize("num_warps", [4, 8, 16])
 @pytest.mark.parametrize("number", [3, 23], ids=["groups of one size", "of two sizes"])
-def test_ten_thousand_repetitions_change_no_bit(number, num_warps, monkeypatch):
+def test_ten_thousand_repetitions_change_no_bit(number, num_warps):
     """Programs hand numbers to themselves through device memory, across their threads."""
-    monkeypatch.setattr(threshold, "select_warps", lambda *_: num_warps)
+    tuning = dataclasses.replace(TWO_SIZES, threshold_warps=num_warps)
     table, codes, lengths, config = adversarial(number)
 
     def lists(table):
-        return pipeline.select_from_table(
-            table, codes, lengths, config, np.dtype(np.float32), "threshold"
-        )
+        return selection(
+            table, codes, lengths, config=config, weights_dtype=np.dtype(np.float32),
+            selector="threshold", tuning=tuning,
+        )  # fmt: skip
 
     def once_more(_, state):
         table, differences = state
@@ -163,13 +167,13 @@ def test_cells_give_the_bits_of_xla_for_the_same_table(name, capacity):
     if config.heavy_size:
         config = dataclasses.replace(config, heavy_size=[128, 2048][capacity > 10000])
     rng = np.random.default_rng(capacity)
-    run = jax.jit(functools.partial(test_cells.lists_of, config=config))
+    run = jax.jit(functools.partial(test_cells.lists_of, config=config, tuning=H100))
     lengths = [capacity, capacity // 2, 700]
     for kind in test_cells.KINDS:
-        index = test_cells.start(config, lengths, capacity=capacity)
+        index = test_cells.start(config, lengths, capacity=capacity, sealing_for=sealing_for)
         for codes in (index.codes, index.codes * 0, jnp.sort(index.codes, axis=-1)):
             index = with_cells(dataclasses.replace(index, codes=codes), config)
-            test_cells.check_lists(*run(test_cells.tables_of(kind, config, rng), index), kind)
+            test_cells.check_lists(*run(test_cells.table_of(kind, config, rng), index), kind)
 
 
 @pytest.mark.parametrize("function", ["append", "indexer_next"])
@@ -202,11 +206,14 @@ def test_fifty_thousand_steps_keep_cells_and_lists_right(capacity, function):
         query, key = queries[number % pool, :, :tokens], keys[number % pool, :, :tokens]
         if function == "append":
             return (append(index, key, config, counts=counts), different), None
-        got, index = indexer_next(query, key, index, config, counts=counts)
+        selector = "cells" if tokens == 1 else "threshold"
+        before = index.lengths
+        got, index = indexer_next(query, key, index, config, counts=counts, selector=selector)
         if tokens > 1:
             return (index, different + differences(query[:, :1], index)), None
         want = select(query, index, config, selector="threshold")
-        differs = (got.indices != want.indices) & (counts > 0)[:, None, None, None]
+        is_taken = (index.lengths > before)[:, None, None, None]  # a full row takes none
+        differs = jnp.where(is_taken, got.indices != want.indices, got.indices >= 0)
         return (index, different + jnp.sum(differs, dtype=jnp.int32)), None
 
     @functools.partial(jax.jit, static_argnums=2, donate_argnums=0)
@@ -235,16 +242,18 @@ def test_fifty_thousand_steps_keep_cells_and_lists_right(capacity, function):
 
 @pytest.mark.parametrize("num_warps", [4, 8, 16])
 @pytest.mark.parametrize("kind", ["random", "two values"])
-def test_ten_thousand_repetitions_change_no_bit_of_cells(kind, num_warps, monkeypatch):
-    monkeypatch.setattr(cells_kernels, "cells_warps", lambda *_: num_warps)
+def test_ten_thousand_repetitions_change_no_bit_of_cells(kind, num_warps):
     config = test_cells.config_of(num_bits=6, heavy_size=300)
-    index = test_cells.start(config, [9000, 4000, 700], capacity=9000)
-    tables = test_cells.tables_of(kind, config, np.random.default_rng(0))
+    tuning = dataclasses.replace(H100, cells_warps=num_warps)
+    index = test_cells.start(config, [9000, 4000, 700], capacity=9000, sealing_for=sealing_for)
+    table = test_cells.table_of(kind, config, np.random.default_rng(0))
+    step = Step.of(index, config, N=table.shape[2], tuning=tuning)
 
-    def lists(by_query):
-        some = tables._replace(by_query=by_query)
-        inputs = some, index.codes, index.lengths, index.cells, config, None
-        return pipeline.select_from_cells(*inputs)[:2]
+    def lists(table):
+        lengths = Lengths(index.lengths, None)
+        tables = tables_from(table, step)
+        found = pipeline.from_tables(step, tables, index, lengths, None, "cells")
+        return found.indices, found.counts
 
     def once_more(_, state):
         table, differences = state
@@ -253,16 +262,16 @@ def test_ten_thousand_repetitions_change_no_bit_of_cells(kind, num_warps, monkey
         # Never negative, which XLA cannot know: or it would select once and for all.
         return jnp.where(differences < 0, jnp.zeros_like(table), table), differences
 
-    first = jax.jit(lists)(tables.by_query)
+    first = jax.jit(lists)(table)
     repeat = jax.jit(lambda table: jax.lax.fori_loop(0, 10_000, once_more, (table, jnp.int32(0))))
-    assert int(repeat(tables.by_query)[1]) == 0
+    assert int(repeat(table)[1]) == 0
 
 
 def test_a_row_has_the_same_bits_alone_and_in_a_batch_of_64():
     rng = np.random.default_rng(0)
     query = jnp.asarray(rng.standard_normal((64, 1, 8, 128)), jnp.bfloat16)
     codebooks = jnp.asarray(rng.standard_normal((64, 2, 4, 64, 32)), jnp.float32)
-    tables = jax.jit(lambda *args: pipeline.tables_of(*args, np.dtype(np.float32)))
+    tables = jax.jit(functools.partial(lookup_tables, table_dtype=np.dtype(np.float32)))
     together = tables(query, codebooks)
     for b in range(0, 64, 9):
         alone = tables(query[b : b + 1], codebooks[b : b + 1])
@@ -308,6 +317,7 @@ def test_a_row_is_built_and_rebuilt_to_the_same_bits_in_any_batch(shape):
     num_subspaces, num_bits, metric = shape
     config = IndexerConfig(num_subspaces=num_subspaces, num_bits=num_bits, metric=metric)
     key = jax.random.normal(jax.random.key(0), (4, 9001, 2, 128), jnp.bfloat16)
+    key = key.at[1, ::2].set(0.5)  # of whose starts half are equal, and leave clusters empty
     lengths = jnp.array([9001, 5000, 300, 0], jnp.int32)
     index = built(key, lengths, config)
     order = np.array([2, 0, 3, 1])
@@ -329,22 +339,19 @@ def test_a_row_is_built_and_rebuilt_to_the_same_bits_in_any_batch(shape):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_training_on_the_gpu_is_as_good_as_by_xla(dtype, monkeypatch):
+def test_training_on_the_gpu_is_as_good_as_by_xla(dtype):
     """The same starts and tokens; near ties fall elsewhere, and then starts have their own ways."""
     config = IndexerConfig(num_subspaces=4, num_bits=6)
     key = 5 + jax.random.normal(jax.random.key(0), (1, 20000, 4, 128)).astype(dtype)
     lengths = jnp.array([20000], jnp.int32)
 
-    def error():
-        jax.clear_caches()
-        index = build_index(key, lengths, config)
+    def error(implementation):
+        index = build_index(key, lengths, config, implementation=implementation)
         parts = key.astype(jnp.float32).reshape(1, 20000, 4, 4, 32).transpose(0, 2, 3, 1, 4)
         codes = index.codes[..., None].astype(jnp.int32)
         return float(jnp.mean((parts - jnp.take_along_axis(index.codebooks, codes, axis=3)) ** 2))
 
-    triton = error()
-    monkeypatch.setattr(kmeans.kernels, "unsupported", lambda *_: "for comparison")
-    assert abs(triton / error() - 1) < 2e-3
+    assert abs(error("triton") / error("xla") - 1) < 2e-3
 
 
 def build_of(name):
@@ -420,10 +427,9 @@ def test_top_k_gives_the_lists_of_threshold_whatever_cuts_it_is_given(capsys):
     def scores_of(query):
         rows = inputs.codes.shape[0] * inputs.codes.shape[1]
         codes = index.codes.reshape(rows, *index.codes.shape[2:])
-        tables = pipeline.tables_of(query, index.codebooks, config.table_dtype)
-        return scores.rankable_scores(
-            tables, codes, index.lengths, config, workload.N // workload.K, 1
-        )
+        step, lengths = Step.of(index, config, N=workload.N), Lengths(index.lengths, None)
+        made = pipeline.launched(step, pipeline.query_launches(step, query, index, lengths))
+        return scores.rankable_scores(step, made["tables"], codes, lengths)
 
     found = scores_of(query)
     best = jnp.sort(found, axis=-1)[..., -config.heavy_size :]
@@ -533,6 +539,51 @@ def test_every_form_of_the_original_selects_the_same_from_the_same_memory(shape,
             new_codes[:, :, -1].cpu().numpy(), np.asarray(after.codes)[..., S - 1]
         )
         assert float(weights.sum()) == float(jnp.sum(selection.weights))
+
+
+@pytest.mark.parametrize("rows", [16, 24, 40], ids=["2 GiB", "3 GiB", "5 GiB"])
+def test_vmap_over_codes_of_any_size(rows):
+    """Offsets of 32 bits, none that the kernels could take, and of 64 bits."""
+    kv_heads, subspaces, capacity = 8, 16, 1 << 20
+    config = IndexerConfig(
+        num_subspaces=subspaces, num_bits=8, heavy_size=64, sink_size=4, window_size=8
+    )
+    keys = jax.random.split(jax.random.key(rows))
+    shape = rows, 1, kv_heads, subspaces, capacity
+
+    @jax.jit
+    def make_codes():  # jax.random would take many times their memory
+        number = sum(
+            jax.lax.broadcasted_iota(jnp.uint32, shape, axis) * np.uint32(prime)
+            for axis, prime in ((0, 40503), (2, 2246822519), (3, 3266489917), (4, 2654435761))
+        )
+        return ((number ^ (number >> 15)) * np.uint32(668265263) >> 24).astype(jnp.uint8)
+
+    codes = make_codes()
+
+    def draw(key, *shape):  # integers, of which XLA and Triton make equal tables
+        return jax.random.randint(key, shape, -8, 9).astype(jnp.float32)
+
+    codebooks = draw(keys[0], rows, 1, kv_heads, subspaces, 256, 4)
+    index = PQIndex(codebooks, codes, jnp.full((rows, 1), capacity, jnp.int32))
+    query = draw(keys[1], rows, 1, 1, kv_heads, 64)
+    single = jax.jit(functools.partial(select, config=config))
+    got = jax.jit(jax.vmap(functools.partial(select, config=config)))(query, index)
+    for row in range(rows):
+        want = single(query[row], jax.tree.map(operator.itemgetter(row), index))
+        np.testing.assert_array_equal(got.indices[row], want.indices)
+
+
+needs_two_gpus = pytest.mark.skipif(
+    jax.device_count() < 2 or jax.devices()[0].platform != "gpu", reason="needs two GPUs"
+)
+
+
+@needs_two_gpus
+@pytest.mark.parametrize("config", [meshes.PLAIN, meshes.OTHER], ids=["plain", "other"])
+@pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto], ids=str)
+def test_arrays_on_meshes_of_gpus(kind, config):
+    meshes.check(kind, config, ("batch", "heads"), plainly=config is meshes.PLAIN)
 
 
 def test_the_pipeline_beats_iteration_4_on_the_seeds_workload(tmp_path, capsys):

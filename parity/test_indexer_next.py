@@ -99,6 +99,67 @@ def test_a_full_row_selects_from_what_it_has():
     )
 
 
+def padded_step(workload, inputs, implementation, counts, lengths):
+    """A step of which each row takes `counts` tokens, and the oracle's lists."""
+    index = PQIndex(
+        codebooks=jnp.asarray(inputs.codebooks),
+        codes=jnp.asarray(inputs.codes),
+        lengths=jnp.asarray(lengths, jnp.int32),
+    )
+    got, after = indexer_next(
+        jnp.asarray(inputs.query), jnp.asarray(inputs.key_new), index, workload.config,
+        counts=jnp.asarray(counts, jnp.int32), return_weights=True, implementation=implementation,
+    )  # fmt: skip
+    capacity = index.codes.shape[-1]
+    taken = np.clip(counts, 0, workload.T)
+    taken = np.where(lengths + taken <= capacity, taken, 0)
+    codes, (new, _) = inputs.codes.copy(), oracle.encode(inputs.key_new, inputs.codebooks)
+    for b, (length, count) in enumerate(zip(lengths, taken, strict=True)):
+        codes[b, ..., length : length + count] = new[b, ..., :count]
+    np.testing.assert_array_equal(after.lengths, lengths + taken)
+    exact = oracle.exact_table(inputs.query, inputs.codebooks)
+    table = oracle.rounded(exact, workload.config.table_dtype)
+    want = oracle.select(table, codes, lengths + taken, workload.config, taken)
+    for one, other in zip((got.indices, got.counts, got.weights), want, strict=True):
+        np.testing.assert_array_equal(one, other)
+    return got, after
+
+
+@pytest.mark.parametrize("counts", [(0, 1), (2, 3), (7, -1), (1, 0)])
+@pytest.mark.parametrize("name", ["small", "small-three-queries"])
+def test_query_tokens_belong_to_the_new_tokens_of_their_numbers(name, counts, implementation):
+    """And what a row does not take is padding, with empty lists."""
+    workload = SMALL[name]
+    inputs = make_inputs(workload, integers=3)
+    lengths = np.maximum(inputs.lengths - workload.T, 0)
+    padded_step(workload, inputs, implementation, np.array(counts), lengths)
+
+
+def test_a_row_that_would_pass_the_capacity_takes_nothing_and_lists_nothing(implementation):
+    workload = SMALL["small-three-queries"]
+    inputs = make_inputs(workload, integers=3)
+    capacity = inputs.codes.shape[-1]
+    lengths = np.array([capacity - 2, capacity - 3])
+    got, after = padded_step(workload, inputs, implementation, np.array([3, 3]), lengths)
+    assert after.lengths.tolist() == [capacity - 2, capacity]
+    assert not np.asarray(got.counts[0]).any()
+    assert np.asarray(got.counts[1]).all()
+
+
+def test_a_row_of_a_padded_step_sees_what_it_sees_alone(implementation):
+    """One of three tokens, beyond every size that depends on how many there are."""
+    workload = SMALL["small-three-queries"]
+    inputs = make_inputs(workload, integers=3)
+    lengths = np.full(workload.B, 200)
+    padded, after = padded_step(workload, inputs, implementation, np.ones(2, int), lengths)
+    alone = select(
+        jnp.asarray(inputs.query[:, :1]), after, workload.config, implementation=implementation
+    )
+    P = alone.indices.shape[-1]
+    np.testing.assert_array_equal(padded.counts[:, :1], alone.counts)
+    np.testing.assert_array_equal(padded.indices[:, :1, :, :P], alone.indices)
+
+
 def test_both_layouts():
     workload = SMALL["small-three-queries"]
     inputs = make_inputs(workload, integers=3)

@@ -14,16 +14,21 @@ from jax import lax
 
 from benchmarks.workloads import SMALL, make_inputs
 from jax_indexer import (
+    IndexerConfig,
     PQIndex,
     Selection,
     append,
     build_index,
     indexer_next,
+    rebuild,
     rebuild_gain,
     reset,
     select,
     sparse_attention,
+    with_cells,
 )
+from jax_indexer.kernels import append as append_kernels
+from jax_indexer.kernels import backend
 
 WORKLOAD = SMALL["small-grouped"]
 CONFIG = WORKLOAD.config
@@ -275,6 +280,7 @@ def test_shard_map_over_batch_and_heads():
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
         "JAX_NUMPY_DTYPE_PROMOTION": "strict",
+        "JAX_NUMPY_RANK_PROMOTION": "raise",
     }
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", SHARDED],
@@ -286,6 +292,41 @@ def test_shard_map_over_batch_and_heads():
     )
     assert done.returncode == 0, done.stderr[-4000:]
     assert all(count == 4 for row in json.loads(done.stdout) for count in row)
+
+
+@pytest.mark.parametrize("axis_types", ["Explicit", "Auto"])
+def test_arrays_on_meshes(axis_types):
+    """`parity.meshes` on four host devices, whose number is fixed when JAX starts."""
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # compiling is most of it
+    }
+    command = [sys.executable, "-W", "error", "-m", "parity.meshes", axis_types]
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=900, check=False
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.stdout.count("checked") == 2 + (axis_types == "Explicit")
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, MemoryError])
+def test_nothing_survives_a_trace_that_was_interrupted(stop, monkeypatch):
+    """As by Ctrl-C in the seconds that a first call takes."""
+    index, _, key_new, _ = arrays()
+    want = append(index, key_new[0], CONFIG)
+
+    def interrupted(*arguments):
+        raise stop
+
+    jax.clear_caches()
+    with monkeypatch.context() as patch, backend.interpreted():
+        patch.setattr(append_kernels, "tiles", interrupted)
+        with pytest.raises(stop):
+            append(index, key_new[0], CONFIG)
+    check_same(append(index, key_new[0], CONFIG), want)
+    with backend.interpreted():
+        check_same(append(index, key_new[0], CONFIG), want)
 
 
 def test_64_bit_mode_changes_nothing(implementation):
@@ -312,6 +353,32 @@ def test_64_bit_mode_lets_the_best_implementation_be_chosen():
     index, query, _, _ = arrays()
     with jax.enable_x64(True):
         assert select(query[0], index, CONFIG).indices.dtype == jnp.int32
+
+
+@pytest.mark.parametrize("cells", [False, True], ids=["without cells", "with cells"])
+@pytest.mark.parametrize("metric", ["euclidean", "ip"])
+def test_eager_calls_transfer_nothing_unasked_and_promote_no_ranks(metric, cells):
+    """All arrays are on the device; a seed and a scale go there by explicit transfers."""
+    config = IndexerConfig(
+        num_bits=2, heavy_size=4, sink_size=2, window_size=3, metric=metric, cells=cells
+    )
+    cache = jnp.asarray(np.random.default_rng(0).standard_normal((2, 64, 2, 8)), jnp.float32)
+    lengths, rows = jnp.asarray([50, 40], jnp.int32), jnp.asarray([True, False])
+    query, key_new, counts = jnp.repeat(cache[:, :3], 2, axis=2), cache[:, :3], lengths // 20
+    jax.block_until_ready((cache, lengths, rows, query, key_new, counts))
+    with jax.transfer_guard("disallow"), jax.numpy_rank_promotion("raise"):
+        with pytest.raises(jax.errors.JaxRuntimeError, match="Disallowed host-to-device"):
+            jax.block_until_ready(lengths + 1)  # or the guard would not see anything
+        index = build_index(cache, lengths, config, seed=3)
+        index = append(index, key_new, config, counts=counts)
+        selection, index = indexer_next(query, key_new, index, config)
+        gain = rebuild_gain(index, cache, config)
+        index = rebuild(reset(index, rows), cache, config, rows, lengths=lengths, seed=3)
+        index = with_cells(index, config) if cells else index
+        selected = select(query, index, config, return_weights=True)
+        out = sparse_attention(query, cache, cache, selection)
+        scaled = sparse_attention(query, cache, cache, selected, scale=0.5)
+        jax.block_until_ready((index, gain, out, scaled))
 
 
 def test_gradients_flow_around_the_selection():

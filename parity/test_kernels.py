@@ -5,7 +5,9 @@ one. Outputs are poisoned beforehand, so that equality also says that all of the
 """
 
 import contextlib
+import dataclasses
 import functools
+from typing import Any, NamedTuple
 
 import hypothesis
 import hypothesis.extra.numpy as hnp
@@ -14,17 +16,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental import pallas as pl
 
-from jax_indexer import IndexerConfig, reference
-from jax_indexer.kernels import (
-    backend,
-    pipeline,
-    scores,
-    sparse_index,
-    threshold,
-)
-from jax_indexer.kernels.lookup_table import Tables, tables_from, tables_launch
+from jax_indexer import IndexerConfig, PQIndex, reference
+from jax_indexer.kernels import backend, pipeline, scores, sparse_index
+from jax_indexer.kernels.lookup_table import tables_from
+from jax_indexer.kernels.output import weights_launch
+from jax_indexer.kernels.step import Lengths, Step
+from jax_indexer.kernels.tuning import H100, ScoreTuning
 from parity import oracle
 from parity.checked_memory import check_canaries, checked, poisoned
 from parity.test_select import ADVERSARIES, boundary_lengths
@@ -59,19 +57,40 @@ class Runner:
 
         def on_poison(*arrays):
             with poisoned() as canaries:
-                return function(*arrays, interpret=interpret, **static), canaries
+                return function(*arrays, **static), canaries
 
         options = {"compiler_options": UNOPTIMIZED} if interpret else {}
-        with jax.default_device(CPU) if interpret else contextlib.nullcontext():
+        with contextlib.ExitStack() as stack:
+            if interpret:
+                stack.enter_context(jax.default_device(CPU))
+                stack.enter_context(backend.interpreted())
             outputs, canaries = jax.jit(on_poison, **options)(*jax.tree.map(jnp.asarray, arrays))
         check_canaries(canaries)
         return jax.tree.map(np.asarray, outputs)
 
 
-def append_codes(key_new, codebooks, codes, phi, start, taken, **options):
+# Many blocks for few tokens, and few programs, so that each has several: tuned blocks would hold
+# all that a CPU can afford.
+SMALL_BLOCKS = dataclasses.replace(
+    H100,
+    scores=(ScoreTuning(np.inf, 16, 8, 1, 6),),
+    index_block=64,
+    threshold_warps=1,
+    group_run=2,
+    largest_group=8,
+    many_groups=64,
+)
+
+
+def append_codes(key_new, codebooks, codes, phi, start, taken, *, kv_layout):
     """The codes after new tokens were appended."""
-    inputs = key_new, codebooks, codes, phi, None, start, taken
-    return pipeline.append_tokens(*inputs, IndexerConfig(), **options).codes
+    _, _, M, C, _ = codebooks.shape
+    metric = "euclidean" if phi is None else "ip"
+    config = IndexerConfig(num_subspaces=M, num_bits=C.bit_length() - 1, metric=metric)
+    index = PQIndex(codebooks, codes, start, phi)
+    num_new = key_new.shape[kv_layout.index("S")]
+    step = Step.of(index, config, T=num_new, kv_layout=kv_layout)
+    return pipeline.append(step, key_new, index, reference.Room(start, taken), start).codes
 
 
 RUNNERS = {"interpreter": (), "checked memory": (), "triton": pytest.mark.gpu}
@@ -116,6 +135,7 @@ TABLES = [
 
 
 def draw_table_inputs(case, integers):
+    """query [2, 1, queries, H] and codebooks [2, 1, M, C, D']."""
     M, bits, D, augmented, queries, query_dtype, codebook_dtype, _ = case
     rng = np.random.default_rng(TABLES.index(case))
 
@@ -124,29 +144,31 @@ def draw_table_inputs(case, integers):
             return rng.standard_normal(shape)
         return rng.integers(-integers, integers + 1, shape).astype(np.float32)
 
-    query = draw(2, queries, M, D).astype(jnp.dtype(query_dtype))
-    codebooks = draw(2, M, 2**bits, augmented).astype(jnp.dtype(codebook_dtype))
+    query = draw(2, 1, queries, M * D).astype(jnp.dtype(query_dtype))
+    codebooks = draw(2, 1, M, 2**bits, augmented).astype(jnp.dtype(codebook_dtype))
     if augmented > D:
         codebooks[..., D:] = np.nan  # which is not to be read
     return query, codebooks
 
 
-def lookup_tables(query, codebooks, *, table_dtype, **options):
-    launch = tables_launch(query, codebooks, table_dtype)
-    (tables,) = backend.launch_together([launch], num_warps=4, **options)
-    return Tables(*tables)
+def tables_step(B, T, N, K, M, C, table_dtype=np.float32):
+    config = IndexerConfig(num_subspaces=M, num_bits=C.bit_length() - 1, table_dtype=table_dtype)
+    return Step(config=config, B=B, K=K, S=1, T=T, N=N)
 
 
-def exact_tables(query, codebooks):
-    """float64 [R, Q, M, C] of query [R, Q, M, D]."""
-    rows, queries, M, D = query.shape
-    table = oracle.exact_table(query.reshape(rows, 1, queries, M * D), codebooks[:, None])
-    return table.reshape(rows, queries, M, -1)
+def lookup_tables(query, codebooks, *, table_dtype):
+    (B, T, N, _), (_, K, M, C, _) = query.shape, codebooks.shape
+    step = tables_step(B, T, N, K, M, C, table_dtype)
+    lengths = Lengths(jnp.zeros(B, jnp.int32), None)
+    index = PQIndex(codebooks, jnp.zeros((B, K, M, 1), jnp.uint8), lengths.lengths)
+    return pipeline.launched(step, pipeline.query_launches(step, query, index, lengths))["tables"]
 
 
-def same_tables(got, by_query):
+def same_tables(got, table, kv_heads):
+    """`table` is [B, T, N, M, C]."""
     with jax.default_device(CPU):
-        want = tables_from(jnp.asarray(by_query.reshape(*by_query.shape[:2], -1)))
+        B, T, N, M, C = table.shape
+        want = tables_from(jnp.asarray(table), tables_step(B, T, N, kv_heads, M, C, table.dtype))
     for one, other in zip(got, want, strict=True):
         same(one, other)
 
@@ -156,7 +178,7 @@ def test_tables_of_integers_are_exact(case, run):
     query, codebooks = draw_table_inputs(case, integers=3)
     dtype = jnp.dtype(case[-1])
     got = run(lookup_tables, query, codebooks, table_dtype=dtype)
-    same_tables(got, exact_tables(query, codebooks).astype(np.float32).astype(dtype))
+    same_tables(got, oracle.exact_table(query, codebooks).astype(np.float32).astype(dtype), 1)
 
 
 @each([case for case in TABLES if case[-1] == "float32"], checked=())
@@ -164,19 +186,22 @@ def test_tables_of_real_numbers_are_as_exact_as_float32_sums(case, run):
     """n additions in any order are off by at most n * 2**-24 of the sum of magnitudes."""
     query, codebooks = draw_table_inputs(case, integers=None)
     got = run(lookup_tables, query, codebooks, table_dtype=np.dtype(np.float32))
-    same_tables(got, got.by_query)
-    exact = exact_tables(query, codebooks)
-    magnitude = exact_tables(np.abs(query), np.abs(codebooks))
-    error = np.abs(got.by_query.reshape(exact.shape) - exact)
-    assert (error <= query.shape[-1] * 2.0**-24 * magnitude).all()
+    exact = oracle.exact_table(query, codebooks)
+    table = got.by_query.reshape(exact.shape)
+    same_tables(got, table, 1)
+    magnitude = oracle.exact_table(np.abs(query), np.abs(codebooks))
+    dimensions = query.shape[-1] // codebooks.shape[2]
+    assert (np.abs(table - exact) <= dimensions * 2.0**-24 * magnitude).all()
 
 
 def test_tables_of_infinities_and_nan(run):
     query, codebooks = draw_table_inputs(TABLES[3], integers=2)
-    query[0, 1], query[1, 2, 0, 3], query[1, 0, 1, 1] = np.nan, np.inf, -np.inf
-    codebooks[0, 2, 4], codebooks[1, 0, ::3, 0] = np.nan, np.inf
+    D = TABLES[3][2]
+    query[0, 0, 1], query[1, 0, 2, 3] = np.nan, np.inf
+    query[1, 0, 0, D + 1] = -np.inf
+    codebooks[0, 0, 2, 4], codebooks[1, 0, 0, ::3, 0] = np.nan, np.inf
     got = run(lookup_tables, query, codebooks, table_dtype=np.dtype(np.float16))
-    same_tables(got, exact_tables(query, codebooks).astype(np.float16))
+    same_tables(got, oracle.exact_table(query, codebooks).astype(np.float16), 1)
     assert np.isnan(got.by_query).any()
     assert np.isinf(got.by_query).any()
 
@@ -184,23 +209,25 @@ def test_tables_of_infinities_and_nan(run):
 @pytest.mark.parametrize("queries", [1, 2, 3, 5, 9])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_queries_lie_side_by_side(queries, dtype):
-    table = np.random.default_rng(0).integers(-9, 9, (2, queries, 12)).astype(jnp.dtype(dtype))
-    by_lane, by_query = jax.tree.map(np.asarray, tables_from(jnp.asarray(table)))
-    same(by_query, table)
+    rng = np.random.default_rng(0)
+    table = rng.integers(-9, 9, (2, 1, queries, 3, 4)).astype(jnp.dtype(dtype))
+    step = tables_step(2, 1, queries, 1, 3, 4, table.dtype)
+    by_lane, by_query = jax.tree.map(np.asarray, tables_from(jnp.asarray(table), step))
+    same(by_query, table.reshape(2, queries, 12))
     lanes = by_lane.shape[-1]
     assert lanes * table.dtype.itemsize <= 16
     for row, group, lane in np.ndindex(2, by_lane.shape[1], lanes):
         query = min(group * lanes + lane, queries - 1)
-        same(by_lane[row, group, :, lane], table[row, query])
+        same(by_lane[row, group, :, lane], by_query[row, query])
 
 
 def test_tables_are_grouped_as_heads_share_codebooks(run):
-    """pipeline.tables_of: [B, T, N, H], with T and groups that are no powers of two."""
+    """[B, T, N, H], with T and groups that are no powers of two."""
     rng = np.random.default_rng(0)
     query = rng.integers(-3, 4, (2, 3, 6, 15)).astype(np.float32)
     codebooks = rng.integers(-3, 4, (2, 2, 3, 8, 6)).astype(np.float32)
-    got = run(pipeline.tables_of, query, codebooks, table_dtype=np.dtype(np.float32))
-    same_tables(got, grouped(oracle.exact_table(query, codebooks).astype(np.float32), 2))
+    got = run(lookup_tables, query, codebooks, table_dtype=np.dtype(np.float32))
+    same_tables(got, oracle.exact_table(query, codebooks).astype(np.float32), 2)
 
 
 # Scores.
@@ -258,6 +285,12 @@ SELECTIONS = {
     "more than a block": ((8, 4, 1, 2, 1, 2500, "bfloat16", "float32"), (300, 0, 17, None)),
     "large budget": ((32, 6, 1, 2, 1, 1400, "float16", None), (1100, 1, 0, 0)),
 }
+WITH_COUNTS = (
+    "seed's codes",
+    "groups of two sizes",
+    "two query tokens, no window",
+    "three query tokens, no budget",
+)
 WITH_TUNED_BLOCKS = ("capacity of one token", "more than a block", "large budget")
 PIPELINES = [
     *(("threshold", name) for name in SELECTIONS if name != "one subspace"),
@@ -275,20 +308,6 @@ CHECKED_PIPELINES = [
     ("top_k", "fewer candidates than budget"),
     ("top_k", "more than a block"),
 ]
-
-
-@pytest.fixture
-def small_blocks(run, monkeypatch):
-    """Many blocks for few tokens: tuned ones would hold all that a CPU can afford."""
-    if run.name == "triton":
-        return
-    # Few programs, so that each has several blocks.
-    monkeypatch.setattr(scores, "score_tuning", lambda num_subspaces: (16, 8, 1, 6))
-    monkeypatch.setattr(sparse_index, "INDEX_BLOCK", 64)
-    monkeypatch.setattr(threshold, "select_warps", lambda *_: 1)
-    monkeypatch.setattr(threshold, "GROUP_RUN", 2)
-    monkeypatch.setattr(threshold, "LARGEST_GROUP", 8)
-    monkeypatch.setattr(threshold, "MANY_GROUPS", 64)
 
 
 def draw_selection(name, rows):
@@ -328,26 +347,55 @@ def in_table_dtype(tables, config):
     return tables.astype(config.table_dtype)
 
 
+def small_blocks(run):
+    """On a GPU as tuned."""
+    return H100 if run.name == "triton" else SMALL_BLOCKS
+
+
+def selection(table, codes, lengths, counts=None, *, selector, **options):
+    """What follows a table, by a selector."""
+    step = selecting_step(table, codes, **options)
+    rows, weights = Lengths(lengths, counts), None
+    if step.weights_dtype is not None:
+        made = pipeline.launched(step, {"weights": weights_launch(step, rows)})
+        weights = made["weights"].weights
+    index = PQIndex(jnp.zeros(()), codes, lengths)
+    found = pipeline.from_tables(step, tables_from(table, step), index, rows, weights, selector)
+    return found.indices, found.counts, found.weights
+
+
+def selecting_step(table, codes, **options):
+    (B, T, N, _, _), (_, K, _, S) = table.shape, codes.shape
+    return Step(B=B, K=K, S=S, T=T, N=N, **options)
+
+
+@pytest.mark.parametrize("some_taken", [False, True], ids=["all taken", "some taken"])
 @each(PIPELINES, checked=CHECKED_PIPELINES)
-def test_selections_from_adversarial_tables(case, run, request):
+def test_selections_from_adversarial_tables(case, run, some_taken):
     """Indices, counts and weights of all rows, from given tables on: bit for bit."""
     selector, name = case
-    if name not in WITH_TUNED_BLOCKS:
-        request.getfixturevalue("small_blocks")
+    if some_taken and name not in WITH_COUNTS:
+        pytest.skip("two shapes with one query token and two with several are enough")
     tables, codes, lengths, config = draw_selection(name, run.rows)
     dtype = SELECTIONS[name][0][-1]
     dtype = None if dtype is None else jnp.dtype(dtype)
-    indices, counts, weights = run(
-        pipeline.select_from_table,
+    # Of the step's tokens, less than none and more than all included.
+    num_tokens = SELECTIONS[name][0][4]
+    counts = (np.arange(len(lengths), dtype=np.int32) % (num_tokens + 3) - 1,) * some_taken
+    indices, num_listed, weights = run(
+        selection,
         in_table_dtype(tables, config),
         codes,
         lengths,
+        *counts,
         config=config,
         weights_dtype=dtype,
         selector=selector,
+        tuning=H100 if name in WITH_TUNED_BLOCKS else small_blocks(run),
     )
-    want_indices, want_counts, want_weights = oracle.select(tables, codes, lengths, config)
-    same(counts, want_counts)
+    want = oracle.select(tables, codes, lengths, config, *counts)
+    want_indices, want_counts, want_weights = want
+    same(num_listed, want_counts)
     same(indices, want_indices)
     if dtype is None:
         assert weights is None
@@ -364,23 +412,21 @@ def grouped(x, kv_heads):
     return x.reshape(B * kv_heads, -1, *rest)
 
 
-def test_scores_have_the_order_and_the_ties_of_the_reference(run, small_blocks):
+def rankable_scores(table, codes, lengths, **options):
+    step = selecting_step(table, codes, **options)
+    of_rows = codes.reshape(step.R, *codes.shape[2:])
+    return scores.rankable_scores(step, tables_from(table, step), of_rows, Lengths(lengths, None))
+
+
+def test_scores_have_the_order_and_the_ties_of_the_reference(run):
     tables, codes, lengths, config = draw_selection("three query tokens, no budget", run.rows)
-    (B, T, N, M, C), K, S = tables.shape, codes.shape[1], codes.shape[-1]
+    (B, T, N, _, _), K, S = tables.shape, codes.shape[1], codes.shape[-1]
     table = in_table_dtype(tables, config)
-    got = run(
-        scores.rankable_scores,
-        tables_from(jnp.asarray(grouped(table, K).reshape(B * K, -1, M * C))),
-        codes.reshape(B * K, M, S),
-        lengths,
-        config=config,
-        num_queries=T * N // K,
-        num_query_tokens=T,
-    )
+    got = run(rankable_scores, table, codes, lengths, config=config, tuning=small_blocks(run))
     with jax.default_device(CPU):
         exact = reference.adc_scores(jnp.asarray(table), jnp.asarray(codes))
         order = grouped(np.asarray(reference.ordered(exact)), K)
-        visible = reference.visible_tokens(jnp.asarray(lengths), S, T)
+        visible = reference.visible_tokens(jnp.asarray(lengths), None, S, T)
         long = visible > config.short_context(T)
         candidate = np.asarray(reference.candidates(visible, S, config) & long[..., None])
     candidate = grouped(np.broadcast_to(candidate[:, :, None], (B, T, N, S)), K)
@@ -397,7 +443,7 @@ def test_scores_have_the_order_and_the_ties_of_the_reference(run, small_blocks):
 
 @pytest.mark.parametrize("given", ["right", "wrong"])
 @pytest.mark.parametrize("T", [1, 3])
-def test_the_sparse_index_follows_from_scores_and_cut(T, given, run, small_blocks):
+def test_the_sparse_index_follows_from_scores_and_cut(T, given, run):
     """Any scores and their cut, which is the last of several numbers, the others garbage.
 
     Cuts that are too low, too high or not even numbers are found out.
@@ -428,15 +474,17 @@ def test_the_sparse_index_follows_from_scores_and_cut(T, given, run, small_block
         ranked[row, q, :first] = ranked[row, q, last:] = np.nan
     if given == "wrong":
         cut[..., -1] = rng.choice([-np.inf, -3, -0.5, 3, 30, np.inf, np.nan], cut.shape[:2])
-    got = run(
-        sparse_index.sparse_index,
-        ranked,
-        cut,
-        lengths,
-        config=config,
-        num_query_tokens=T,
-        weights_dtype=np.dtype(np.float16),
-    )
+    step = Step(
+        config=config, B=len(lengths), K=kv_heads, S=S, T=T, N=kv_heads * group,
+        weights_dtype=np.dtype(np.float16), tuning=small_blocks(run),
+    )  # fmt: skip
+
+    def lists(ranked, cut, lengths):
+        rows = Lengths(lengths, None)
+        begun = pipeline.launched(step, {"weights": weights_launch(step, rows)})["weights"]
+        return sparse_index.sparse_index(step, ranked, cut, rows, begun.weights)
+
+    got = run(lists, ranked, cut, lengths)
     for found, wanted in zip(got, (want, counts, weights.astype(np.float16)), strict=True):
         same(found, wanted)
 
@@ -520,11 +568,9 @@ def test_codes_do_not_depend_on_how_many_come_at_once(tokens):
     @functools.partial(jax.jit, compiler_options=UNOPTIMIZED)
     def encode(key, codes, start):
         taken = jnp.full(1, key.shape[1], jnp.int32)
-        return append_codes(
-            key, codebooks, codes, None, start, taken, kv_layout="BSKH", interpret=True
-        )
+        return append_codes(key, codebooks, codes, None, start, taken, kv_layout="BSKH")
 
-    with jax.default_device(CPU):
+    with jax.default_device(CPU), backend.interpreted():
         codes = jnp.zeros((1, 1, M, S), jnp.uint8)
         whole = encode(key, codes, jnp.zeros(1, jnp.int32))
         for first in range(0, S, tokens):
@@ -537,99 +583,105 @@ def test_codes_do_not_depend_on_how_many_come_at_once(tokens):
 # What the tests above rest on: that checked memory and poison see what is wrong.
 
 
-def eight(in_ref, out_ref):
+class Twenty(NamedTuple):
+    """Some numbers."""
+
+    x: Any
+
+
+class Doubled(NamedTuple):
+    """Twice as much."""
+
+    y: Any
+
+
+def eight(program, inputs, outputs):
     """Doubles 20 numbers in blocks of 8."""
-    at = pl.program_id(0) * 8 + jnp.arange(8, dtype=jnp.int32)
+    at = program * 8 + jnp.arange(8, dtype=jnp.int32)
     exists = at < 20
-    backend.store(out_ref.at[at], 2 * backend.load(in_ref.at[at], mask=exists), mask=exists)
+    backend.store(outputs.y.at[at], 2 * backend.load(inputs.x.at[at], mask=exists), mask=exists)
 
 
-def store_past_the_end(in_ref, out_ref):
-    at = pl.program_id(0) * 8 + jnp.arange(8, dtype=jnp.int32)
-    out_ref[at] = backend.load(in_ref.at[at], mask=at < 20, other=0)
+def store_past_the_end(program, inputs, outputs):
+    at = program * 8 + jnp.arange(8, dtype=jnp.int32)
+    outputs.y[at] = backend.load(inputs.x.at[at], mask=at < 20, other=0)
 
 
-def load_past_the_end(in_ref, out_ref):
-    at = pl.program_id(0) * 8 + jnp.arange(8, dtype=jnp.int32)
-    backend.store(out_ref.at[at], in_ref[at], mask=at < 20)
+def load_past_the_end(program, inputs, outputs):
+    at = program * 8 + jnp.arange(8, dtype=jnp.int32)
+    backend.store(outputs.y.at[at], inputs.x[at], mask=at < 20)
 
 
-def access_below_zero(in_ref, out_ref):
-    at = pl.program_id(0) * 8 + jnp.arange(8, dtype=jnp.int32) - 1
-    backend.store(out_ref.at[at], backend.load(in_ref.at[at], mask=at < 20), mask=at < 20)
+def access_below_zero(program, inputs, outputs):
+    at = program * 8 + jnp.arange(8, dtype=jnp.int32) - 1
+    backend.store(outputs.y.at[at], backend.load(inputs.x.at[at], mask=at < 20), mask=at < 20)
 
 
-def first_element_by_all(in_ref, out_ref):
-    eight(in_ref, out_ref)
-    backend.barrier(False)
-    out_ref[0] = in_ref[0]
+def first_element_by_all(program, inputs, outputs):
+    eight(program, inputs, outputs)
+    backend.barrier()
+    outputs.y[0] = inputs.x[0]
 
 
-def sum_of_what_others_wrote(in_ref, out_ref):
-    eight(in_ref, out_ref)
-    backend.barrier(False)
-    own = pl.program_id(0)
-    out_ref[own * 8] = out_ref[0] + in_ref[0]
+def sum_of_what_others_wrote(program, inputs, outputs):
+    eight(program, inputs, outputs)
+    backend.barrier()
+    outputs.y[program * 8] = outputs.y[0] + inputs.x[0]
 
 
-def read_before_it_is_written(in_ref, out_ref):
-    at = pl.program_id(0) * 8 + jnp.arange(8, dtype=jnp.int32)
-    backend.store(out_ref.at[at], backend.load(out_ref.at[at], mask=at < 20), mask=at < 20)
-    del in_ref
+def read_before_it_is_written(program, inputs, outputs):
+    at = program * 8 + jnp.arange(8, dtype=jnp.int32)
+    backend.store(outputs.y.at[at], backend.load(outputs.y.at[at], mask=at < 20), mask=at < 20)
 
 
-def read_before_a_barrier(in_ref, out_ref):
-    eight(in_ref, out_ref)
-    at = pl.program_id(0) * 8 + 1
-    out_ref[at] = out_ref[at] + in_ref[0]
+def read_before_a_barrier(program, inputs, outputs):
+    eight(program, inputs, outputs)
+    at = program * 8 + 1
+    outputs.y[at] = outputs.y[at] + inputs.x[0]
 
 
-def overwritten_before_a_barrier(in_ref, out_ref):
-    eight(in_ref, out_ref)
-    backend.barrier(False)
-    at = pl.program_id(0) * 8 + jnp.arange(8, dtype=jnp.int32)
-    value = backend.load(out_ref.at[at], mask=at < 20)
-    backend.store(out_ref.at[at], jnp.zeros_like(value), mask=at < 20)
+def overwritten_before_a_barrier(program, inputs, outputs):
+    eight(program, inputs, outputs)
+    backend.barrier()
+    at = program * 8 + jnp.arange(8, dtype=jnp.int32)
+    value = backend.load(outputs.y.at[at], mask=at < 20)
+    backend.store(outputs.y.at[at], jnp.zeros_like(value), mask=at < 20)
 
 
-def written_twice_before_a_barrier(in_ref, out_ref):
-    eight(in_ref, out_ref)
-    out_ref[pl.program_id(0) * 8] = jnp.float32(0)
+def written_twice_before_a_barrier(program, inputs, outputs):
+    eight(program, inputs, outputs)
+    outputs.y[program * 8] = jnp.float32(0)
 
 
-def added_to_before_a_barrier(in_ref, out_ref):
-    eight(in_ref, out_ref)
-    backend.add(out_ref, (pl.program_id(0) * 8 + jnp.zeros(2, jnp.int32),), jnp.ones(2))
+def added_to_before_a_barrier(program, inputs, outputs):
+    eight(program, inputs, outputs)
+    backend.add(outputs.y, (program * 8 + jnp.zeros(2, jnp.int32),), jnp.ones(2))
 
 
-def one_store_to_one_place(in_ref, out_ref):
-    eight(in_ref, out_ref)
-    at = jnp.zeros(8, jnp.int32) + pl.program_id(0)
-    out_ref[at] = in_ref[at]
+def one_store_to_one_place(program, inputs, outputs):
+    eight(program, inputs, outputs)
+    backend.barrier()
+    at = jnp.zeros(8, jnp.int32) + program
+    outputs.y[at] = inputs.x[at]
 
 
-def store_to_the_input(in_ref, out_ref):
-    eight(in_ref, out_ref)
-    in_ref[pl.program_id(0)] = jnp.float32(1)
+def store_to_the_input(program, inputs, outputs):
+    eight(program, inputs, outputs)
+    inputs.x[program] = jnp.float32(1)
 
 
-def launch(kernel, **options):
-    return backend.launch(
-        kernel,
-        jnp.arange(20, dtype=jnp.float32),
-        programs=3,
-        out_shape=[jax.ShapeDtypeStruct((20,), np.float32)],
-        num_warps=1,
-        **options,
-    )
+def launch(kernel):
+    inputs = Twenty(jnp.arange(20, dtype=jnp.float32))
+    outputs = Doubled(jax.ShapeDtypeStruct((20,), np.float32))
+    return backend.launch(backend.Launch(kernel, inputs, outputs, programs=3), num_warps=1).y
 
 
 @pytest.mark.parametrize(
     ("kernel", "message"),
     [
-        (store_past_the_end, r"out_ref, program 2: write at \[20 21 22\] of axis 0, size 20"),
-        (load_past_the_end, r"in_ref, program 2: read at \[20 21 22\] of axis 0, size 20"),
-        (access_below_zero, r"in_ref, program 0: read at \[-1\] of axis 0, size 20"),
+        (store_past_the_end, r"y, program 2: write at \[20 21 22\] of axis 0, size 20"),
+        (load_past_the_end, r"x, program 2: read at \[20 21 22\] of axis 0, size 20"),
+        (access_below_zero, r"x, program 0: read at \[-1\] of axis 0, size 20"),
         (first_element_by_all, "write of an element that another program wrote"),
         (sum_of_what_others_wrote, "an element that another program (wrote|read)|has written"),
         (read_before_it_is_written, "read of an element that nothing has written"),
@@ -638,40 +690,37 @@ def launch(kernel, **options):
         (written_twice_before_a_barrier, "two writes, no barrier between"),
         (added_to_before_a_barrier, "read of its own write, no barrier between"),
         (one_store_to_one_place, "one store writes an element twice"),
-        (store_to_the_input, "in_ref, program .: write of an input"),
+        (store_to_the_input, "x, program .: write of an input"),
     ],
 )
 @pytest.mark.parametrize("seed", range(3))
 def test_checked_memory_sees(kernel, message, seed):
     with checked(seed) as launches:
-        (good,) = launch(eight)
+        good = launch(eight)
         same(good, 2 * np.arange(20, dtype=np.float32))
         ((name, writes),) = launches[0].items()
-        assert name == "eight: out_ref"
+        assert name == "eight: y"
         assert (writes == 1).all()
         with pytest.raises(AssertionError, match=message):
             launch(kernel)
 
 
-def rows_of_eight(in_ref, out_ref, *, rows, columns):
+def rows_of_eight(program, inputs, outputs, *, rows, columns):
     for row in range(rows):
         at = jnp.arange(8, dtype=jnp.int32)
-        backend.store(out_ref.at[row, at], in_ref[row % 2, at], mask=at < columns)
+        backend.store(outputs.y.at[row, at], inputs.x[row % 2, at], mask=at < columns)
 
 
 @pytest.mark.parametrize("interpret", [True, pytest.param(False, marks=pytest.mark.gpu)])
 def test_poison_shows_what_was_not_written_and_what_should_not_be(interpret):
     def outputs(**sizes):
-        with poisoned() as canaries:
-            (out,) = backend.launch(
-                functools.partial(rows_of_eight, **sizes),
-                jnp.ones((2, 8), jnp.float32),
-                programs=1,
-                out_shape=[jax.ShapeDtypeStruct((2, 8), np.float32)],
-                num_warps=1,
-                interpret=interpret,
-            )
-        return np.asarray(out), canaries
+        kernel = functools.partial(rows_of_eight, **sizes)
+        made = Doubled(jax.ShapeDtypeStruct((2, 8), np.float32))
+        what = backend.Launch(kernel, Twenty(jnp.ones((2, 8), jnp.float32)), made, programs=1)
+        with backend.interpreted() if interpret else contextlib.nullcontext():
+            with poisoned() as canaries:
+                out = backend.launch(what, num_warps=1).y
+            return np.asarray(out), canaries
 
     out, canaries = outputs(rows=2, columns=8)
     np.testing.assert_array_equal(out, 1)

@@ -27,7 +27,19 @@ from jax_indexer import (
 )
 from jax_indexer.kernels import backend
 
-COMMON = {"append_kernel_and_lookup_table_kernel"}
+
+def first_kernel(*, append=True, weights=False, seal=False):
+    """The launch that a step begins with, by what it does beside look-up tables."""
+    parts = [
+        *["append_kernel"] * append,
+        "lookup_table_kernel",
+        *["always_attended_kernel"] * weights,
+        *["seal_kernel"] * seal,
+    ]
+    return "_and_".join(parts)
+
+
+COMMON = {first_kernel()}
 KERNELS = {
     "threshold": {"group_maxima_kernel", "threshold_select_kernel"},
     "top_k": {"score_kernel", "count_kernel", "verify_cut_kernel", "sparse_index_kernel"},
@@ -104,7 +116,7 @@ def test_a_decode_step_lowers_to_kernels_alone(name, selector, weights):
     step = functools.partial(indexer_next, config=config, return_weights=weights, selector=selector)
     with an_h100():
         text = lowered(step, *arguments(**shape, config=config))
-    assert kernels(text) == COMMON | KERNELS[selector]
+    assert kernels(text) == {first_kernel(weights=weights)} | KERNELS[selector]
     assert "f64" not in text
     assert "i64" not in re.sub(r'backend_config = "[^"]*"|: i64|: tensor<\d+xi64>', "", text)
     assert "stablehlo.sort" not in text  # the plain XLA form sorts its lists
@@ -137,13 +149,10 @@ def test_a_step_with_cells_is_two_kernels_and_asks_the_host_nothing(name, weight
         step = functools.partial(indexer_next, **options)
         text = lowered(step, query, key_new, index, donate_argnums=2)
         again = lowered(functools.partial(select, **options), query, index)
-    attended = {"always_attended_kernel"} if weights else set()
-    first = "append_kernel_and_lookup_table_kernel" + "_and_always_attended_kernel" * weights
-    assert kernels(text) == {first + "_and_seal_kernel", "cells_select_kernel"}
-    assert kernels(again) == {
-        "_and_".join(["lookup_table_kernel", *attended]),
-        "cells_select_kernel",
-    }
+    first = first_kernel(weights=weights, seal=True)
+    assert kernels(text) == {first, "cells_select_kernel"}
+    again_first = first_kernel(append=False, weights=weights)
+    assert kernels(again) == {again_first, "cells_select_kernel"}
     assert not re.search(r"stablehlo\.(case|if|while|sort)", text + again)
     signature = text[text.index("@main(") : text.index("->", text.index("@main("))]
     assert len(re.findall(r"tf.aliasing_output|jax.buffer_donor", signature)) >= 5
@@ -374,7 +383,8 @@ def test_a_step_lowers_under_shard_map_over_batch_and_heads(selector, check_vma)
             check_vma=check_vma,
         )
         text = lowered(sharded, *args)
-    assert kernels(text) == COMMON | KERNELS[selector]
+    first = first_kernel(weights=True)
+    assert kernels(text) == {first} | KERNELS[selector]
 
 
 def test_the_default_selector_is_threshold():
@@ -385,25 +395,29 @@ def test_the_default_selector_is_threshold():
     assert kernels(text) == {"lookup_table_kernel"} | KERNELS["threshold"]
 
 
-def test_codes_beyond_32_bit_offsets_go_to_xla():
+@pytest.mark.parametrize("mapped", ["none", "vmap", "two vmaps"])
+@pytest.mark.parametrize("rows", [16, 17, 32, 33])
+def test_codes_beyond_32_bit_offsets_go_to_xla(rows, mapped):
+    """Between 2**31 and 2**32 bytes: JAX counts in 64 bits from there on, in 32 up to there."""
     config = IndexerConfig(num_subspaces=16, num_bits=8)
-    query, _, index = arguments(B=17, N=8, K=8, H=128, S=1 << 20, config=config)
-    with an_h100():
-        text = lowered(functools.partial(select, config=config), query, index)
-        assert kernels(text) == set()
-        small = dataclasses.replace(index, codes=shaped((17, 8, 16, 1 << 19), jnp.uint8))
-        assert kernels(lowered(functools.partial(select, config=config), query, small))
-
-
-@pytest.mark.parametrize("function", ["append", "build_index"])
-def test_triton_by_name_refuses_codes_beyond_32_bit_offsets(function):
-    config = IndexerConfig(num_subspaces=16, num_bits=8)
-    _, key_new, index = arguments(B=17, N=8, K=8, H=128, S=1 << 20, config=config)
-    key = shaped((17, 1 << 20, 8, 128), jnp.float32)
-    options = {"config": config, "implementation": "triton"}
-    call, *arrays = {
-        "append": (functools.partial(append, **options), index, key_new),
-        "build_index": (functools.partial(build_index, **options), key, index.lengths),
-    }[function]
-    with an_h100(), pytest.raises(NotImplementedError, match=r"^implementation: .*2\*\*31"):
-        lowered(call, *arrays)
+    lead = {"none": (), "vmap": (rows,), "two vmaps": (1, rows)}[mapped]
+    B = 1 if lead else rows
+    query, key_new, index = arguments(
+        B=B, N=8, K=8, H=128, S=1 << 20, config=config, lead=lead
+    )  # fmt: skip
+    for name, first in (("select", query), ("append", key_new)):
+        for implementation in (None, "triton"):
+            function = functools.partial(
+                {"select": select, "append": lambda q, i, **o: append(i, q, **o)}[name],
+                config=config,
+                implementation=implementation,
+            )
+            for _ in lead:
+                function = jax.vmap(function)
+            too_large = rows in (17, 32)
+            with an_h100():
+                if implementation and too_large:
+                    with pytest.raises(NotImplementedError, match=r"between 2\*\*31 and 2\*\*32"):
+                        lowered(function, first, index)
+                    continue
+                assert bool(kernels(lowered(function, first, index))) != too_large, name

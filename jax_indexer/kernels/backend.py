@@ -1,19 +1,27 @@
-"""The Pallas backend that lowers the kernels: Triton. No other module names it."""
+"""The Pallas backend that lowers the kernels: Triton. No other module names it.
 
+A kernel is a function of (program, inputs, outputs): its number among the programs of its launch,
+and references by name, each to a whole array in device memory.
+"""
+
+import contextlib
 import contextvars
+import dataclasses
 import functools
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from types import MappingProxyType
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
+import jax.custom_batching
 import jax.numpy as jnp
 import jax.ref
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jax.sharding import ManualAxisType
+
+from jax_indexer.config import Implementation
 
 # Upstream announces that this backend goes; the versions it is still in are the ones we support.
 warnings.filterwarnings(
@@ -22,10 +30,37 @@ warnings.filterwarnings(
     category=DeprecationWarning,
 )
 
-Implementation = Literal["triton", "xla"]
-
 load = plgpu.load
 store = plgpu.store
+
+_is_interpreted: contextvars.ContextVar[bool] = contextvars.ContextVar("interpreted", default=False)
+
+
+@contextlib.contextmanager
+def interpreted() -> Iterator[None]:
+    """Inside, kernels run on the CPU, in plain JAX, and "triton" is there and what None takes."""
+    token = _is_interpreted.set(True)
+    try:
+        yield
+    finally:
+        _is_interpreted.reset(token)
+
+
+def jit(function: Callable[..., Any], static_argnames: Sequence[str]) -> Callable[..., Any]:
+    """`jax.jit`, whose cache also knows whether kernels are interpreted."""
+
+    def keyed(*arguments, is_interpreted: bool, **options):
+        del is_interpreted
+        return function(*arguments, **options)
+
+    keyed.__name__ = function.__name__
+    jitted = jax.jit(keyed, static_argnames=(*static_argnames, "is_interpreted"))
+
+    @functools.wraps(function)
+    def call(*arguments, **options):
+        return jitted(*arguments, is_interpreted=_is_interpreted.get(), **options)
+
+    return call
 
 
 def add(ref: Any, index: tuple[Any, ...], value: jax.Array) -> None:
@@ -33,23 +68,10 @@ def add(ref: Any, index: tuple[Any, ...], value: jax.Array) -> None:
     jax.ref.addupdate(ref, index, value)
 
 
-def _varying_axes(x: jax.Array) -> frozenset:
-    return jax.typeof(x).manual_axis_type.varying
-
-
-def barrier(interpret: bool) -> None:
-    """Orders a program's earlier stores before its later loads, among all of its threads."""
-    if not interpret:  # which has one thread, and no rule for this
+def barrier() -> None:
+    """Orders a program's earlier loads and stores before its later ones, among all its threads."""
+    if not _is_interpreted.get():  # the interpreter has one thread, and no rule for this
         plgpu.debug_barrier()
-
-
-_program: contextvars.ContextVar = contextvars.ContextVar("program", default=None)
-
-
-def program_id() -> jax.Array:
-    """The number of this program, among those of its kernel."""
-    number = _program.get()
-    return pl.program_id(0) if number is None else number
 
 
 def split_columns(x: jax.Array) -> list[jax.Array]:
@@ -69,125 +91,36 @@ def join_columns(columns: Sequence[jax.Array]) -> jax.Array:
     return jnp.stack(halves, axis=-1).reshape(-1, count)
 
 
-def launch(
-    kernel: Callable[..., None],
-    *operands: jax.Array,
-    programs: int,
-    out_shape: Sequence[jax.ShapeDtypeStruct],
-    num_warps: int,
-    aliases: Mapping[int, int] | None = None,
-    interpret: bool = False,
-) -> Any:
-    """Runs `programs` programs of a kernel on whole arrays.
+@dataclasses.dataclass(frozen=True)
+class OutputOf:
+    """Among a launch's inputs: an output of one beside it, read where that one does not write."""
 
-    Every reference is the whole array in device memory: look-ups go anywhere in it, and a block
-    that reaches past its end is not masked by itself on a GPU. The grid has one axis, since a
-    launch has three at the most and every `vmap` adds one.
-
-    Args:
-      kernel: takes a reference for each operand and each output; a profile shows its name.
-      *operands: arrays.
-      programs: number of programs.
-      out_shape: shape and dtype of each output.
-      num_warps: warps of 32 threads in a program.
-      aliases: operand number to output number, for outputs written in place.
-      interpret: run on the CPU, in plain JAX.
-
-    Returns:
-      The outputs, in a list.
-    """
-    # Under shard_map an output varies over every mesh axis that an operand varies over.
-    varying = frozenset().union(*(_varying_axes(x) for x in operands))
-    varies = ManualAxisType(varying=varying)
-    operands = tuple(
-        lax.pcast(x, tuple(varying - _varying_axes(x)), to="varying")
-        if varying - _varying_axes(x)
-        else x
-        for x in operands
-    )
-    anywhere = pl.BlockSpec(memory_space=pl.ANY)
-    call = pl.pallas_call(
-        kernel,
-        grid=(programs,),
-        in_specs=[anywhere] * len(operands),
-        out_specs=[anywhere] * len(out_shape),
-        out_shape=[
-            jax.ShapeDtypeStruct(x.shape, x.dtype, manual_axis_type=varies) for x in out_shape
-        ],
-        input_output_aliases=dict(aliases or {}),
-        compiler_params=plgpu.CompilerParams(num_warps=num_warps, num_stages=1),
-        interpret=interpret,
-        name=name_of(kernel),
-    )
-    with jax.enable_x64(False):  # or Python's integers in a kernel would be 64 bits wide
-        return call(*operands)
+    launch: str
+    field: str
 
 
 class Launch(NamedTuple):
-    """What `launch` takes, for launches that are made together.
+    """What is launched.
 
-    `borrowed` are outputs of others of them, (number of the launch, number of the output), that
-    this one reads where the other does not write: their references follow its own.
+    Attributes:
+      kernel: takes (program, inputs, outputs); a profile shows its name.
+      inputs: a NamedTuple of arrays, None for what this launch does without.
+      outputs: likewise, of shapes.
+      programs: how many programs.
+      in_place: fields that inputs and outputs share, and their memory with them.
     """
 
     kernel: Callable[..., None]
-    operands: Sequence[jax.Array]
+    inputs: Any
+    outputs: Any
     programs: int
-    out_shape: Sequence[jax.ShapeDtypeStruct]
-    aliases: Mapping[int, int] = MappingProxyType({})
-    borrowed: Sequence[tuple[int, int]] = ()
+    in_place: tuple[str, ...] = ()
 
 
-def launch_together(
-    launches: Sequence[Launch], *, num_warps: int, interpret: bool = False
-) -> list[list[jax.Array]]:
-    """Makes launches that do not depend on each other as one: each costs a microsecond or more.
-
-    Args:
-      launches: of kernels that ask `program_id` for their number.
-      num_warps: of all programs.
-      interpret: run on the CPU, in plain JAX.
-
-    Returns:
-      The outputs of each, in a list.
-    """
-    operands = [x for part in launches for x in part.operands]
-    out_shape = [x for part in launches for x in part.out_shape]
-
-    def together(*refs):
-        inputs, outputs = iter(refs[: len(operands)]), iter(refs[len(operands) :])
-        written = [[next(outputs) for _ in part.out_shape] for part in launches]
-        number = pl.program_id(0)  # from the first program of the part on
-        for part, own_outputs in zip(launches, written, strict=True):
-            own = [next(inputs) for _ in part.operands] + own_outputs
-            own += [written[launch][output] for launch, output in part.borrowed]
-
-            @pl.when((number >= 0) & (number < part.programs))
-            def _(kernel=part.kernel, own=own, number=number):
-                token = _program.set(number)
-                kernel(*own)
-                _program.reset(token)
-
-            number -= part.programs
-
-    together.__name__ = "_and_".join(name_of(part.kernel) for part in launches)
-    aliases, inputs_before, outputs_before = {}, 0, 0
-    for part in launches:
-        aliases |= {inputs_before + i: outputs_before + o for i, o in part.aliases.items()}
-        inputs_before += len(part.operands)
-        outputs_before += len(part.out_shape)
-    outputs = iter(
-        launch(
-            together,
-            *operands,
-            programs=sum(part.programs for part in launches),
-            out_shape=out_shape,
-            num_warps=num_warps,
-            aliases=aliases,
-            interpret=interpret,
-        )
-    )
-    return [[next(outputs) for _ in part.out_shape] for part in launches]
+def names_of(tree: Any) -> list[str]:
+    """Names of the leaves, in their order: fields, joined by dots."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in leaves]
 
 
 def name_of(kernel: Callable[..., None]) -> str:
@@ -195,14 +128,115 @@ def name_of(kernel: Callable[..., None]) -> str:
     return (kernel.func if isinstance(kernel, functools.partial) else kernel).__name__
 
 
-def unaddressable(*arrays: Any) -> str | None:
-    """Says which array is too large for the 32-bit offsets that the backend computes, or None.
+def _varying_axes(x: jax.Array) -> frozenset:
+    return jax.typeof(x).manual_axis_type.varying
 
-    It changes to 64 bits above 2**32 bytes, but bytes from 2**31 on already need them.
+
+def launch(what: Launch, *, num_warps: int) -> Any:
+    """Runs the programs of a kernel.
+
+    Look-ups go anywhere in an array, and a block that reaches past its end is not masked by itself
+    on a GPU, so every reference is a whole array. The grid has one axis, since a launch has three
+    at the most and every `vmap` adds one.
+
+    Args:
+      what: the launch.
+      num_warps: warps of 32 threads in a program.
+
+    Returns:
+      The outputs, by name as in `what.outputs`.
+    """
+    # Under shard_map an output varies over every mesh axis that an operand varies over.
+    varying = frozenset().union(*(_varying_axes(x) for x in jax.tree.leaves(what.inputs)))
+    varies = ManualAxisType(varying=varying)
+
+    def varied(x: jax.Array) -> jax.Array:
+        missing = tuple(varying - _varying_axes(x))
+        return lax.pcast(x, missing, to="varying") if missing else x
+
+    def kernel(inputs, outputs):
+        what.kernel(pl.program_id(0), inputs, outputs)
+
+    def shape(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, manual_axis_type=varies)
+
+    anywhere = pl.BlockSpec(memory_space=pl.ANY)
+    places = {name: place for place, name in enumerate(names_of(what.outputs))}
+    aliases = {
+        place: places[name]
+        for place, name in enumerate(names_of(what.inputs))
+        if name in what.in_place
+    }
+    call = pl.pallas_call(
+        kernel,
+        grid=(what.programs,),
+        in_specs=(jax.tree.map(lambda _: anywhere, what.inputs),),
+        # In a tuple of one, or Pallas would take the fields of a NamedTuple for several outputs.
+        out_specs=(jax.tree.map(lambda _: anywhere, what.outputs),),
+        out_shape=(jax.tree.map(shape, what.outputs),),
+        input_output_aliases=aliases,
+        compiler_params=plgpu.CompilerParams(num_warps=num_warps, num_stages=1),
+        interpret=_is_interpreted.get(),
+        name=name_of(what.kernel),
+    )
+    with jax.enable_x64(False):  # or Python's integers in a kernel would be 64 bits wide
+        (outputs,) = call(jax.tree.map(varied, what.inputs))
+    return outputs
+
+
+def launch_together(launches: Mapping[str, Launch], *, num_warps: int) -> dict[str, Any]:
+    """Makes launches that do not depend on each other as one: each costs a microsecond or more.
+
+    Args:
+      launches: by name; what reads an `OutputOf` another reads what that one finds in place.
+      num_warps: of all programs.
+
+    Returns:
+      The outputs of each, by the name of its launch.
+    """
+    borrowed = {
+        name: {field: x for field, x in what.inputs._asdict().items() if isinstance(x, OutputOf)}
+        for name, what in launches.items()
+    }
+
+    def together(program, inputs, outputs):
+        number = program  # from the first program of the part on
+        for name, part in launches.items():
+            others = {
+                field: getattr(outputs[x.launch], x.field) for field, x in borrowed[name].items()
+            }
+            own = inputs[name]._replace(**others)
+
+            @pl.when((number >= 0) & (number < part.programs))
+            def _(part=part, number=number, own=own, into=outputs[name]):
+                part.kernel(number, own, into)
+
+            number -= part.programs
+
+    together.__name__ = "_and_".join(name_of(part.kernel) for part in launches.values())
+    own = {
+        name: part.inputs._replace(**dict.fromkeys(borrowed[name]))
+        for name, part in launches.items()
+    }
+    everything = Launch(
+        together,
+        own,
+        {name: part.outputs for name, part in launches.items()},
+        sum(part.programs for part in launches.values()),
+        tuple(f"{name}.{field}" for name, part in launches.items() for field in part.in_place),
+    )
+    return launch(everything, num_warps=num_warps)
+
+
+def unaddressable(*arrays: Any) -> str | None:
+    """Says which array the backend cannot address, or None.
+
+    Its offsets count elements, with a sign: 32 bits up to 2**32 bytes, 64 above. So arrays of one
+    byte an element are beyond its reach between 2**31 and 2**32 of them, and no others.
     """
     for x in arrays:
-        if x.size >= 2**31 and x.size * x.dtype.itemsize <= 2**32:
-            return f"{x.dtype.name}{list(x.shape)} has between 2**31 and 2**32 bytes"
+        if x.size > 2**31 and x.size * x.dtype.itemsize <= 2**32:
+            return f"{x.dtype.name}{list(x.shape)} has between 2**31 and 2**32 elements of one byte"
     return None
 
 
@@ -212,16 +246,52 @@ def dispatch(
     *arguments: Any,
     implementation: Implementation | None,
 ) -> Any:
-    """Calls what is asked for; None: what suits the arrays' sizes and the program's platform."""
-    if implementation is None and unaddressable(*jax.tree.leaves(arguments)):
-        implementation = "xla"
-    if implementation is None:
+    """Calls what is asked for; None: what suits the arrays' sizes and the program's platform.
+
+    Sizes count the axes that `vmap` adds, which is why it passes through here.
+
+    Raises:
+      NotImplementedError: for "triton" where arrays are too large, those axes included.
+    """
+    if implementation == "xla":
+        return xla(*arguments)
+    if _is_interpreted.get():
+        implementation = "triton"
+    leaves, structure = jax.tree.flatten(arguments)
+    too_large = unaddressable(*leaves)
+    if too_large and implementation == "triton":
+        raise NotImplementedError(f'implementation: "triton" lacks support: {too_large}; use None')
+    if too_large:
+        return xla(*arguments)
+
+    @jax.custom_batching.custom_vmap
+    def call(*leaves):
+        arguments = jax.tree.unflatten(structure, leaves)
+        if implementation == "triton":
+            return triton(*arguments)
         return lax.platform_dependent(*arguments, cuda=triton, default=xla)
-    return {"xla": xla, "triton": triton}[implementation](*arguments)
+
+    @call.def_vmap
+    def call_on_axis(axis_size, is_batched, *leaves):
+        del axis_size
+        axes = [0 if batched else None for batched in is_batched]
+
+        def on_axis(function):
+            def mapped(*leaves):
+                return function(*jax.tree.unflatten(structure, leaves))
+
+            return jax.vmap(mapped, axes)
+
+        out = dispatch(on_axis(xla), on_axis(triton), *leaves, implementation=implementation)
+        return out, jax.tree.map(lambda _: True, out)
+
+    return call(*leaves)
 
 
 def no_gpu() -> str | None:
     """Says that JAX's default device is no NVIDIA GPU, or None if it is one."""
+    if _is_interpreted.get():
+        return None
     device = jax.devices()[0]
     if device.platform == "gpu" and "cuda" in device.client.platform_version.lower():
         return None

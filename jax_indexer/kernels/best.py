@@ -9,7 +9,7 @@ import numpy as np
 from jax import Array, lax
 
 from jax_indexer.kernels import backend
-from jax_indexer.kernels.codebook import power_of_2_from
+from jax_indexer.layout import power_of_2_from
 from jax_indexer.reference import NOT_A_CANDIDATE, ordered
 
 # Steps of a search after which it looks for ties: most data need no more of them.

@@ -1,18 +1,19 @@
 """One pass of k-means over the keys: assign each to a centroid, sum the members of each."""
 
 import functools
+import math
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 from jax.experimental import pallas as pl
-from jaxtyping import Bool, Float, Int32
+from jaxtyping import Bool, Float, Int32, UInt8
 
 from jax_indexer.kernels import backend
-from jax_indexer.kernels.codebook import power_of_2_from
-from jax_indexer.kernels.tuning import SUMS_BLOCK, TOKENS_PER_PART, centroid_sums_tuning
-from jax_indexer.layout import KVLayout, token_axis
+from jax_indexer.kernels.tuning import H100, Tuning
+from jax_indexer.layout import KVLayout, power_of_2_from, token_axis
 
 # Matrix products take no smaller sides.
 SMALLEST_SIDE = 16
@@ -46,28 +47,78 @@ def bfloat16_pieces(x: Array, count: int) -> list[Array]:
     return [*pieces, x.astype(jnp.bfloat16)]
 
 
+class Inputs(NamedTuple):
+    """Keys, and the centroids they are assigned to."""
+
+    stop: Any  # i32[R, M]  tokens to look at; 0 for a codebook that is finished
+    key: Any  # [B, S, K, H] or [B, K, S, H]
+    trainable: Any  # u8[R, M, S]
+    centroids: Any  # f32[R, M, C, D']
+    origin: Any  # f32[R, M, D']
+    phi: Any  # f32[R, M] for the inner-product metric, else None
+
+
+class Outputs(NamedTuple):
+    """Sums of the members of each cluster by part, with their numbers, and each key's cluster."""
+
+    sums: Any  # f32[R, M, parts, C, D' + 1]
+    nearest: Any  # u8[R, M, S]
+
+
+class Codebook(NamedTuple):
+    """A codebook on the chip, for the distances of tiles of tokens to its centroids.
+
+    argmin |x - c|^2 = argmax x.(c - o) - (o + (c - o) / 2).(c - o) for any origin o. From amid the
+    keys the products are small where these lie close together, far from zero.
+
+    Attributes:
+      pieces: of the offsets [D, C] from the origin.
+      bias: [C], infinite for what is no centroid.
+      last: [C] offsets of the augmented coordinate, or None.
+      last_origin: its origin.
+    """
+
+    pieces: list[Array]
+    bias: Array
+    last: Any
+    last_origin: Any
+
+
+def _read_codebook(inputs: Inputs, kv_row, subspace, c, d, dimensions) -> Codebook:
+    is_centroid, is_dimension = c < inputs.centroids.shape[2], d < dimensions
+    centroids = backend.load(
+        inputs.centroids.at[kv_row, subspace, c[None, :], d[:, None]],
+        mask=is_centroid[None, :] & is_dimension[:, None],
+        other=0,
+    )
+    at = inputs.origin.at[kv_row, subspace, d]
+    origin = backend.load(at, mask=is_dimension, other=0)[:, None]
+    offsets = centroids - origin
+    bias = jnp.sum((origin + offsets / 2) * offsets, axis=0)
+    last = last_origin = None
+    if inputs.phi is not None:
+        last_origin = inputs.origin[kv_row, subspace, dimensions]
+        at = inputs.centroids.at[kv_row, subspace, c, dimensions]
+        last = backend.load(at, mask=is_centroid, other=0) - last_origin
+        bias += last * last / 2
+    bias = jnp.where(is_centroid, bias, jnp.inf)
+    return Codebook(bfloat16_pieces(offsets, 2), bias, last, last_origin)
+
+
 def centroid_sums_kernel(
-    stop_ref,  # i32[B * K, M]       tokens to look at; 0 for a codebook that is finished
-    key_ref,  # [B, S, K, H] or [B, K, S, H]
-    trainable_ref,  # u8[B * K, M, S]
-    centroids_ref,  # f32[B * K, M, C, D']
-    *refs,  # f32[B * K, M] phi for the inner-product metric; f32[B * K, M, parts, C, D' + 1]
-    kv_layout: KVLayout,
-    tile: int,
+    program, inputs: Inputs, outputs: Outputs, *, kv_layout: KVLayout, tile: int, part_size: int
 ):
-    *maybe_phi, out_ref = refs
-    num_subspaces, num_parts, num_centroids = out_ref.shape[1:4]
-    kv_heads = key_ref.shape[2 if kv_layout == "BSKH" else 1]
-    dimensions = key_ref.shape[3] // num_subspaces
+    num_subspaces, num_parts, num_centroids = outputs.sums.shape[1:4]
+    kv_heads = inputs.key.shape[2 if kv_layout == "BSKH" else 1]
+    dimensions = inputs.key.shape[3] // num_subspaces
 
     # Subspaces of a key share its cache lines, so they come first.
-    program = backend.program_id()
     subspace = program % num_subspaces
     part = program // num_subspaces % num_parts
-    row = program // (num_subspaces * num_parts)
-    b, kv_head = row // kv_heads, row % kv_heads
-    first_token = part * TOKENS_PER_PART
-    stop = stop_ref[row, subspace]
+    kv_row = program // (num_subspaces * num_parts)
+    row, kv_head = kv_row // kv_heads, kv_row % kv_heads
+    first_token = part * part_size
+    stop = inputs.stop[kv_row, subspace]
 
     c = jnp.arange(max(num_centroids, SMALLEST_SIDE), dtype=jnp.int32)
     d = jnp.arange(max(power_of_2_from(dimensions), SMALLEST_SIDE), dtype=jnp.int32)
@@ -76,50 +127,36 @@ def centroid_sums_kernel(
 
     @pl.when(first_token < stop)
     def _():
-        # argmin |x - c|^2 = argmax x.(c - o) - (o + (c - o) / 2).(c - o) for any origin o. At the
-        # centroids' mean the products are small where keys lie close together, far from zero.
-        centroids = backend.load(
-            centroids_ref.at[row, subspace, c[None, :], d[:, None]],
-            mask=is_centroid[None, :] & is_dimension[:, None],
-            other=0,
-        )
-        origin = jnp.sum(centroids, axis=1, keepdims=True) / num_centroids
-        offsets = centroids - origin
-        bias = jnp.sum((origin + offsets / 2) * offsets, axis=0)
-        offset_pieces = bfloat16_pieces(offsets, 2)
-        last = jnp.zeros(len(c), jnp.float32)  # coordinate of the centroids that phi stands for
-        for _ in maybe_phi:
-            last = backend.load(
-                centroids_ref.at[row, subspace, c, dimensions], mask=is_centroid, other=0
-            )
-            bias += last * last / 2
-        bias = jnp.where(is_centroid, bias, jnp.inf)
+        codebook = _read_codebook(inputs, kv_row, subspace, c, d, dimensions)
 
         def add_tile(i, carry):
-            sums, sizes, *extra_sums = carry
+            sums, sizes, extra_sums = carry
             token = first_token + i * tile + jnp.arange(tile, dtype=jnp.int32)
-            flag = backend.load(trainable_ref.at[row, subspace, token], mask=token < stop, other=0)
+            at = inputs.trainable.at[kv_row, subspace, token]
+            flag = backend.load(at, mask=token < stop, other=0)
             trainable = flag.astype(jnp.int32) > 0
             at = (token[:, None], kv_head) if kv_layout == "BSKH" else (kv_head, token[:, None])
             keys = backend.load(
-                key_ref.at[(b, *at, h[None, :])],
+                inputs.key.at[(row, *at, h[None, :])],
                 mask=trainable[:, None] & is_dimension[None, :],
                 other=0,
             )
             pieces = bfloat16_pieces(keys, 2 if keys.dtype == jnp.float16 else 3)
 
-            scores = -jnp.broadcast_to(bias[None, :], (tile, len(c)))
+            scores = -jnp.broadcast_to(codebook.bias[None, :], (tile, len(c)))
             for n, piece in enumerate(pieces[:2]):
-                for offset in offset_pieces[: 2 - n]:
+                for offset in codebook.pieces[: 2 - n]:
                     scores += jnp.dot(piece, offset, preferred_element_type=jnp.float32)
-            extra = jnp.zeros(tile, jnp.float32)
-            for phi_ref in maybe_phi:
-                keys = keys.astype(jnp.float32)
-                norm = jnp.sum(keys * keys, axis=1)
-                extra = jnp.sqrt(jnp.maximum(phi_ref[row, subspace] - norm, 0))
-                scores += extra[:, None] * last[None, :]
+            extra: Any = None
+            if inputs.phi is not None:
+                norm = jnp.sum(jnp.square(keys.astype(jnp.float32)), axis=1)
+                extra = jnp.sqrt(jnp.maximum(inputs.phi[kv_row, subspace] - norm, 0))
+                extra -= codebook.last_origin
+                scores += extra[:, None] * codebook.last[None, :]
 
             nearest = jnp.argmax(scores, axis=1).astype(jnp.int32)
+            into = outputs.nearest.at[kv_row, subspace, token]
+            backend.store(into, nearest.astype(jnp.uint8), mask=token < stop)
             member = (nearest[None, :] == c[:, None]) & trainable[None, :]
             one_hot = member.astype(jnp.float32)
             for piece in pieces:
@@ -127,108 +164,126 @@ def centroid_sums_kernel(
                     one_hot.astype(jnp.bfloat16), piece, preferred_element_type=jnp.float32
                 )
             sizes += jnp.sum(one_hot, axis=1)
-            extra_sums = [x + jnp.sum(one_hot * extra[None, :], axis=1) for x in extra_sums]
-            return sums, sizes, *extra_sums
+            if extra is not None:
+                extra_sums += jnp.sum(one_hot * extra[None, :], axis=1)
+            return sums, sizes, extra_sums
 
-        one = jnp.zeros(len(c), jnp.float32)
-        carry = (jnp.zeros((len(c), len(d)), jnp.float32), one, *(one for _ in maybe_phi))
-        tokens = jnp.minimum(stop - first_token, TOKENS_PER_PART)
-        tiles = (tokens + tile - 1) // tile
-        sums, *columns = lax.fori_loop(0, tiles, add_tile, carry)
+        none = jnp.zeros(len(c), jnp.float32)
+        extra_sums = None if inputs.phi is None else none
+        carry = jnp.zeros((len(c), len(d)), jnp.float32), none, extra_sums
+        tokens = jnp.minimum(stop - first_token, part_size)
+        sums, sizes, extra_sums = lax.fori_loop(0, (tokens + tile - 1) // tile, add_tile, carry)
 
-        place = (row, subspace, part)
+        place = kv_row, subspace, part
         backend.store(
-            out_ref.at[(*place, c[:, None], d[None, :])],
+            outputs.sums.at[(*place, c[:, None], d[None, :])],
             sums,
             mask=is_centroid[:, None] & is_dimension[None, :],
         )
-        for column, values in enumerate(reversed(columns), dimensions):
-            backend.store(out_ref.at[(*place, c, column)], values, mask=is_centroid)
+        columns = [sizes] if extra_sums is None else [extra_sums, sizes]
+        for column, values in enumerate(columns, dimensions):
+            backend.store(outputs.sums.at[(*place, c, column)], values, mask=is_centroid)
+
+
+class PartsInputs(NamedTuple):
+    """Sums by part."""
+
+    stop: Any  # i32[R, M]
+    parts: Any  # f32[R, M, parts, C * (D' + 1)]
+
+
+class PartsOutputs(NamedTuple):
+    """f32[R, M, C * (D' + 1)] sums of all."""
+
+    sums: Any
 
 
 def add_parts_kernel(
-    stop_ref,  # i32[B * K, M]
-    parts_ref,  # f32[B * K, M, parts, C * (D' + 1)]
-    out_ref,  # f32[B * K, M, C * (D' + 1)]
+    program, inputs: PartsInputs, outputs: PartsOutputs, *, block: int, part_size: int
 ):
-    _, num_subspaces, size = out_ref.shape
-    num_blocks = pl.cdiv(size, SUMS_BLOCK)
-    program = backend.program_id()
-    element = program % num_blocks * SUMS_BLOCK + jnp.arange(SUMS_BLOCK, dtype=jnp.int32)
+    _, num_subspaces, size = outputs.sums.shape
+    num_blocks = pl.cdiv(size, block)
+    element = program % num_blocks * block + jnp.arange(block, dtype=jnp.int32)
     subspace = program // num_blocks % num_subspaces
-    row = program // (num_blocks * num_subspaces)
+    kv_row = program // (num_blocks * num_subspaces)
     exists = element < size
 
     def add(part, total):
-        return total + backend.load(
-            parts_ref.at[row, subspace, part, element], mask=exists, other=0
-        )
+        at = inputs.parts.at[kv_row, subspace, part, element]
+        return total + backend.load(at, mask=exists, other=0)
 
-    parts = (stop_ref[row, subspace] + TOKENS_PER_PART - 1) // TOKENS_PER_PART
-    total = lax.fori_loop(0, parts, add, jnp.zeros(SUMS_BLOCK, jnp.float32))
-    backend.store(out_ref.at[row, subspace, element], total, mask=exists)
+    parts = (inputs.stop[kv_row, subspace] + part_size - 1) // part_size
+    total = lax.fori_loop(0, parts, add, jnp.zeros(block, jnp.float32))
+    backend.store(outputs.sums.at[kv_row, subspace, element], total, mask=exists)
 
 
 def centroid_sums(
     key: Float[Array, "B _ _ H"],
     trainable: Bool[Array, "B K M S"],
     centroids: Float[Array, "B K M C D_"],
+    origin: Float[Array, "B K M D_"],
     phi: Float[Array, "B K M"] | None,
     stop: Int32[Array, "B K M"],
     *,
     kv_layout: KVLayout,
-    interpret: bool = False,
-) -> Float[Array, "B K M C E"]:
-    """What `reference.centroid_sums` computes, with distances from bfloat16 pieces.
+    tuning: Tuning = H100,
+) -> tuple[Float[Array, "B K M C E"], UInt8[Array, "B K M S"]]:
+    """What `reference.assign_and_sum` computes, with distances from bfloat16 pieces.
 
     A part of the tokens has one program and one order of addition, whatever else is in the batch;
     parts are added in their order. Sums have the error of float32 additions, distances one of
     about 2**-15 of their terms. That is enough to train: codes are given by the append kernel.
-
-    Args:
-      key: [B, S, K, H] ("BSKH") or [B, K, S, H] ("BKSH").
-      trainable: which subvectors count.
-      centroids: float32, augmented for the inner-product metric.
-      phi: largest squared norm of a training subvector, for the inner-product metric, else None.
-      stop: how many tokens to look at; where it is 0 the programs leave at once.
-      kv_layout: of `key`.
-      interpret: run on the CPU, in plain JAX.
-
-    Returns:
-      Sums of the members of every cluster and, in the last column, their number.
+    Programs leave at once where `stop` is 0.
     """
     batch, kv_heads, num_subspaces, num_centroids, size = centroids.shape
-    rows = batch * kv_heads
-    num_parts = pl.cdiv(key.shape[token_axis(kv_layout)], TOKENS_PER_PART)
-    tile, num_warps = centroid_sums_tuning(num_centroids, key.shape[3] // num_subspaces)
-    stop = stop.reshape(rows, num_subspaces)
-    operands = [
-        stop,
+    of_codebooks = batch * kv_heads, num_subspaces
+    capacity = key.shape[token_axis(kv_layout)]
+    num_parts = pl.cdiv(capacity, tuning.tokens_per_part)
+    tile, num_warps = tuning.for_training(num_centroids, key.shape[3] // num_subspaces)
+
+    def by_codebook(x):
+        return x.reshape(*of_codebooks, *x.shape[3:])
+
+    inputs = Inputs(
+        by_codebook(stop),
         key,
-        trainable.astype(jnp.uint8).reshape(rows, num_subspaces, -1),
-        centroids.reshape(rows, *centroids.shape[2:]),
-    ]
-    if phi is not None:
-        operands.append(phi.reshape(rows, num_subspaces))
-    of_codebook = (rows, num_subspaces)
-    (parts,) = backend.launch(
-        functools.partial(centroid_sums_kernel, kv_layout=kv_layout, tile=tile),
-        *operands,
-        programs=rows * num_subspaces * num_parts,
-        out_shape=[
-            jax.ShapeDtypeStruct((*of_codebook, num_parts, num_centroids, size + 1), np.float32)
-        ],
+        by_codebook(trainable.astype(jnp.uint8)),
+        by_codebook(centroids),
+        by_codebook(origin),
+        None if phi is None else by_codebook(phi),
+    )
+    sums = backend.launch(
+        backend.Launch(
+            functools.partial(
+                centroid_sums_kernel,
+                kv_layout=kv_layout,
+                tile=tile,
+                part_size=tuning.tokens_per_part,
+            ),
+            inputs,
+            Outputs(
+                jax.ShapeDtypeStruct(
+                    (*of_codebooks, num_parts, num_centroids, size + 1), np.float32
+                ),
+                jax.ShapeDtypeStruct((*of_codebooks, capacity), np.uint8),
+            ),
+            programs=math.prod(of_codebooks) * num_parts,
+        ),
         num_warps=num_warps,
-        interpret=interpret,
     )
     elements = num_centroids * (size + 1)
-    (sums,) = backend.launch(
-        add_parts_kernel,
-        stop,
-        parts.reshape(*of_codebook, num_parts, elements),
-        programs=rows * num_subspaces * pl.cdiv(elements, SUMS_BLOCK),
-        out_shape=[jax.ShapeDtypeStruct((*of_codebook, elements), np.float32)],
+    added = backend.launch(
+        backend.Launch(
+            functools.partial(
+                add_parts_kernel, block=tuning.sums_block, part_size=tuning.tokens_per_part
+            ),
+            PartsInputs(inputs.stop, sums.sums.reshape(*of_codebooks, num_parts, elements)),
+            PartsOutputs(jax.ShapeDtypeStruct((*of_codebooks, elements), np.float32)),
+            programs=math.prod(of_codebooks) * pl.cdiv(elements, tuning.sums_block),
+        ),
         num_warps=4,
-        interpret=interpret,
     )
-    return sums.reshape(*centroids.shape[:4], size + 1)
+    return (
+        added.sums.reshape(*centroids.shape[:4], size + 1),
+        sums.nearest.reshape(*centroids.shape[:3], capacity),
+    )

@@ -5,7 +5,8 @@ load of 16 bytes brings. Where one query is scored alone, the lines of its own t
 a look-up costs by the cache lines that a warp touches. So there are tables in both forms.
 """
 
-from typing import NamedTuple
+import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,12 +16,14 @@ from jax.experimental import pallas as pl
 from jaxtyping import Float
 
 from jax_indexer.kernels import backend
-from jax_indexer.kernels.codebook import power_of_2_from, tiles
-from jax_indexer.kernels.tuning import LOOKUP_BYTES
+from jax_indexer.kernels.codebook import tiles
+from jax_indexer.kernels.step import Step
+from jax_indexer.kernels.tuning import Tuning
+from jax_indexer.layout import by_kv_head, power_of_2_from, subvectors
 
 
 class Tables(NamedTuple):
-    """Look-up tables of R rows of Q queries; entry c of subspace m is at m * C + c.
+    """Look-up tables of the queries of each kv row; entry c of subspace m is at m * C + c.
 
     Attributes:
       by_lane: [R, groups, M * C, lanes], query q in lane q % lanes of group q // lanes; the lanes
@@ -28,84 +31,82 @@ class Tables(NamedTuple):
       by_query: [R, Q, M * C].
     """
 
-    by_lane: Array
-    by_query: Array
+    by_lane: Any
+    by_query: Any
 
 
-def lanes_of(num_queries: int, itemsize: int) -> int:
-    """How many queries of a row have their table entries side by side."""
-    return min(power_of_2_from(num_queries), LOOKUP_BYTES // itemsize)
+class Inputs(NamedTuple):
+    """What tables are made of."""
+
+    query: Any  # [R, Q, M, D]
+    codebooks: Any  # [R, M, C, D'], of which the first D coordinates count
 
 
-def _products(query_ref, row, query, subspace, codebook_tiles, table_dtype) -> Array:
-    """Entries of one query for the centroids in the tiles."""
-    total = jnp.float32(0)
-    for d, exists, tile in codebook_tiles:
-        part = backend.load(query_ref.at[row, query, subspace, d], mask=exists, other=0)
-        # Elementwise, not a dot: that would be rounded to TF32.
-        total += jnp.sum(tile * part.astype(jnp.float32)[None, :], axis=1)
-    return total.astype(table_dtype)
+def lanes_of(num_queries: int, itemsize: int, tuning: Tuning) -> int:
+    """How many queries of a kv row have their table entries side by side."""
+    return min(power_of_2_from(num_queries), tuning.lookup_bytes // itemsize)
 
 
-def lookup_table_kernel(
-    query_ref,  # [R, Q, M, D]
-    codebooks_ref,  # [R, M, C, D']
-    by_lane_ref,  # [R, groups, M * C, lanes]
-    by_query_ref,  # [R, Q, M * C]
-):
-    _, num_queries, num_subspaces, dimensions = query_ref.shape
-    num_centroids, (_, lane_groups, _, lanes) = codebooks_ref.shape[2], by_lane_ref.shape
-    program = backend.program_id()
+def lookup_table_kernel(program, inputs: Inputs, tables: Tables, *, tuning: Tuning):
+    _, num_queries, num_subspaces, dimensions = inputs.query.shape
+    num_centroids, (_, lane_groups, _, lanes) = inputs.codebooks.shape[2], tables.by_lane.shape
     subspace = program % num_subspaces
     group = program // num_subspaces % lane_groups
-    row = program // (num_subspaces * lane_groups)
-    codebook = list(tiles(codebooks_ref, row, subspace, dimensions))
+    kv_row = program // (num_subspaces * lane_groups)
+    codebook = list(tiles(inputs.codebooks, kv_row, subspace, dimensions, tuning))
     entry = subspace * num_centroids + jnp.arange(num_centroids, dtype=jnp.int32)
+
+    def products(query: Array) -> Array:
+        total = jnp.float32(0)
+        for d, exists, tile in codebook:
+            at = inputs.query.at[kv_row, query, subspace, d]
+            part = backend.load(at, mask=exists, other=0).astype(jnp.float32)
+            # Elementwise, not a dot: that would be rounded to TF32.
+            total += jnp.sum(tile * part[None, :], axis=1)
+        return total.astype(tables.by_lane.dtype)
+
     columns = []
     for place in range(lanes):
         query = jnp.minimum(group * lanes + place, num_queries - 1)
-        products = _products(query_ref, row, query, subspace, codebook, by_lane_ref.dtype)
-        real = group * lanes + place < num_queries
-        into = by_query_ref.at[row, query, entry]
-        backend.store(into, products, mask=jnp.broadcast_to(real, entry.shape))
-        columns.append(products)
+        columns.append(products(query))
+        real = jnp.broadcast_to(group * lanes + place < num_queries, entry.shape)
+        backend.store(tables.by_query.at[kv_row, query, entry], columns[-1], mask=real)
     lane = jnp.arange(lanes, dtype=jnp.int32)
-    into = by_lane_ref.at[row, group, entry[:, None], lane[None, :]]
+    into = tables.by_lane.at[kv_row, group, entry[:, None], lane[None, :]]
     backend.store(into, backend.join_columns(columns))
 
 
 def tables_launch(
-    query: Float[Array, "R Q M D"], codebooks: Float[Array, "R M C D_"], table_dtype: np.dtype
+    step: Step, query: Float[Array, "B T N H"], codebooks: Float[Array, "B K M C D_"]
 ) -> backend.Launch:
-    """The launch that computes tables of all queries against the codebooks of their kv head.
+    """The launch that makes `Tables` of all queries against the codebooks of their kv heads.
 
-    Args:
-      query: subvectors, grouped by kv head: R = B * K rows of Q = T * G queries.
-      codebooks: centroids, of which the first D coordinates count.
-      table_dtype: what the float32 sums are rounded to, once.
-
-    Returns:
-      A launch whose outputs are those of `Tables`. Their bits depend on the query and the codebook
-      alone.
+    Their bits depend on the query and the codebook alone.
 
     Source: CONTRACT.md, rules 3 and 7.
     """
-    rows, queries, num_subspaces, _ = query.shape
-    entries = num_subspaces * codebooks.shape[2]
-    lanes = lanes_of(queries, table_dtype.itemsize)
-    groups = pl.cdiv(queries, lanes)
-    shapes = (rows, groups, entries, lanes), (rows, queries, entries)
+    config, dtype = step.config, step.config.table_dtype
+    parts = subvectors(by_kv_head(query, step.K), config.num_subspaces)
+    entries = config.num_subspaces * config.num_centroids
+    lanes = lanes_of(step.Q, dtype.itemsize, step.tuning)
+    groups = pl.cdiv(step.Q, lanes)
     return backend.Launch(
-        lookup_table_kernel,
-        (query, codebooks),
-        programs=rows * groups * num_subspaces,
-        out_shape=[jax.ShapeDtypeStruct(shape, table_dtype) for shape in shapes],
+        functools.partial(lookup_table_kernel, tuning=step.tuning),
+        Inputs(
+            parts.reshape(step.R, *parts.shape[2:]), codebooks.reshape(step.R, *codebooks.shape[2:])
+        ),
+        Tables(
+            jax.ShapeDtypeStruct((step.R, groups, entries, lanes), dtype),
+            jax.ShapeDtypeStruct((step.R, step.Q, entries), dtype),
+        ),
+        programs=step.R * groups * config.num_subspaces,
     )
 
 
-def tables_from(by_query: Float[Array, "R Q MC"]) -> Tables:
-    """Both forms, from entries made elsewhere."""
-    rows, queries, entries = by_query.shape
-    lanes = lanes_of(queries, by_query.dtype.itemsize)
-    padded = jnp.pad(by_query, ((0, 0), (0, -queries % lanes), (0, 0)), mode="edge")
-    return Tables(padded.reshape(rows, -1, lanes, entries).swapaxes(2, 3), by_query)
+def tables_from(table: Float[Array, "B T N M C"], step: Step) -> Tables:
+    """Both forms, from entries made elsewhere, as `reference.lookup_table` gives them."""
+    by_query = by_kv_head(table, step.K).reshape(step.R, step.Q, -1)
+    lanes = lanes_of(step.Q, np.dtype(table.dtype).itemsize, step.tuning)
+    padded = jnp.pad(by_query, ((0, 0), (0, -step.Q % lanes), (0, 0)), mode="edge")
+    by_lane = padded.reshape(step.R, -1, lanes, by_query.shape[-1]).swapaxes(2, 3)
+    return Tables(by_lane, by_query)

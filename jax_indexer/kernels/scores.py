@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,11 +11,9 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jaxtyping import Float, Int32, UInt8
 
-from jax_indexer.config import IndexerConfig
 from jax_indexer.kernels import backend
 from jax_indexer.kernels.lookup_table import Tables
-from jax_indexer.kernels.plan import RowPlan, plan_row
-from jax_indexer.kernels.tuning import score_tuning
+from jax_indexer.kernels.step import Lengths, QueryPlan, Step, plan_latest, plan_query
 from jax_indexer.reference import NOT_A_CANDIDATE, ordered
 
 # Subspaces whose look-ups are written out one after the other; more of them are looped over, since
@@ -24,11 +22,11 @@ UNROLLED = 4
 
 
 def ranks_of_runs(
+    step: Step,
     look_up: Callable[[Array], Array],
-    codes_ref,
-    config: IndexerConfig,
+    codes: Any,
     *,
-    row: Array,
+    kv_row: Array,
     start: Array,
     wanted: Array,
     run: int,
@@ -40,10 +38,10 @@ def ranks_of_runs(
     thread loads the codes of its run at once, and keeps to itself from there.
 
     Args:
+      step: of the launch.
       look_up: from int32[n] to the table's entries there: [n], or [n, lanes] of several queries.
-      codes_ref: uint8[R, M, S].
-      config: sizes.
-      row: of the codes.
+      codes: uint8[R, M, S].
+      kv_row: of the codes.
       start: int32[n], first tokens of the runs, multiples of `run`.
       wanted: bool[n], which runs to look at; the ranks of others have no meaning.
       run: tokens of a run, a power of two.
@@ -52,15 +50,15 @@ def ranks_of_runs(
     Returns:
       int32[n, *lanes] for each place of a run.
     """
-    M, C, capacity = config.num_subspaces, config.num_centroids, codes_ref.shape[2]
+    M, C = step.config.num_subspaces, step.config.num_centroids
     position = start[:, None] + jnp.arange(run, dtype=jnp.int32)[None, :]
     there = jnp.broadcast_to(wanted[:, None], position.shape)
-    if capacity % run:
-        there &= position < capacity
+    if step.S % run:
+        there &= position < step.S
 
     def read_codes(m) -> list[Array]:
-        codes = backend.load(codes_ref.at[row, m, position], mask=there, other=0)
-        return [code.astype(jnp.int32) & (C - 1) for code in backend.split_columns(codes)]
+        code = backend.load(codes.at[kv_row, m, position], mask=there, other=0)
+        return [column.astype(jnp.int32) & (C - 1) for column in backend.split_columns(code)]
 
     def add(m, totals: list[Array]) -> list[Array]:
         return [
@@ -83,30 +81,37 @@ def ranks_of_runs(
     return [ordered(total) for total in totals]
 
 
+class Inputs(NamedTuple):
+    """Of a pass over the codes."""
+
+    lengths: Lengths
+    table: Any  # [R, lane groups, M * C, lanes]
+    codes: Any  # u8[R, M, S]
+
+
 class Tile(NamedTuple):
-    """A block of a row's tokens, and the queries it is scored for.
+    """A block of a kv row's tokens, and the queries it is scored for.
 
     Attributes:
-      row: its kv head's row.
-      number: of the block in the row.
+      step, inputs: of the launch.
+      share: of the program.
+      kv_row: whose tokens.
+      number: of the block.
       lane_group: of the queries.
-      query: their numbers in the row, [1, lanes].
-      real: which of them exist, [1, lanes].
+      query: their numbers, [1, lanes].
       plan: of each query; numbers, or [1, lanes] where they differ.
       latest: of the query that sees the most, whose candidates include all others'.
-      runs: threads' runs of tokens in the block.
-      run: tokens of a run.
     """
 
-    row: Array
+    step: Step
+    inputs: Inputs
+    share: "Share"
+    kv_row: Array
     number: Array
     lane_group: Array
     query: Array
-    real: Array
-    plan: RowPlan
-    latest: RowPlan
-    runs: int
-    run: int
+    plan: QueryPlan
+    latest: QueryPlan
 
     @property
     def lanes(self) -> int:
@@ -114,37 +119,34 @@ class Tile(NamedTuple):
         return self.query.shape[1]
 
     @property
-    def size(self) -> int:
-        """Tokens of the block."""
-        return self.runs * self.run
-
-    @property
     def start(self) -> Array:
         """int32[runs], the first token of each run."""
-        return self.number * self.size + self.run * jnp.arange(self.runs, dtype=jnp.int32)
+        share = self.share
+        return self.number * share.block + share.run * jnp.arange(share.runs, dtype=jnp.int32)
 
     @property
     def in_play(self) -> Array:
         """Whether the block holds a candidate."""
-        start = self.number * self.size
-        return (start < self.latest.last) & (start + self.size > self.latest.first)
+        start = self.number * self.share.block
+        return (start < self.latest.last) & (start + self.share.block > self.latest.first)
 
-    def ranks(self, table_ref, codes_ref, config: IndexerConfig) -> list[Array]:
+    def ranks(self) -> list[Array]:
         """For each place of a run: [runs, lanes] ranks of the tokens there."""
-        start = self.start
+        start, run = self.start, self.share.run
         lane = jnp.arange(self.lanes, dtype=jnp.int32)[None, :]
 
         def look_up(entry: Array) -> Array:
-            return backend.load(table_ref.at[self.row, self.lane_group, entry[:, None], lane])
+            table = self.inputs.table
+            return backend.load(table.at[self.kv_row, self.lane_group, entry[:, None], lane])
 
         ranks = ranks_of_runs(
+            self.step,
             look_up,
-            codes_ref,
-            config,
-            row=self.row,
+            self.inputs.codes,
+            kv_row=self.kv_row,
             start=start,
-            wanted=(start < self.latest.last) & (start + self.run > self.latest.first),
-            run=self.run,
+            wanted=(start < self.latest.last) & (start + run > self.latest.first),
+            run=run,
             lanes=(self.lanes,),
         )
         position = start[:, None]
@@ -157,103 +159,79 @@ class Tile(NamedTuple):
             for place, rank in enumerate(ranks)
         ]
 
-    def plan_of_lane(self, lane: int) -> RowPlan:
-        """The plan of one query, in numbers."""
-        if not self.plan.first.ndim:
-            return self.plan
-        one = jnp.arange(self.lanes, dtype=jnp.int32)[None, :] == lane
-        return RowPlan(*(jnp.sum(jnp.where(one, x, 0)) for x in self.plan))
-
 
 class Share(NamedTuple):
-    """How blocks of tokens are shared out: a program has every `parts`-th block of a row.
+    """How blocks of tokens are shared out: a program has every `parts`-th block of a kv row.
 
-    A table of many subspaces fills a good part of an L1 cache, so a program keeps to one row, and
-    there are few of them.
+    A table of many subspaces fills a good part of an L1 cache, so a program keeps to one kv row,
+    and there are few of them.
 
     Attributes:
       runs: threads' runs of tokens in a block.
       run: tokens of a run.
-      blocks: of a row.
-      parts: programs that share the blocks of a row and a group of lanes.
+      blocks: of a kv row.
+      parts: programs that share the blocks of a kv row and a group of lanes.
+      lane_groups: of a kv row.
+      warps: of a program.
     """
 
     runs: int
     run: int
     blocks: int
     parts: int
+    lane_groups: int
+    warps: int
+
+    @property
+    def block(self) -> int:
+        """Tokens of a block."""
+        return self.runs * self.run
 
 
-def share_blocks(rows: int, num_subspaces: int, capacity: int) -> tuple[Share, int]:
-    """The share of each program and its warps, for `rows` rows and groups of lanes."""
-    runs, run, num_warps, programs = score_tuning(num_subspaces)
-    blocks = pl.cdiv(capacity, runs * run)
-    each = max(round(rows * blocks / programs), 1)
-    return Share(runs, run, blocks, pl.cdiv(blocks, each)), num_warps
+def share_of(step: Step, tables: Tables) -> Share:
+    """The share of each program."""
+    tuned, lane_groups = step.tuning.of_scores(step.config.num_subspaces), tables.by_lane.shape[1]
+    blocks = pl.cdiv(step.S, tuned.runs * tuned.run)
+    each = max(round(step.R * lane_groups * blocks / tuned.programs), 1)
+    parts = pl.cdiv(blocks, each)
+    return Share(tuned.runs, tuned.run, blocks, parts, lane_groups, tuned.warps)
 
 
 def for_each_tile(
+    program,
+    inputs: Inputs,
     visit: Callable[[Tile], None],
-    lengths_ref,
-    table_ref,
-    codes_ref,
     *,
-    config: IndexerConfig,
-    num_query_tokens: int,
-    num_queries: int,
+    step: Step,
     share: Share,
     all_blocks: bool,
 ) -> None:
     """Calls `visit` for the blocks of this program: all, or those that hold a candidate."""
-    num_rows, _, capacity = codes_ref.shape
-    _, lane_groups, _, lanes = table_ref.shape
-    program = backend.program_id()
+    lanes, size = inputs.table.shape[3], share.block
     part = lax.rem(program, share.parts)
-    lane_group = lax.rem(lax.div(program, share.parts), lane_groups)
-    row = lax.div(program, share.parts * lane_groups)
+    lane_group = lax.rem(lax.div(program, share.parts), share.lane_groups)
+    kv_row = lax.div(program, share.parts * share.lane_groups)
     query = lane_group * lanes + jnp.arange(lanes, dtype=jnp.int32)[None, :]
-    length = lengths_ref[lax.div(row, num_rows // lengths_ref.shape[0])]
-    plan_of = functools.partial(
-        plan_row,
-        length,
-        config=config,
-        num_query_tokens=num_query_tokens,
-        capacity=capacity,
-    )
-    heads = num_queries // num_query_tokens
-    last_query = jnp.minimum(lane_group * lanes + lanes, num_queries) - 1
-    latest = plan_of(lax.div(last_query, heads))
-    plan = latest
-    if num_query_tokens > 1:
-        plan = plan_of(lax.div(jnp.minimum(query, num_queries - 1), heads))
-    size = share.runs * share.run
+    last_query = jnp.minimum(lane_group * lanes + lanes, step.Q) - 1
+    plan = latest = plan_latest(step, inputs.lengths, kv_row, lax.div(last_query, step.G))
+    if step.T > 1:
+        token = lax.div(jnp.minimum(query, step.Q - 1), step.G)
+        plan = plan_query(step, inputs.lengths, kv_row, token)
     if all_blocks:
         first, end = jnp.int32(0), jnp.int32(share.blocks)
     else:
         first = lax.div(latest.first, size)
         end = jnp.where(latest.num_heavy > 0, lax.div(latest.last + (size - 1), size), first)
 
-    def step(i, carry):
+    def turn(i, carry):
         number = part + i * share.parts
-        visit(
-            Tile(
-                row,
-                number,
-                lane_group,
-                query,
-                query < num_queries,
-                plan,
-                latest,
-                share.runs,
-                share.run,
-            )
-        )
+        visit(Tile(step, inputs, share, kv_row, number, lane_group, query, plan, latest))
         return carry
 
     def turns(block):
         return lax.div(jnp.maximum(block - part + (share.parts - 1), 0), share.parts)
 
-    lax.fori_loop(turns(first), turns(end), step, 0)
+    lax.fori_loop(turns(first), turns(end), turn, 0)
 
 
 def rankable(rank: Int32[Array, "*shape"]) -> Float[Array, "*shape"]:
@@ -267,86 +245,49 @@ def rankable(rank: Int32[Array, "*shape"]) -> Float[Array, "*shape"]:
     return jnp.where(rank < -np.int32(0x7F800000), -jnp.inf, number)
 
 
-def score_kernel(
-    lengths_ref,  # i32[B]
-    table_ref,  # [R, lane groups, M * C, lanes]
-    codes_ref,  # u8[R, M, S]
-    out_ref,  # f32[R, Q, S]
-    *,
-    config: IndexerConfig,
-    **static,
-):
-    capacity = codes_ref.shape[2]
+class Outputs(NamedTuple):
+    """f32[R, Q, S] scores as `rankable` gives them."""
 
+    scores: Any
+
+
+def score_kernel(program, inputs: Inputs, outputs: Outputs, *, step: Step, share: Share):
     def write(tile: Tile, of_lane: Callable[[int], Array]):
-        position = tile.start[:, None] + jnp.arange(tile.run, dtype=jnp.int32)[None, :]
+        position = tile.start[:, None] + jnp.arange(share.run, dtype=jnp.int32)[None, :]
         for lane in range(tile.lanes):
             query = tile.lane_group * tile.lanes + lane
-            there = jnp.broadcast_to((tile.start < capacity)[:, None], position.shape)
-            if capacity % tile.run:
-                there &= position < capacity
-            into = out_ref.at[tile.row, query, position]
-            backend.store(into, of_lane(lane), mask=there & (query < out_ref.shape[1]))
+            there = jnp.broadcast_to((tile.start < step.S)[:, None], position.shape)
+            if step.S % share.run:
+                there &= position < step.S
+            into = outputs.scores.at[tile.kv_row, query, position]
+            backend.store(into, of_lane(lane), mask=there & (query < step.Q))
 
     def visit(tile: Tile):
         @pl.when(tile.in_play)
         def _():
-            ranks = tile.ranks(table_ref, codes_ref, config)
-            by_lane = [backend.split_columns(rankable(rank)) for rank in ranks]
+            by_lane = [backend.split_columns(rankable(rank)) for rank in tile.ranks()]
             write(tile, lambda lane: backend.join_columns([columns[lane] for columns in by_lane]))
 
         @pl.when(~tile.in_play)
         def _():
-            nothing = jnp.full((tile.runs, tile.run), -jnp.inf, jnp.float32)
+            nothing = jnp.full((share.runs, share.run), -jnp.inf, jnp.float32)
             write(tile, lambda lane: nothing)
 
-    for_each_tile(
-        visit, lengths_ref, table_ref, codes_ref, config=config, all_blocks=True, **static
-    )
+    for_each_tile(program, inputs, visit, step=step, share=share, all_blocks=True)
 
 
 def rankable_scores(
-    tables: Tables,
-    codes: UInt8[Array, "R M S"],
-    lengths: Int32[Array, "B"],
-    config: IndexerConfig,
-    num_queries: int,
-    num_query_tokens: int,
-    *,
-    interpret: bool = False,
+    step: Step, tables: Tables, codes: UInt8[Array, "R M S"], lengths: Lengths
 ) -> Float[Array, "R Q S"]:
-    """Scores of the candidates, in the form that `rankable` gives them; -inf elsewhere.
-
-    Args:
-      tables: look-up tables.
-      codes: of all tokens; only their low bits count.
-      lengths: tokens in the cache, clipped to 0..S.
-      config: sizes.
-      num_queries: Q; queries of a row are ordered by token, then by head.
-      num_query_tokens: T.
-      interpret: run on the CPU.
-
-    Returns:
-      float32 numbers in the order of the scores, with the same ties.
+    """Scores of the candidates in the form that `rankable` gives them; -inf elsewhere.
 
     Source: CONTRACT.md, rules 2, 3 and 4.
     """
-    rows, _, capacity = codes.shape
-    share, num_warps = share_blocks(rows * tables.by_lane.shape[1], config.num_subspaces, capacity)
-    (scores,) = backend.launch(
-        functools.partial(
-            score_kernel,
-            config=config,
-            num_query_tokens=num_query_tokens,
-            num_queries=num_queries,
-            share=share,
-        ),
-        lengths,
-        tables.by_lane,
-        codes,
-        programs=rows * tables.by_lane.shape[1] * share.parts,
-        out_shape=[jax.ShapeDtypeStruct((rows, num_queries, capacity), np.float32)],
-        num_warps=num_warps,
-        interpret=interpret,
+    share = share_of(step, tables)
+    what = backend.Launch(
+        functools.partial(score_kernel, step=step, share=share),
+        Inputs(lengths, tables.by_lane, codes),
+        Outputs(jax.ShapeDtypeStruct((step.R, step.Q, step.S), np.float32)),
+        programs=step.R * share.lane_groups * share.parts,
     )
-    return scores
+    return backend.launch(what, num_warps=share.warps).scores

@@ -1,21 +1,27 @@
-"""The sparse index: lists, counts and dense weights, from ranked scores and the cut among them."""
+"""The sparse index: lists, counts and dense weights, from ranked scores and the cut among them.
+
+Lists are written in ascending order by counting: nothing is sorted. A first kernel counts, block by
+block, the candidates above the cut and those at it. A second one sees whether they are as many as
+they must be, and finds the cut itself where they are not. A third puts each winner into its slot:
+the number of winners before it. Ties at the cut are taken in the order of their positions as long
+as there are slots.
+"""
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 from jax.experimental import pallas as pl
-from jaxtyping import Float, Int32
+from jaxtyping import Float
 
-from jax_indexer.config import IndexerConfig
 from jax_indexer.kernels import backend
 from jax_indexer.kernels.best import Ranks, find_cut, number_of
-from jax_indexer.kernels.codebook import power_of_2_from
-from jax_indexer.kernels.plan import RowPlan, plan_query
-from jax_indexer.kernels.tuning import INDEX_BLOCK, INDEX_RUN, INDEX_WARPS
+from jax_indexer.kernels.output import Lists, Writer, list_shapes
+from jax_indexer.kernels.step import Lengths, QueryPlan, Step, plan_query
+from jax_indexer.layout import power_of_2_from
 from jax_indexer.reference import NOT_A_CANDIDATE, ordered
 
 # Two counts in one integer, so that one sum or prefix sum serves both: a block's tokens above the
@@ -24,186 +30,161 @@ ABOVE_SHIFT = 16
 AT_MASK = (1 << ABOVE_SHIFT) - 1
 
 
-class _Program(NamedTuple):
-    """What a program works on; a thread holds neighbouring tokens, INDEX_RUN of them."""
+class CountInputs(NamedTuple):
+    """What is counted."""
 
-    row: Array
+    lengths: Lengths
+    scores: Any  # f32[R, Q, S]
+    cut: Any  # f32[R, Q, k], the last of which is the cut
+
+
+class CountOutputs(NamedTuple):
+    """i32[R, Q, blocks], two counts in each."""
+
+    block_counts: Any
+
+
+class VerifyInputs(NamedTuple):
+    """What is verified."""
+
+    lengths: Lengths
+    scores: Any  # f32[R, Q, S]
+    given: Any  # f32[R, Q, k], the last of which should be the cut
+    block_counts: Any  # not read by this name
+
+
+class VerifyOutputs(NamedTuple):
+    """The cut f32[R, Q, 1], and counts for it in the memory of those for the given one."""
+
+    block_counts: Any
+    cut: Any
+
+
+class IndexInputs(NamedTuple):
+    """What lists are written from; weights are begun elsewhere."""
+
+    lengths: Lengths
+    scores: Any  # f32[R, Q, S]
+    cut: Any  # f32[R, Q, 1]
+    block_counts: Any  # i32[R, Q, blocks]
+    weights: Any  # not read
+
+
+class Block(NamedTuple):
+    """One program's tokens; a thread holds some neighbouring ones.
+
+    Attributes:
+      kv_row, query: whose scores.
+      number: of the block.
+      position: int32[threads, tokens of a thread].
+      plan: of the query.
+    """
+
+    kv_row: Array
     query: Array
-    block: Array
-    position: Array  # [threads, INDEX_RUN]
-    plan: RowPlan
+    number: Array
+    position: Array
+    plan: QueryPlan
+
+    def marks(self, scores: Any, cut: Array) -> list[Array]:
+        """For each place of a run: 1 << ABOVE_SHIFT above the cut, 1 at it, 0 if no candidate."""
+        score, candidate = _scores_at(scores, self.kv_row, self.query, self.position, self.plan)
+        return _marks(score, candidate, cut)
 
 
-def _program(lengths_ref, scores_ref, block: int, config, num_query_tokens: int) -> _Program:
-    num_rows, num_queries, capacity = scores_ref.shape
-    num_blocks = pl.cdiv(capacity, block)
-    program = backend.program_id()
-    query = program // num_blocks % num_queries
-    row = program // (num_blocks * num_queries)
-    plan = plan_query(
-        lengths_ref,
-        row,
-        query,
-        (num_rows, num_queries),
-        config=config,
-        num_query_tokens=num_query_tokens,
-        capacity=capacity,
-    )
-    run = program % num_blocks * block + INDEX_RUN * jnp.arange(block // INDEX_RUN, dtype=jnp.int32)
-    position = run[:, None] + jnp.arange(INDEX_RUN, dtype=jnp.int32)[None, :]
-    return _Program(row, query, program % num_blocks, position, plan)
+def _block_of(program: Array, lengths: Lengths, step: Step) -> Block:
+    block = step.tuning.index_block
+    num_blocks = pl.cdiv(step.S, block)
+    query = program // num_blocks % step.Q
+    kv_row = program // (num_blocks * step.Q)
+    plan = plan_query(step, lengths, kv_row, query // step.G)
+    number = program % num_blocks
+    return Block(kv_row, query, number, _positions(number * block, step), plan)
 
 
-def _scores_at(scores_ref, row, query, position: Array, plan: RowPlan) -> tuple[Array, Array]:
+def _positions(first: Array, step: Step) -> Array:
+    run, block = step.tuning.index_run, step.tuning.index_block
+    start = first + run * jnp.arange(block // run, dtype=jnp.int32)
+    return start[:, None] + jnp.arange(run, dtype=jnp.int32)[None, :]
+
+
+def _scores_at(scores: Any, kv_row, query, position, plan: QueryPlan) -> tuple[Array, Array]:
     """Scores of the candidates among some tokens, and which these are."""
     candidate = (position >= plan.first) & (position < plan.last)
-    score = backend.load(scores_ref.at[row, query, position], mask=candidate, other=0)
-    return score, candidate
+    return backend.load(scores.at[kv_row, query, position], mask=candidate, other=0), candidate
 
 
 def _marks(score: Array, candidate: Array, cut: Array) -> list[Array]:
-    """For each place of a run: 1 << ABOVE_SHIFT for candidates above the cut, 1 for those at it."""
     at = (candidate & (score == cut)).astype(jnp.int32)
     return backend.split_columns(jnp.where(candidate & (score > cut), 1 << ABOVE_SHIFT, at))
 
 
-def _against_cut(scores_ref, cut_ref, p: _Program) -> list[Array]:
-    score, candidate = _scores_at(scores_ref, p.row, p.query, p.position, p.plan)
-    return _marks(score, candidate, cut_ref[p.row, p.query, cut_ref.shape[2] - 1])
+def count_kernel(program, inputs: CountInputs, outputs: CountOutputs, *, step: Step):
+    block = _block_of(program, inputs.lengths, step)
+    cut = inputs.cut[block.kv_row, block.query, inputs.cut.shape[2] - 1]
+    marks = block.marks(inputs.scores, cut)
+    outputs.block_counts[block.kv_row, block.query, block.number] = jnp.sum(sum(marks))
 
 
-def count_kernel(
-    lengths_ref,  # i32[B]
-    scores_ref,  # f32[R, Q, S]
-    cut_ref,  # f32[R, Q, k], the last of which is the cut
-    counts_ref,  # i32[R, Q, blocks]
-    *,
-    config: IndexerConfig,
-    num_query_tokens: int,
-    block: int,
-):
-    p = _program(lengths_ref, scores_ref, block, config, num_query_tokens)
-    counts_ref[p.row, p.query, p.block] = jnp.sum(sum(_against_cut(scores_ref, cut_ref, p)))
-
-
-def verify_cut_kernel(
-    lengths_ref,  # i32[B]
-    scores_ref,  # f32[R, Q, S]
-    given_ref,  # f32[R, Q, k], the last of which should be the cut
-    _counts_before_ref,
-    counts_ref,  # i32[R, Q, blocks], for the cut given, in the memory of those before
-    cut_ref,  # f32[R, Q, 1]
-    *,
-    config: IndexerConfig,
-    num_query_tokens: int,
-    block: int,
-    interpret: bool,
-):
+def verify_cut_kernel(program, inputs: VerifyInputs, outputs: VerifyOutputs, *, step: Step):
     """Takes over a cut that the counts prove, or finds it and counts again."""
-    num_rows, num_queries, capacity = scores_ref.shape
-    num_blocks = counts_ref.shape[2]
-    program = backend.program_id()
-    row, query = program // num_queries, program % num_queries
-    plan = plan_query(
-        lengths_ref,
-        row,
-        query,
-        (num_rows, num_queries),
-        config=config,
-        num_query_tokens=num_query_tokens,
-        capacity=capacity,
-    )
+    num_blocks = outputs.block_counts.shape[2]
+    kv_row, query = program // step.Q, program % step.Q
+    plan = plan_query(step, inputs.lengths, kv_row, query // step.G)
     number = jnp.arange(power_of_2_from(num_blocks), dtype=jnp.int32)
-    counts = backend.load(counts_ref.at[row, query, number], mask=number < num_blocks, other=0)
+    counted = outputs.block_counts.at[kv_row, query, number]
+    counts = backend.load(counted, mask=number < num_blocks, other=0)
     num_above, num_at = jnp.sum(counts >> ABOVE_SHIFT), jnp.sum(counts & AT_MASK)
     is_wrong = (num_above > plan.num_heavy) | (num_above + num_at < plan.num_heavy)
 
     @pl.when(~is_wrong)
     def _():
-        cut_ref[row, query, 0] = given_ref[row, query, given_ref.shape[2] - 1]
+        outputs.cut[kv_row, query, 0] = inputs.given[kv_row, query, inputs.given.shape[2] - 1]
 
     @pl.when(is_wrong)
     def _():
-        threads = block // INDEX_RUN
+        run, block = step.tuning.index_run, step.tuning.index_block
 
-        def scores_at(run) -> tuple[Array, Array]:
-            position = run[:, None] + jnp.arange(INDEX_RUN, dtype=jnp.int32)[None, :]
-            return _scores_at(scores_ref, row, query, position, plan)
+        def scores_at(start) -> tuple[Array, Array]:
+            position = start[:, None] + jnp.arange(run, dtype=jnp.int32)[None, :]
+            return _scores_at(inputs.scores, kv_row, query, position, plan)
 
-        def read(run):
-            score, candidate = scores_at(run)
+        def read(start):
+            score, candidate = scores_at(start)
             rank = jnp.where(candidate, ordered(score), NOT_A_CANDIDATE)
-            return backend.split_columns(rank), run
+            return backend.split_columns(rank), start
 
-        ranks = Ranks(read, threads, INDEX_RUN, plan.last, capacity)
+        ranks = Ranks(read, block // run, run, plan.last, step.S)
         least, most = ranks.extremes()
         candidates = plan.last - plan.first
         found = find_cut(ranks, plan.num_heavy, least, most + 1, candidates, slack=0)
         cut = number_of(found.lowest)
-        cut_ref[row, query, 0] = cut
-        backend.barrier(interpret)
+        outputs.cut[kv_row, query, 0] = cut
+        backend.barrier()  # all threads have read the counts that are overwritten
 
         def count(i, carry):
             marks = _marks(*scores_at(ranks.starts(i)), cut)
-            counts_ref[row, query, i] = jnp.sum(sum(marks[1:], marks[0]))
+            outputs.block_counts[kv_row, query, i] = jnp.sum(sum(marks[1:], marks[0]))
             return carry
 
         lax.fori_loop(0, num_blocks, count, 0)
 
 
-def sparse_index_kernel(
-    lengths_ref,  # i32[B]
-    scores_ref,  # f32[R, Q, S]
-    cut_ref,  # f32[R, Q, 1]
-    block_counts_ref,  # i32[R, Q, blocks]
-    indices_ref,  # i32[R, Q, P]
-    counts_ref,  # i32[R, Q]
-    weights_ref=None,  # [R, Q, S]
-    *,
-    config: IndexerConfig,
-    num_query_tokens: int,
-    block: int,
-):
-    capacity, num_blocks, list_size = (
-        scores_ref.shape[2],
-        block_counts_ref.shape[2],
-        indices_ref.shape[2],
-    )
-    p = _program(lengths_ref, scores_ref, block, config, num_query_tokens)
-    plan = p.plan
+def sparse_index_kernel(program, inputs: IndexInputs, outputs: Lists, *, step: Step):
+    num_blocks = inputs.block_counts.shape[2]
+    block = _block_of(program, inputs.lengths, step)
+    plan, kv_row, query = block.plan, block.kv_row, block.query
+    writer = Writer(outputs, kv_row, query, plan)
+    writer.settle(block.number, num_blocks)
 
-    # All entries but the heavy ones follow from the length; each program of the row writes a share.
-    # A slot that is not written lies behind the list: interpret mode writes back what it read.
-    share = power_of_2_from(pl.cdiv(list_size, num_blocks))
-    slot = p.block * share + jnp.arange(share, dtype=jnp.int32)
-    entry = jnp.where(slot < plan.num_sink, slot, plan.visible - plan.num_listed + slot)
-    entry = jnp.where(slot < plan.num_listed, entry, -1)
-    is_heavy = (slot >= plan.num_sink) & (slot < plan.num_sink + plan.num_heavy)
-    mine = (slot < list_size) & ~is_heavy
-    slot = jnp.where(mine, slot, list_size)
-    backend.store(indices_ref.at[p.row, p.query, slot], entry, mask=mine)
-
-    @pl.when(p.block == 0)
+    @pl.when(inputs.block_counts[kv_row, query, block.number] > 0)
     def _():
-        counts_ref[p.row, p.query] = plan.num_listed
-
-    def write_weights(heavy):
-        if weights_ref is not None:
-            window = (p.position < plan.visible) & (p.position >= plan.visible - config.window_size)
-            listed = (heavy > 0) | window | (p.position < plan.num_sink)
-            weights = weights_ref.at[p.row, p.query, p.position]
-            backend.store(weights, listed.astype(weights_ref.dtype), mask=p.position < capacity)
-
-    own = block_counts_ref[p.row, p.query, p.block]
-
-    @pl.when(own > 0)
-    def _():
-        marks = _against_cut(scores_ref, cut_ref, p)
+        cut = inputs.cut[kv_row, query, 0]
+        marks = block.marks(inputs.scores, cut)
         other = jnp.arange(power_of_2_from(num_blocks), dtype=jnp.int32)
-        packed = backend.load(
-            block_counts_ref.at[p.row, p.query, other], mask=other < num_blocks, other=0
-        )
-        earlier = other < p.block
+        counted = inputs.block_counts.at[kv_row, query, other]
+        packed = backend.load(counted, mask=other < num_blocks, other=0)
+        earlier = other < block.number
         num_above = jnp.sum(packed >> ABOVE_SHIFT)
         above_before = jnp.sum(jnp.where(earlier, packed >> ABOVE_SHIFT, 0))
         at_before = jnp.sum(jnp.where(earlier, packed & AT_MASK, 0))
@@ -211,98 +192,61 @@ def sparse_index_kernel(
 
         of_run = sum(marks)
         within = jnp.cumsum(of_run) - of_run
-        chosen = []
-        for mark, position in zip(marks, backend.split_columns(p.position), strict=True):
+        for mark, position in zip(marks, backend.split_columns(block.position), strict=True):
             within += mark
             ties = at_before + (within & AT_MASK)
             heavy = (mark > 1) | ((mark == 1) & (ties <= ties_to_take))
-            winner = above_before + (within >> ABOVE_SHIFT) + jnp.minimum(ties, ties_to_take) - 1
-            slot = jnp.where(heavy, plan.num_sink + winner, list_size)
-            backend.store(indices_ref.at[p.row, p.query, slot], position, mask=heavy)
-            chosen.append(heavy.astype(jnp.int32))
-        write_weights(backend.join_columns(chosen))
-
-    @pl.when(own == 0)
-    def _():
-        write_weights(jnp.zeros(p.position.shape, jnp.int32))
+            place = above_before + (within >> ABOVE_SHIFT) + jnp.minimum(ties, ties_to_take) - 1
+            writer.put(position, place, heavy)
 
 
 def sparse_index(
+    step: Step,
     scores: Float[Array, "R Q S"],
     cut: Float[Array, "R Q k"],
-    lengths: Int32[Array, "B"],
-    config: IndexerConfig,
-    num_query_tokens: int,
-    weights_dtype: np.dtype | None,
-    *,
-    interpret: bool = False,
-) -> tuple[Int32[Array, "R Q P"], Int32[Array, "R Q"], Float[Array, "R Q S"] | None]:
-    """Writes lists in ascending order by counting: nothing is sorted.
-
-    A first kernel counts, block by block, the candidates above the cut and those at it. A second
-    one sees whether they are as many as they must be, and finds the cut itself where they are not.
-    A third puts each winner into its slot: the number of winners before it. Ties at the cut are
-    taken in the order of their positions as long as there are slots.
+    lengths: Lengths,
+    weights: Float[Array, "R Q S"] | None,
+) -> Lists:
+    """Writes the lists of the best.
 
     Args:
+      step: the step.
       scores: as `rankable_scores` returns them.
       cut: its last entry along k should be the heavy_size-th largest score, or the smallest if
         there are fewer; any other number, NaN too, costs time only.
-      lengths: tokens in the cache, clipped to 0..S.
-      config: sizes.
-      num_query_tokens: T.
-      weights_dtype: of the dense weights; None for none.
-      interpret: run on the CPU.
+      lengths: of the rows.
+      weights: begun by `weights_launch`, or None; written in place.
 
     Returns:
-      indices, counts, and weights or None.
+      Lists, counts, and weights or None.
 
     Source: CONTRACT.md, rules 1, 4, 5 and 6.
     """
-    rows, queries, capacity = scores.shape
-    list_size = config.max_selected(num_query_tokens)
-    num_blocks = pl.cdiv(capacity, INDEX_BLOCK)
-    launch = functools.partial(
-        backend.launch,
-        programs=rows * queries * num_blocks,
-        num_warps=INDEX_WARPS,
-        interpret=interpret,
+    num_blocks, queries = pl.cdiv(step.S, step.tuning.index_block), step.R * step.Q
+    of_blocks = jax.ShapeDtypeStruct((step.R, step.Q, num_blocks), np.int32)
+    of_queries = jax.ShapeDtypeStruct((step.R, step.Q, 1), np.float32)
+
+    def launch(kernel, inputs, outputs, programs, in_place=()):
+        what = backend.Launch(functools.partial(kernel, step=step), inputs, outputs, programs)
+        return backend.launch(what._replace(in_place=in_place), num_warps=step.tuning.index_warps)
+
+    counted = launch(
+        count_kernel,
+        CountInputs(lengths, scores, cut),
+        CountOutputs(of_blocks),
+        queries * num_blocks,
     )
-    static = {"config": config, "num_query_tokens": num_query_tokens, "block": INDEX_BLOCK}
-    (block_counts,) = launch(
-        functools.partial(count_kernel, **static),
-        lengths,
-        scores,
-        cut,
-        out_shape=[jax.ShapeDtypeStruct((rows, queries, num_blocks), np.int32)],
+    verified = launch(
+        verify_cut_kernel,
+        VerifyInputs(lengths, scores, cut, counted.block_counts),
+        VerifyOutputs(of_blocks, of_queries),
+        queries,
+        in_place=("block_counts",),
     )
-    block_counts, cut = backend.launch(
-        functools.partial(verify_cut_kernel, **static, interpret=interpret),
-        lengths,
-        scores,
-        cut,
-        block_counts,
-        programs=rows * queries,
-        out_shape=[
-            jax.ShapeDtypeStruct(block_counts.shape, np.int32),
-            jax.ShapeDtypeStruct((rows, queries, 1), np.float32),
-        ],
-        num_warps=INDEX_WARPS,
-        aliases={3: 0},
-        interpret=interpret,
+    return launch(
+        sparse_index_kernel,
+        IndexInputs(lengths, scores, verified.cut, verified.block_counts, weights),
+        list_shapes(step),
+        queries * num_blocks,
+        in_place=("weights",),
     )
-    out_shape = [
-        jax.ShapeDtypeStruct((rows, queries, list_size), np.int32),
-        jax.ShapeDtypeStruct((rows, queries), np.int32),
-    ]
-    if weights_dtype is not None:
-        out_shape.append(jax.ShapeDtypeStruct((rows, queries, capacity), weights_dtype))
-    indices, counts, *weights = launch(
-        functools.partial(sparse_index_kernel, **static),
-        lengths,
-        scores,
-        cut,
-        block_counts,
-        out_shape=out_shape,
-    )
-    return indices, counts, weights[0] if weights else None

@@ -1,58 +1,105 @@
 """Block sizes and warps, chosen by measurement; benchmarks/NOTES.md has the alternatives tried."""
 
-# A program's tile of a codebook, in elements: more of it does not fit into registers.
-CODEBOOK_TILE = 8192
-CODEBOOK_WARPS = 4
-
-# Tokens that one program of the append kernel encodes when there are many to encode.
-TOKENS_PER_ENCODER = 64
-
-# k-means: tokens that one program sums, and sums that one adds up. The bits of a codebook depend on
-# the first, and memory: C / 4096 floats for each dimension of a key.
-TOKENS_PER_PART = 4096
-SUMS_BLOCK = 1024
-
-# Bytes that one look-up loads at the most: queries that share codes share it.
-LOOKUP_BYTES = 16
-
-# Tokens of a cache from which on the cells selector is faster than the threshold selector, and
-# cells up to which it is.
-CELLS_FROM = 32768
-FEW_CELLS = 4096
-
-# The cells selector: budgets above it are put in order by a bit for every position instead of
-# comparing all pairs.
-MOST_PAIRED = 256
-
-# Sparse index: tokens a program looks at, and those of a thread.
-INDEX_BLOCK = 1024
-INDEX_RUN = 4
-INDEX_WARPS = 8
+import dataclasses
+from typing import NamedTuple
 
 
-def score_tuning(num_subspaces: int) -> tuple[int, int, int, int]:
-    """Threads' runs of tokens in a block, tokens of a run, warps, and programs, about."""
-    # 264 programs: two on each of an H100's 132 multiprocessors.
-    if num_subspaces <= 2:
-        return 128, 16, 4, 1056
-    if num_subspaces <= 8:
-        return 512, 16, 16, 264
-    return 512, 8, 16, 264
+class ScoreTuning(NamedTuple):
+    """How a pass over the codes is cut up, for quantizers of up to so many subspaces.
+
+    Attributes:
+      most_subspaces: that this is for.
+      runs: threads' runs of tokens in a block.
+      run: tokens of a run.
+      warps: of a program.
+      programs: about so many; 264 are two on each of an H100's 132 multiprocessors.
+    """
+
+    most_subspaces: float
+    runs: int
+    run: int
+    warps: int
+    programs: int
 
 
-def centroid_sums_tuning(num_centroids: int, dimensions: int) -> tuple[int, int]:
-    """Tokens that the k-means kernel takes at a time, and its warps."""
-    return 64 if num_centroids <= 64 else 32, 4 if num_centroids * dimensions <= 4096 else 8
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tuning:
+    """All of it, for an H100. Blocks are powers of two.
+
+    Attributes:
+      codebook_tile: elements of a codebook that a program holds; more do not fit into registers.
+      codebook_warps: of programs that hold one.
+      tokens_per_encoder: tokens that a program encodes where there are many to encode.
+      lookup_bytes: bytes that one look-up loads at the most; queries that share codes share it.
+      scores: passes over the codes.
+      smallest_group, largest_group: tokens of a group of the threshold selector; more leave too
+        many tokens to score again, fewer too many groups.
+      many_groups: with more groups than this even so, coarser ones are looked at first, about so
+        many.
+      group_run: neighbouring groups that a thread takes at once.
+      threshold_warps: of the threshold selector, where not by the number of groups.
+      cells_warps: of the cells selector, where not by the number of cells.
+      most_paired: budgets above it are put in order by a bit for every position instead of by
+        comparing all pairs.
+      words_at_once: words of such bits.
+      index_block, index_run, index_warps: tokens that a program of the sparse index looks at, those
+        of a thread, and warps.
+      weights_block: positions whose weights a program writes.
+      starts_at_once, filled_at_once, moved_at_once: starts of cells that are added up at once,
+        tokens that are put into lists, entries of a block that a program moves.
+      tokens_per_part, sums_block: k-means: tokens that one program sums, and sums that one adds
+        up. The bits of a codebook depend on the first, and memory: C / 4096 floats for each
+        dimension of a key.
+    """
+
+    codebook_tile: int = 8192
+    codebook_warps: int = 4
+    tokens_per_encoder: int = 64
+    lookup_bytes: int = 16
+    scores: tuple[ScoreTuning, ...] = (
+        ScoreTuning(2, 128, 16, 4, 1056),
+        ScoreTuning(8, 512, 16, 16, 264),
+        ScoreTuning(float("inf"), 512, 8, 16, 264),
+    )
+    smallest_group: int = 4
+    largest_group: int = 64
+    many_groups: int = 4096
+    group_run: int = 8
+    threshold_warps: int | None = None
+    cells_warps: int | None = None
+    most_paired: int = 256
+    words_at_once: int = 4096
+    index_block: int = 1024
+    index_run: int = 4
+    index_warps: int = 8
+    weights_block: int = 4096
+    starts_at_once: int = 1024
+    filled_at_once: int = 512
+    moved_at_once: int = 256
+    tokens_per_part: int = 4096
+    sums_block: int = 1024
+
+    def of_scores(self, num_subspaces: int) -> ScoreTuning:
+        """For a pass over the codes of so many subspaces."""
+        return next(x for x in self.scores if num_subspaces <= x.most_subspaces)
+
+    def warps_for_cells(self, num_cells: int, budget: int) -> int:
+        """A thread takes 16 cells, where that is enough threads."""
+        # More for winners that have a bit set, one atomic addition after the other.
+        least = 16 if budget > self.most_paired else 4
+        return self.cells_warps or min(max(num_cells // (16 * 32), least), 32)
+
+    def warps_for_groups(self, num_groups: int, programs: int) -> int:
+        """Of the threshold selector, for lists of this many groups."""
+        if self.threshold_warps:
+            return self.threshold_warps
+        if num_groups <= 1024:
+            return 4
+        return 8 if num_groups <= 2048 or programs > 264 else 16
+
+    def for_training(self, num_centroids: int, dimensions: int) -> tuple[int, int]:
+        """Tokens that the k-means kernel takes at a time, and its warps."""
+        return 64 if num_centroids <= 64 else 32, 4 if num_centroids * dimensions <= 4096 else 8
 
 
-def cells_warps(num_cells: int, budget: int) -> int:
-    """Warps of the cells-select kernel: a thread takes 16 cells, where that is enough threads."""
-    # More for winners that have a bit set, one atomic addition after the other.
-    return min(max(num_cells // (16 * 32), 16 if budget > MOST_PAIRED else 4), 32)
-
-
-def select_warps(num_groups: int, programs: int) -> int:
-    """Warps of the threshold-select kernel, for lists of this many groups."""
-    if num_groups <= 1024:
-        return 4
-    return 8 if num_groups <= 2048 or programs > 264 else 16
+H100 = Tuning()

@@ -1,0 +1,462 @@
+"""The "cells" selector: the cut among C**M cell scores, the winners from lists of positions.
+
+All tokens of a cell have one score, so the cut follows from the cells' scores and sizes, however
+long the context is. A cell above it is taken whole, from its list; of the cells at it the tokens
+of the lowest positions. Tokens behind the sealed ones, the tail, are scored one by one.
+
+Source: CONTRACT.md, section 3; the inverted multi-index of Babenko and Lempitsky (2012).
+"""
+
+import functools
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jax.experimental import pallas as pl
+from jaxtyping import Float, UInt8
+
+from jax_indexer.config import LARGEST_BUDGET_OF_CELLS
+from jax_indexer.kernels import backend
+from jax_indexer.kernels.best import (
+    HIGHEST,
+    PAIRS_AT_ONCE,
+    Cut,
+    Weighted,
+    find_cut,
+    read_together,
+    reduced_together,
+)
+from jax_indexer.kernels.lookup_table import Tables
+from jax_indexer.kernels.output import Lists, Writer, list_shapes
+from jax_indexer.kernels.step import Lengths, QueryPlan, Step, plan_query
+from jax_indexer.layout import power_of_2_from
+from jax_indexer.reference import NOT_A_CANDIDATE, ordered
+from jax_indexer.state import Cells, Progress, Sealing, progress, sealed_at
+
+# Counts of tokens and of cells share an integer, and so do a cell and a place.
+FIRST_BITS = 15
+assert LARGEST_BUDGET_OF_CELLS < 1 << FIRST_BITS
+# Tokens looked at at once for those that tie at the cut.
+TIED_BLOCK = 1024
+# Parts that the cells are taken in: each is code of its own.
+MOST_PARTS = 4
+
+
+class Inputs(NamedTuple):
+    """What is searched; weights are begun elsewhere."""
+
+    lengths: Lengths
+    base: Any  # i32[B]
+    table: Any  # [R, Q, M * C]
+    codes: Any  # u8[R, M, S]
+    starts: Any  # i32[R, 2, cells + 1]
+    order: Any  # i32[R, S]
+    weights: Any  # not read
+
+
+class Outputs(NamedTuple):
+    """Lists, and scratch of i32[R, Q, ...].
+
+    Attributes:
+      indices, counts, weights: the lists.
+      begins: 1 at each place of the winners where a cell's begin.
+      cell: cells that are taken from, each with that place.
+      positions: of the winners, cell by cell.
+      bits: words with a bit for each position, if budgets are large, else None.
+      bits_before: how many bits are set before each word, likewise.
+    """
+
+    indices: Any
+    counts: Any
+    weights: Any
+    begins: Any
+    cell: Any
+    positions: Any
+    bits: Any
+    bits_before: Any
+
+
+class Part(NamedTuple):
+    """Some cells: their numbers, how long their lists are, and their ranks."""
+
+    cell: Array
+    size: Array
+    rank: Array
+
+
+class Tail(NamedTuple):
+    """Candidates that are not sealed: positions and ranks."""
+
+    position: Array
+    rank: Array
+
+
+class Taken(NamedTuple):
+    """Who is taken from the cells.
+
+    Attributes:
+      cut: who is among the best of all.
+      whole: tokens taken from lists.
+      by_cell: whether those at the cut are among these; else they are looked for in the codes.
+      at_cut: tokens taken at the cut.
+    """
+
+    cut: Cut
+    whole: Array
+    by_cell: Array
+    at_cut: Array
+
+
+class Search(NamedTuple):
+    """One program's view of its query.
+
+    Attributes:
+      step, sealing, inputs, outputs: of the launch.
+      kv_row, query: whose list.
+      plan: of the query.
+      sealed: the position up to which candidates are in lists.
+      state: how far the next segment is.
+      place: int32[n] numbers of winners, one a thread: those that compare pairs would exchange
+        what they read if they were fewer.
+    """
+
+    step: Step
+    sealing: Sealing
+    inputs: Inputs
+    outputs: Outputs
+    kv_row: Array
+    query: Array
+    plan: QueryPlan
+    sealed: Array
+    state: Progress
+    place: Array
+
+    def starts(self, which: int, cell: Array, exists: Array | None = None) -> Array:
+        """Old starts (0), or new ones or counts (1)."""
+        at = self.inputs.starts.at[self.kv_row, which, cell]
+        return backend.load(at, mask=exists, other=None if exists is None else 0)
+
+    def state_fits(self) -> Array:
+        """Whether the state was made for this length.
+
+        One that was not, as the length was set by hand, is not used. What is not seen of it here
+        may make lists wrong, but no access leaves an array.
+        """
+        plan, cells = self.plan, self.step.config.num_cells
+        end, new_end = (self.inputs.starts[self.kv_row, which, cells] for which in (0, 1))
+        fits = (self.sealed >= plan.first) & (self.sealed <= plan.last)
+        fits &= plan.last - self.sealed <= self.sealing.most_tail(self.step.S)
+        fits &= end == self.sealed - self.step.config.first_candidate
+        return fits & ((new_end - end == self.sealing.segment) | ~self.state.begun)
+
+    def rank_of(self, digits: Iterable[Array]) -> Array:
+        """The order of the score of these codes."""
+        total = jnp.float32(0)  # so that no score is -0.0
+        for m, digit in enumerate(digits):
+            entry = m * self.step.config.num_centroids + digit
+            total += self.inputs.table[self.kv_row, self.query, entry].astype(jnp.float32)
+        return ordered(total)
+
+    def ranks_of_tokens(self, position: Array, exists: Array) -> Array:
+        """The order of the scores of some tokens."""
+        config = self.step.config
+        codes = (
+            backend.load(self.inputs.codes.at[self.kv_row, m, position], mask=exists, other=0)
+            for m in range(config.num_subspaces)
+        )
+        rank = self.rank_of(code.astype(jnp.int32) & (config.num_centroids - 1) for code in codes)
+        return jnp.where(exists, rank, NOT_A_CANDIDATE)
+
+    def prepare(self) -> None:
+        """Fills the list, so that no place in it is left as it was, and clears scratch."""
+        plan, place, outputs = self.plan, self.place, self.outputs
+        exists = place < plan.num_heavy
+        slot = jnp.where(exists, plan.num_sink + place, self.step.P)
+        into = outputs.indices.at[self.kv_row, self.query, slot]
+        backend.store(into, plan.first + place, mask=exists)
+        into = outputs.begins.at[self.kv_row, self.query, place]
+        backend.store(into, jnp.zeros_like(place), mask=place < self.step.budget)
+        if outputs.bits is not None:
+
+            def clear(word, exists, carry):
+                into = outputs.bits.at[self.kv_row, self.query, word]
+                backend.store(into, jnp.zeros_like(word), mask=exists)
+                return carry
+
+            self.for_each_word(clear, plan.last, 0)
+            # For what has no position.
+            outputs.bits[self.kv_row, self.query, outputs.bits_before.shape[2]] = jnp.int32(0)
+
+    def score_all(self) -> tuple[list[Part], Tail]:
+        """Cells and tail; cells in parts as long as the tail, for a search takes all in one go."""
+        config = self.step.config
+        num_cells = config.num_cells
+        size = max(
+            power_of_2_from(self.sealing.most_tail(self.step.S)),
+            power_of_2_from(num_cells) // MOST_PARTS,
+        )
+        lane = jnp.arange(size, dtype=jnp.int32)
+        parts = []
+        for first_cell in range(0, num_cells, size):
+            # Not known to be neighbours, as the places are not that it is put to: one layout.
+            cell = jnp.minimum(first_cell + lane, num_cells - 1)
+            length = jnp.maximum(self.starts(0, cell + 1) - self.starts(0, cell), 0)
+            length = jnp.where(first_cell + lane < num_cells, length, 0)
+            rank = self.rank_of(
+                (cell >> (config.num_bits * (config.num_subspaces - 1 - m)))
+                & (config.num_centroids - 1)
+                for m in range(config.num_subspaces)
+            )
+            parts.append(Part(cell, length, jnp.where(length > 0, rank, NOT_A_CANDIDATE)))
+        position = self.sealed + lane
+        return parts, Tail(position, self.ranks_of_tokens(position, position < self.plan.last))
+
+    def find_cut(self, parts: list[Part], tail: Tail) -> Cut:
+        """The cut among cells, each as often as it has tokens, and the tail."""
+        in_tail = (tail.position < self.plan.last).astype(jnp.int32)
+        tokens = Weighted(
+            (*(part.rank for part in parts), tail.rank),
+            (*(part.size for part in parts), in_tail),
+        )
+        least, most = tokens.extremes()
+        candidates = self.plan.last - self.plan.first
+        return find_cut(tokens, self.plan.num_heavy, least, most + 1, candidates, slack=0)
+
+    def take(self, parts: list[Part], cut: Cut) -> Taken:
+        """Writes which cells are taken from, and at which place of the winners each begins.
+
+        Of the cells at the cut all tokens are taken, or the first of the only one; otherwise their
+        tokens are looked for in the order of their positions.
+        """
+        outputs, budget = self.outputs, self.step.budget
+        at = [(part.rank == cut.rank).astype(jnp.int32) for part in parts]
+        sizes_at = [one * part.size for one, part in zip(at, parts, strict=True)]
+        cells_at_cut, tied = reduced_together(
+            (sum(at[1:], at[0]), sum(sizes_at[1:], sizes_at[0])), jnp.sum
+        )
+        by_cell = (cells_at_cut <= 1) | (tied <= cut.ties)
+        at_cut = jnp.minimum(tied, cut.ties)
+        of_tied = jnp.where(by_cell, at_cut, 0)
+        takes = [
+            jnp.where(part.rank > cut.rank, part.size, one * jnp.minimum(part.size, of_tied))
+            for one, part in zip(at, parts, strict=True)
+        ]
+        # Two counts share a prefix sum: cells that are taken from, and what is taken.
+        marks = [jnp.where(take > 0, (1 << 16) + take, 0) for take in takes]
+        own = sum(marks[1:], marks[0])
+        until = jnp.cumsum(own)
+        # Neither count shrinks along the cells.
+        whole = jnp.minimum(jnp.max(until & 0xFFFF), self.plan.num_heavy)
+        backend.barrier()
+        before = until - own
+        for part, take, mark in zip(parts, takes, marks, strict=True):
+            first, number = before & 0xFFFF, before >> 16
+            taken = (take > 0) & (first < budget) & (number >= 0) & (number < budget)
+            into = outputs.cell.at[self.kv_row, self.query, jnp.where(taken, number, budget)]
+            backend.store(into, part.cell << FIRST_BITS | first, mask=taken)
+            into = outputs.begins.at[self.kv_row, self.query, jnp.where(taken, first, budget)]
+            backend.store(into, jnp.ones_like(first), mask=taken)
+            before += mark
+        backend.barrier()
+        return Taken(cut, whole, by_cell, at_cut)
+
+    def read_lists(self, taken: Taken) -> None:
+        """Writes the positions of the winners in lists to scratch, cell by cell."""
+        outputs, place = self.outputs, self.place
+        at = outputs.begins.at[self.kv_row, self.query, place]
+        begin = backend.load(at, mask=place < self.step.budget, other=0)
+        number, exists = jnp.maximum(jnp.cumsum(begin) - 1, 0), place < taken.whole
+        at = outputs.cell.at[self.kv_row, self.query, number]
+        both = backend.load(at, mask=exists, other=0)
+        cell = jnp.clip(both >> FIRST_BITS, 0, self.step.config.num_cells - 1)
+        old, new = (self.starts(which, cell, exists) for which in (0, 1))
+        entry = old + place - (both & ((1 << FIRST_BITS) - 1))
+        has_moved = self.state.begun & (entry >= self.state.still)
+        entry += jnp.where(has_moved, new - old, 0)
+        entry = jnp.clip(entry, 0, self.step.S - 1)
+        position = backend.load(self.inputs.order.at[self.kv_row, entry], mask=exists, other=0)
+        into = outputs.positions.at[self.kv_row, self.query, place]
+        backend.store(into, position, mask=exists)
+
+    def look_for_tied(self, taken: Taken) -> Array:
+        """Writes positions of the first tokens at the cut, if need be; how many winners now."""
+        budget = self.step.budget
+
+        def look(state):
+            begin, count = state
+            token = begin + jnp.arange(TIED_BLOCK, dtype=jnp.int32)
+            mark = self.ranks_of_tokens(token, token < self.sealed) == taken.cut.rank
+            until = count + jnp.cumsum(mark.astype(jnp.int32))
+            found = mark & (until <= taken.at_cut)
+            into = jnp.where(found, taken.whole + until - 1, budget + PAIRS_AT_ONCE)
+            found &= into < budget
+            at = self.outputs.positions.at[self.kv_row, self.query, into]
+            backend.store(at, token, mask=found)
+            return begin + TIED_BLOCK, jnp.max(until)
+
+        _, found = lax.while_loop(
+            lambda state: ~taken.by_cell & (state[1] < taken.at_cut) & (state[0] < self.sealed),
+            look,
+            (self.plan.first, jnp.int32(0)),
+        )
+        return jnp.minimum(taken.whole + jnp.minimum(found, taken.at_cut), self.plan.num_heavy)
+
+    def list_sealed(self, count: Array, writer: Writer) -> None:
+        """Puts the winners in scratch in order."""
+        positions = self.outputs.positions
+        # So that positions are compared by loads without a mask.
+        behind = count + jnp.arange(PAIRS_AT_ONCE, dtype=jnp.int32)
+        positions[self.kv_row, self.query, behind] = jnp.full(PAIRS_AT_ONCE, HIGHEST)
+        backend.barrier()
+        exists = self.place < count
+        at = positions.at[self.kv_row, self.query, self.place]
+        position = backend.load(at, mask=exists, other=HIGHEST)
+        position = jnp.clip(position, self.plan.first, self.plan.last - 1)
+        position = jnp.where(exists, position, HIGHEST)
+        by_bits = self.outputs.bits is not None
+        smaller = (self.count_by_bits if by_bits else self.count_by_pairs)(position, exists, count)
+        writer.put(position, smaller, exists & (smaller < self.plan.num_heavy))
+
+    def count_by_pairs(self, position: Array, _: Array, count: Array) -> Array:
+        """How many of the positions in scratch are smaller, by comparing all pairs."""
+
+        def compare(i, smaller):
+            def read(at):
+                return self.outputs.positions[self.kv_row, self.query, at]
+
+            others = read_together(read, i, len(position))
+            # Twice the count: of ones alone the compiler would make a slower population count.
+            return sum((jnp.where(other < position, 2, 0) for other in others), smaller)
+
+        turns = lax.div(count + (PAIRS_AT_ONCE - 1), PAIRS_AT_ONCE)
+        return lax.fori_loop(0, turns, compare, jnp.zeros_like(position)) >> 1
+
+    def count_by_bits(self, position: Array, exists: Array, _: Array) -> Array:
+        """How many positions are smaller, by setting a bit for each and counting bits."""
+        bits, before = self.outputs.bits, self.outputs.bits_before
+        word = jnp.where(exists, position >> 5, before.shape[2])
+        bit = jnp.where(exists, 1 << (position & 31), 0)
+        backend.add(bits, (self.kv_row, self.query, word), bit)
+        backend.barrier()
+
+        def count(word, exists, so_far):
+            own = backend.load(bits.at[self.kv_row, self.query, word], mask=exists, other=0)
+            until = jnp.cumsum(lax.population_count(own))
+            until_word = so_far + until - lax.population_count(own)
+            backend.store(before.at[self.kv_row, self.query, word], until_word, mask=exists)
+            return so_far + jnp.max(until)
+
+        self.for_each_word(count, self.plan.last, jnp.int32(0))
+        backend.barrier()
+        own, until_word = (
+            backend.load(ref.at[self.kv_row, self.query, word], mask=exists, other=0)
+            for ref in (bits, before)
+        )
+        return until_word + lax.population_count(own & (bit - 1))
+
+    def for_each_word(self, visit, end: Array, carry) -> None:
+        """visit(words, which of them exist, carry) for all up to position `end`, some at once."""
+        num_words = self.outputs.bits_before.shape[2]
+        at_once = min(power_of_2_from(num_words), self.step.tuning.words_at_once)
+        first = lax.div(self.plan.first, 32)
+
+        def some(i, carry):
+            word = first + i * at_once + jnp.arange(at_once, dtype=jnp.int32)
+            return visit(word, word * 32 < end, carry)
+
+        words = lax.div(end + 31, 32) - first
+        lax.fori_loop(0, lax.div(words + (at_once - 1), at_once), some, carry)
+
+    def list_tail(self, tail: Tail, taken: Taken, count: Array, writer: Writer) -> None:
+        """Puts the winners of the tail, which lie behind all that is sealed, in its order."""
+        cut = taken.cut
+        ties_left = cut.ties - taken.at_cut
+        mark = jnp.where(tail.rank > cut.rank, 1 << 16, (tail.rank == cut.rank).astype(jnp.int32))
+        until = jnp.cumsum(mark)
+        ties = until & 0xFFFF
+        best = (mark > 1) | ((mark == 1) & (ties <= ties_left))
+        place = count + (until >> 16) + jnp.minimum(ties, ties_left) - 1
+        writer.put(tail.position, place, best & (place >= 0) & (place < self.plan.num_heavy))
+
+
+def cells_select_kernel(
+    program, inputs: Inputs, outputs: Outputs, *, step: Step, sealing: Sealing, num_warps: int
+):
+    kv_row, query = program // step.Q, program % step.Q
+    row = kv_row // step.K
+    plan = plan_query(step, inputs.lengths, kv_row, 0)
+    writer = Writer(Lists(outputs.indices, outputs.counts, outputs.weights), kv_row, query, plan)
+    writer.settle()
+
+    length = inputs.lengths.lengths[row]
+    sealed = sealed_at(length, inputs.base[row], sealing, step.S)
+    state = progress(length, sealed, sealing, step.S)
+    place = jnp.arange(max(power_of_2_from(step.budget), 32 * num_warps), dtype=jnp.int32)
+    search = Search(step, sealing, inputs, outputs, kv_row, query, plan, sealed, state, place)
+    fits = search.state_fits()
+
+    @pl.when((plan.num_heavy > 0) & ~fits)
+    def _():
+        writer.put(plan.first + place, place, place < plan.num_heavy)
+
+    @pl.when((plan.num_heavy > 0) & fits)
+    def _():
+        search.prepare()
+        parts, tail = search.score_all()
+        taken = search.take(parts, search.find_cut(parts, tail))
+        search.read_lists(taken)
+        count = search.look_for_tied(taken)
+        search.list_sealed(count, writer)
+        search.list_tail(tail, taken, count, writer)
+
+
+def select_cells(
+    step: Step,
+    tables: Tables,
+    codes: UInt8[Array, "R M S"],
+    lengths: Lengths,
+    cells: Cells,
+    weights: Float[Array, "R Q S"] | None,
+) -> Lists:
+    """Everything of a selection that follows the tables, in one kernel, for one query token.
+
+    Arguments and result are those of `select_threshold`, and the state of the cells.
+
+    Source: CONTRACT.md, section 3.
+    """
+    budget = step.budget
+    num_warps = step.tuning.warps_for_cells(step.config.num_cells, budget)
+    num_words = pl.cdiv(step.S, 32) if budget > step.tuning.most_paired else None
+
+    def integers(number):
+        return jax.ShapeDtypeStruct((step.R, step.Q, number), np.int32)
+
+    what = backend.Launch(
+        functools.partial(
+            cells_select_kernel, step=step, sealing=cells.sealing, num_warps=num_warps
+        ),
+        Inputs(
+            lengths,
+            cells.base,
+            tables.by_query,
+            codes,
+            cells.starts.reshape(step.R, *cells.starts.shape[2:]),
+            cells.order.reshape(step.R, step.S),
+            weights,
+        ),
+        Outputs(
+            *list_shapes(step),
+            begins=integers(budget),
+            cell=integers(budget),
+            positions=integers(budget + PAIRS_AT_ONCE),
+            bits=integers(num_words + 1) if num_words else None,
+            bits_before=integers(num_words) if num_words else None,
+        ),
+        programs=step.R * step.Q,
+        in_place=("weights",),
+    )
+    outputs = backend.launch(what, num_warps=num_warps)
+    return Lists(outputs.indices, outputs.counts, outputs.weights)

@@ -1,0 +1,247 @@
+"""The state of an index and what a step returns: the ground floor, on which all else stands."""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jaxtyping import Float, Int32, UInt8
+
+from jax_indexer.config import IndexerConfig
+from jax_indexer.layout import power_of_2_from
+
+# New tokens that an update of cells takes; where more come at once, all of the row is listed anew.
+MOST_NEW = 8
+# Tokens that are counted for each new one.
+RATE = 4
+SMALLEST_SEGMENT = 512
+# Moving all lists takes this many tokens where blocks from small to large allow it, and never more
+# than the most.
+MOVES, MOST_MOVES = 128, 512
+SMALLEST_BLOCK, LARGE_BLOCK = 256, 4096
+
+
+@dataclasses.dataclass(frozen=True)
+class Sealing:
+    """How the candidates of an index are sealed: static.
+
+    Attributes:
+      first_candidate: of the config that the state was made for.
+      window_size: likewise.
+      segment: tokens that are sealed together, a power of two.
+      block: entries that move for each new token, a power of two.
+    """
+
+    first_candidate: int
+    window_size: int
+    segment: int
+    block: int
+
+    @property
+    def margin(self) -> int:
+        """Tokens at the end of a row that are not sealed: the window, and what an append writes."""
+        return max(self.window_size, MOST_NEW)
+
+    @property
+    def ring(self) -> int:
+        """Entries of the ring: a step may read as many blocks as others wait to be written."""
+        return 2 * MOST_NEW * self.block
+
+    def most_waiting(self, capacity: int) -> int:
+        """Tokens that wait to be sealed, at the most: one more, and the segment is sealed."""
+        return self.segment + -(-capacity // self.block) + 2 * MOST_NEW
+
+    def most_tail(self, capacity: int) -> int:
+        """Candidates in the tail, at the most."""
+        return self.most_waiting(capacity) + self.margin - self.window_size
+
+
+def sealing_for(
+    capacity: int,
+    config: IndexerConfig,
+    *,
+    smallest_segment: int = SMALLEST_SEGMENT,
+    smallest_block: int = SMALLEST_BLOCK,
+    most_moves: int = MOST_MOVES,
+) -> Sealing:
+    """How a cache of this capacity is sealed."""
+    block = max(
+        min(power_of_2_from(-(-capacity // MOVES)), LARGE_BLOCK),
+        power_of_2_from(-(-capacity // most_moves)),
+        smallest_block,
+    )
+    moves = -(-capacity // block)
+    # The next segment must not be counted in the step that seals this one, which is the first with
+    # more than segment + moves + 2 * MOST_NEW tokens waiting, by MOST_NEW at the most. So up to
+    # moves + 3 * MOST_NEW are left, and counting must begin with more: behind
+    # segment - segment / RATE.
+    least = -(-(moves + 3 * MOST_NEW) * RATE // (RATE - 1))
+    segment = max(power_of_2_from(least), smallest_segment)
+    return Sealing(config.first_candidate, config.window_size, segment, block)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Cells:
+    """State of the "cells" selector: the tokens of a kv head by the codes they have.
+
+    With M subspaces a key lies in one of C**M cells of the inverted multi-index, and all keys of a
+    cell have one score. Candidates before some position, the *sealed* ones, are listed cell by
+    cell; those from there on, the *tail*, need no lists, since candidates become such in the order
+    of their positions.
+
+    For each kv head it takes 4 bytes a token, 8 a cell, 4 a token of a segment, and the ring: half
+    a byte a token at the most where there are 32768 or more, else 16 KiB.
+
+    Attributes:
+      starts: where each cell's list begins, with a last entry for the end; and, while a segment
+        goes in, where it will. Before that, how many counted tokens of the segment lie in each
+        cell.
+      order: positions of the sealed candidates cell by cell, ascending in each.
+      earlier: how many tokens of the segment before a counted one are in its cell.
+      ring: positions that were read from `order` and are not written to their new place yet;
+        2 * MOST_NEW * block of them.
+      base: the position up to which candidates were sealed when all were listed at once.
+      sealing: how tokens are sealed since.
+
+    Source: the inverted multi-index of Babenko and Lempitsky (2012).
+    """
+
+    starts: Int32[Array, "B K 2 C**M+1"]
+    order: Int32[Array, "B K S"]
+    earlier: Int32[Array, "B K segment"]
+    ring: Int32[Array, "B K ring"]
+    base: Int32[Array, "B"]
+    sealing: Sealing = dataclasses.field(metadata={"static": True})
+
+    def sealed(self, lengths: Int32[Array, "B"]) -> Int32[Array, "B"]:
+        """The position up to which candidates are sealed, in rows of these lengths."""
+        return sealed_at(lengths, self.base, self.sealing, self.order.shape[-1])
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PQIndex:
+    """The product-quantized keys of a cache: a pytree whose shapes never change while decoding.
+
+    Attributes:
+      codebooks: centroids, float32, bfloat16 or float16; D' = H // M, and one more for the
+        inner-product metric.
+      codes: the nearest centroid of every subvector; only the low bits count.
+      lengths: tokens in the cache; what lies past them has no meaning.
+      phi: inner-product metric only, else None: the largest squared norm of a training subvector.
+      cells: state of the "cells" selector with `config.cells`, else None.
+
+    Source: CONTRACT.md, section 4.
+    """
+
+    codebooks: Float[Array, "B K M C D'"]
+    codes: UInt8[Array, "B K M S"]
+    lengths: Int32[Array, "B"]
+    phi: Float[Array, "B K M"] | None = None
+    cells: Cells | None = None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Selection:
+    """The tokens to attend to: a pytree, of which one spec of B, T and N does for all arrays.
+
+    Attributes:
+      indices: positions in ascending order, unique, -1 past `counts`; P = config.max_selected(T).
+      counts: how many positions are listed.
+      weights: None unless asked for: in the query's dtype, 1 at listed tokens, else 0.
+      capacity: S of the index, which a cache must have too; static; None where it is not known.
+    """
+
+    indices: Int32[Array, "B T N P"]
+    counts: Int32[Array, "B T N"]
+    weights: Float[Array, "B T N S"] | None = None
+    capacity: int | None = dataclasses.field(default=None, metadata={"static": True})
+
+
+class Progress(NamedTuple):
+    """How far a row's next segment is.
+
+    Attributes:
+      waiting: tokens in the tail that may be sealed.
+      entries: in the lists, without the segment.
+      counted: tokens of the segment that are counted.
+      read: blocks that were read into the ring, block i from i * block entries before the end on.
+      moved: blocks that were written to their new place.
+      still: entries that were not.
+      begun: whether the segment is counted: new starts are there.
+      done: whether the segment can be sealed: all blocks have moved, in an earlier step.
+    """
+
+    waiting: Array
+    entries: Array
+    counted: Array
+    read: Array
+    moved: Array
+    still: Array
+    begun: Array
+    done: Array
+
+
+def progress(length: Array, sealed: Array, sealing: Sealing, capacity: int) -> Progress:
+    """How far a row is, for scalars or arrays of them.
+
+    Args:
+      length: tokens in the row; clipped to 0..S.
+      sealed: the position up to which its candidates are sealed.
+      sealing: how tokens are sealed.
+      capacity: S.
+
+    Returns:
+      A Progress, the same for all heads of the row.
+    """
+    length = jnp.minimum(jnp.maximum(length, 0), capacity)
+    # Step by step: sizes may be so large that a sum would overflow.
+    waiting = jnp.maximum(jnp.maximum(length - sealing.margin, 0) - sealed, 0)
+    entries = jnp.maximum(sealed - sealing.first_candidate, 0)
+    moves = _moves(entries, sealing)
+    missing = jnp.maximum(sealing.segment - waiting, 0)
+    counted = jnp.maximum(sealing.segment - RATE * jnp.minimum(missing, sealing.segment), 0)
+    # A step writes what an earlier one read: no two programs of a launch need the same entry.
+    read = jnp.minimum(jnp.maximum(waiting - sealing.segment, 0), moves)
+    moved = jnp.minimum(jnp.maximum(waiting - (sealing.segment + MOST_NEW), 0), moves)
+    still = jnp.maximum(entries - moved * sealing.block, 0)
+    begun, done = missing == 0, waiting - (sealing.segment + 2 * MOST_NEW) > moves
+    return Progress(waiting, entries, counted, read, moved, still, begun, done)
+
+
+def _moves(entries: Array, sealing: Sealing) -> Array:
+    """Blocks of the lists."""
+    return lax.div(entries + (sealing.block - 1), jnp.full_like(entries, sealing.block))
+
+
+def sealed_at(length: Array, base: Array, sealing: Sealing, capacity: int) -> Array:
+    """The position up to which candidates are sealed, for scalars or arrays of lengths.
+
+    A segment is sealed at a length that follows from how many were before it, so that nothing but
+    the length need be kept.
+
+    Args:
+      length: tokens in the row; clipped to 0..S.
+      base: as in Cells.
+      sealing: how tokens are sealed.
+      capacity: S.
+
+    Returns:
+      base plus the segments that were sealed since; base is clipped to the cache.
+    """
+    # No position before the first is read, whatever is set by hand.
+    first = sealing.first_candidate
+    base = jnp.minimum(jnp.maximum(base, first), max(capacity, first))
+    now = progress(length, base, sealing, capacity)
+    # Of segments before it a segment needs so many tokens: i * segment + moves(i) < behind. It is
+    # the last with i * segment < behind, or the one before, since moves take less than a segment.
+    behind = now.waiting - (sealing.segment + 2 * MOST_NEW)
+    last = lax.div(jnp.maximum(behind - 1, 0), jnp.full_like(behind, sealing.segment))
+    entries = now.entries + last * sealing.segment
+    moves = _moves(entries, sealing)
+    is_sealed = last * sealing.segment + moves < behind
+    more = jnp.where(behind > 0, last + is_sealed.astype(jnp.int32), 0)
+    return base + more * sealing.segment
