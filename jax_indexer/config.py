@@ -11,7 +11,7 @@ Metric = Literal["euclidean", "ip"]
 Implementation = Literal["triton", "xla"]
 Selector = Literal["top_k", "threshold", "cells"]
 
-# Of the "cells" selector: a program holds all of them, and a place and a cell share an integer.
+# Limits of the "cells" selector: a program holds all cells, and a place and a cell share a word.
 MOST_CELLS = 16384
 LARGEST_BUDGET_OF_CELLS = (1 << 15) - 1
 # Where it is faster than the "threshold" selector: tokens of a cache from which on, and cells up to

@@ -465,10 +465,10 @@ def _appended(
     room, lengths = reference.make_room(index.lengths, counts, step.T, step.S)
 
     def xla(key_new, index, room, lengths):
-        return reference.append(key_new, index, room, lengths, config, kv_layout)
+        return reference.append_tokens(key_new, index, room, lengths, config, kv_layout)
 
     def triton(key_new, index, room, lengths):
-        return pipeline.append(step, key_new, index, room, lengths)
+        return pipeline.launch_append(step, key_new, index, room, lengths)
 
     arguments = key_new, index, room, lengths
     return backend.dispatch(xla, triton, *arguments, implementation=implementation)

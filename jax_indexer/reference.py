@@ -29,7 +29,7 @@ DISTANCES_IN_MEMORY = 2**22
 # Tokens assigned at once in training, in distances of one codebook: what a cache holds.
 DISTANCES_AT_ONCE = 2**20
 
-# Of the ordered integers that stand for scores: what is no candidate, then NaN, then -inf.
+# The lowest ranks: what is no candidate, then NaN; -inf follows.
 NOT_A_CANDIDATE = np.int32(np.iinfo(np.int32).min)
 NAN_RANK = np.int32(np.iinfo(np.int32).min + 1)
 
@@ -98,7 +98,7 @@ def visible_tokens(
 ) -> Int32[Array, "B T"]:
     """V of every query token: lengths clipped to the capacity, less the step's later tokens.
 
-    Of the step's tokens each row has taken the first `counts`, None for all; the others see none.
+    Each row has taken the first `counts` of the step's tokens, None for all; the others see none.
     """
     lengths = jnp.clip(lengths, 0, capacity)[:, None]
     token = jnp.arange(num_query_tokens, dtype=jnp.int32)[None]
@@ -203,7 +203,7 @@ def select_from_table(
     return Selection(*found, weights, capacity)
 
 
-def select(
+def select_tokens(
     query: Float[Array, "B T N H"],
     index: PQIndex,
     config: IndexerConfig,
@@ -277,7 +277,7 @@ def encode_tokens(
 ) -> UInt8[Array, "B K M t"]:
     """Codes of each row's tokens, in chunks that bound the distances held in memory.
 
-    Of a row that takes none of several new tokens nothing is encoded, and its codes mean nothing.
+    Nothing is encoded for a row that takes none of several new tokens; its codes mean nothing.
     """
     kv_heads, tokens = key.shape[1:3]
     num_subspaces, num_centroids = codebooks.shape[2:4]
@@ -422,7 +422,7 @@ def make_room(
     return Room(start, taken), jnp.where(taken > 0, start + taken, lengths)
 
 
-def append(
+def append_tokens(
     key_new: Float[Array, "B _ _ H"],
     index: PQIndex,
     room: Room,

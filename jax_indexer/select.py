@@ -135,10 +135,10 @@ def _select(
         chosen = selector or default_selector(config, step.S, T)
 
         def xla(query, index, counts):
-            return reference.select(query, index, config, counts, weights_dtype)
+            return reference.select_tokens(query, index, config, counts, weights_dtype)
 
         def triton(query, index, counts):
-            return pipeline.select(step, query, index, counts, chosen)
+            return pipeline.launch_select(step, query, index, counts, chosen)
 
         return backend.dispatch(xla, triton, query, index, counts, implementation=implementation)
 
@@ -172,13 +172,11 @@ def _step(
         taken = None if counts is None else room.taken
 
         def xla(query, key_new, index, room, lengths, taken):
-            index = reference.append(key_new, index, room, lengths, config, kv_layout)
-            return reference.select(query, index, config, taken, weights_dtype), index
+            index = reference.append_tokens(key_new, index, room, lengths, config, kv_layout)
+            return reference.select_tokens(query, index, config, taken, weights_dtype), index
 
         def triton(query, key_new, index, room, lengths, taken):
-            return pipeline.append_and_select(
-                step, query, key_new, index, room, lengths, taken, chosen
-            )
+            return pipeline.launch_step(step, query, key_new, index, room, lengths, taken, chosen)
 
         arguments = query, key_new, index, room, lengths, taken
         return backend.dispatch(xla, triton, *arguments, implementation=implementation)

@@ -82,16 +82,16 @@ def check_step(index, query, key_new, config, *, with_none):
     _, T, N, _ = query.shape
     step = Step.of(index, config, T=T, N=N, weights_dtype=np.dtype(np.float32))
     room, lengths = reference.make_room(index.lengths, None, T, step.S)
-    alone = pipeline.append(step, key_new, index, room, lengths)
+    alone = pipeline.launch_append(step, key_new, index, room, lengths)
     for selector in ("threshold", "top_k"):
         inputs = query, key_new, index, room, lengths, None
-        lists, after = pipeline.append_and_select(step, *inputs, selector)
+        lists, after = pipeline.launch_step(step, *inputs, selector)
         np.testing.assert_array_equal(after.codes, alone.codes)
         np.testing.assert_array_equal((np.asarray(lists.indices) >= 0).sum(-1), lists.counts)
         np.testing.assert_array_equal(np.asarray(lists.weights).sum(-1), lists.counts)
         if with_none:
             bare = dataclasses.replace(step, weights_dtype=None)
-            again = pipeline.select(bare, query, alone, None, selector)
+            again = pipeline.launch_select(bare, query, alone, None, selector)
             np.testing.assert_array_equal(again.indices, lists.indices)
     return lists
 
@@ -138,7 +138,7 @@ def check_cells(index, query, key_new, config, lists) -> None:
         for first in (start - 1, start):  # what is due in both steps is done in one or the other
             room = reference.Room(jnp.maximum(first, 0), jnp.ones_like(start))
             inputs = query, key_new, now, room, room.start + 1, None
-            got, now = pipeline.append_and_select(step, *inputs, "cells")
+            got, now = pipeline.launch_step(step, *inputs, "cells")
         if number == 0:
             np.testing.assert_array_equal(got.indices, lists.indices)
             np.testing.assert_array_equal(np.asarray(got.weights).sum(-1), got.counts)

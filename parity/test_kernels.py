@@ -90,7 +90,7 @@ def append_codes(key_new, codebooks, codes, phi, start, taken, *, kv_layout):
     index = PQIndex(codebooks, codes, start, phi)
     num_new = key_new.shape[kv_layout.index("S")]
     step = Step.of(index, config, T=num_new, kv_layout=kv_layout)
-    return pipeline.append(step, key_new, index, reference.Room(start, taken), start).codes
+    return pipeline.launch_append(step, key_new, index, reference.Room(start, taken), start).codes
 
 
 RUNNERS = {"interpreter": (), "checked memory": (), "triton": pytest.mark.gpu}

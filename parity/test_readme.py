@@ -5,23 +5,41 @@ import re
 import shlex
 from pathlib import Path
 
+import jax
+import numpy as np
+
 from benchmarks import choice
 
 README = Path(__file__).parents[1] / "README.md"
 
 
 def test_the_examples_run_as_pasted(capsys):
-    decode, serve = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
+    found = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
+    first, decode, serve, devices = found
     scope = {}
-    exec(compile(decode, README.name, "exec"), scope)
+    exec(compile(first, README.name, "exec"), scope)
     assert (
         capsys.readouterr().out == f"{scope['selection'].indices.shape} [64 64 64 64 64 64 64 64]\n"
     )
     assert scope["out"].shape == (1, 1, 8, 64)
     assert scope["index"].lengths.tolist() == [4001]
+    exec(compile(decode, README.name, "exec"), scope)
+    assert scope["index"].lengths.tolist() == [4009]
+    assert scope["outputs"].shape == (8, 1, 1, 8, 64)
+    new_keys = np.asarray(scope["tokens"][1])[:, 0, 0]
+    np.testing.assert_array_equal(scope["cache"][0, 4001:4009], new_keys)
     exec(compile(serve, README.name, "exec"), scope)
     assert scope["index"].lengths.tolist() == [3000]
     assert scope["drifted"].tolist() == [False]
+    exec(compile(devices, README.name, "exec"), scope)
+    assert scope["parts"].lengths.tolist() == [4001] * jax.device_count()
+    specs = jax.tree.map(lambda x: scope["P"](*("rows", "heads")[: x.ndim]), scope["index"])
+    assert specs.codes == scope["P"]("rows", "heads")
+    assert specs.lengths == scope["P"]("rows")
+
+
+def test_it_is_short():
+    assert len(README.read_bytes()) <= 12_000
 
 
 def test_the_pictures_exist():

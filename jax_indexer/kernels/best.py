@@ -350,7 +350,7 @@ def emit_best(ranks: Ranks, cut: Cut, emit: Callable[[Array, Array, Array], None
             emit(first + offset, best, place)
         if ranks.most <= ranks.chunk:
             return before
-        # Of the last thread: neither count shrinks along the list.
+        # The last thread has the largest counts: neither shrinks along the list.
         return above_before + jnp.max(until >> 16), ties_before + jnp.max(until & 0xFFFF)
 
     ranks.fold(visit, (jnp.int32(0), jnp.int32(0)))

@@ -228,8 +228,8 @@ class Search(NamedTuple):
     def take(self, parts: list[Part], cut: Cut) -> Taken:
         """Writes which cells are taken from, and at which place of the winners each begins.
 
-        Of the cells at the cut all tokens are taken, or the first of the only one; otherwise their
-        tokens are looked for in the order of their positions.
+        All tokens of the cells at the cut are taken, or the first of the only one; otherwise these
+        are looked for in the order of their positions.
         """
         outputs, budget = self.outputs, self.step.budget
         at = [(part.rank == cut.rank).astype(jnp.int32) for part in parts]

@@ -64,32 +64,32 @@ def appended(
     return dataclasses.replace(index, codes=codes, lengths=lengths, cells=cells)
 
 
-def append(
+def launch_append(
     step: Step,
     key_new: Float[Array, "B _ _ H"],
     index: PQIndex,
     room: Room,
     lengths: Int32[Array, "B"],
 ) -> PQIndex:
-    """What `reference.append` does, in one launch."""
+    """What `reference.append_tokens` does, in one launch."""
     made = launched(step, append_launches(step, key_new, index, room))
     return appended(step, index, room, lengths, made)
 
 
-def select(
+def launch_select(
     step: Step,
     query: Float[Array, "B T N H"],
     index: PQIndex,
     counts: Int32[Array, "B"] | None,
     selector: Selector,
 ) -> Selection:
-    """What `reference.select` does."""
+    """What `reference.select_tokens` does."""
     lengths = Lengths(index.lengths, counts)
     made = launched(step, query_launches(step, query, index, lengths))
     return selected(step, made, index, lengths, selector)
 
 
-def append_and_select(
+def launch_step(
     step: Step,
     query: Float[Array, "B T N H"],
     key_new: Float[Array, "B _ _ H"],

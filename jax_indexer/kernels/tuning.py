@@ -90,7 +90,7 @@ class Tuning:
         return self.cells_warps or min(max(num_cells // (16 * 32), least), 32)
 
     def warps_for_groups(self, num_groups: int, programs: int) -> int:
-        """Of the threshold selector, for lists of this many groups."""
+        """Warps of the threshold selector, for lists of this many groups."""
         if self.threshold_warps:
             return self.threshold_warps
         if num_groups <= 1024:
