@@ -276,6 +276,24 @@ def show(console: Any, demo: Demo, results: Sequence[Result]) -> None:
     )
 
 
+def advise(console: Any, demo: Demo, results: Sequence[Result]) -> None:
+    """Prints what the figures mean for another model, and what to do next."""
+    best = min(results, key=lambda result: result.error)
+    config = demo.config
+    console.print(
+        f"\n[bold]For your own model.[/] At a budget of {best.budget} a head's output moves by "
+        f"{best.error:.1%} of its length on average, by {best.exact_error:.1%} with exact top-k. "
+        "Where the two are far apart, finer codes bring them together: "
+        "--num-subspaces 8 --num-bits 8. Where exact top-k is off too, take a larger budget. "
+        "Heads that look for one token suffer first, so judge by your model's own loss."
+    )
+    console.print(
+        f"[bold]Next.[/] IndexerConfig(num_subspaces={config.num_subspaces}, "
+        f"num_bits={config.num_bits}, heavy_size={best.budget}), then build_index on your keys and "
+        "indexer_next in your decode step: README.md, Use."
+    )
+
+
 def draw(path: Path, demo: Demo, results: Sequence[Result]) -> None:
     """Draws attention mass and output error against the budget."""
     import matplotlib
@@ -478,6 +496,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             bar.update(task, description=f"decoding with budget {budget}")
             results.append(demo.decode(budget, lambda: bar.advance(task)))
     show(console, demo, results)
+    advise(console, demo, results)
     draw(options.out, demo, results)
     console.print(f"\nPicture: {options.out}", soft_wrap=True)
     return 0

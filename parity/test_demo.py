@@ -136,6 +136,10 @@ def test_the_command_prints_its_numbers_and_draws_them(tmp_path, capsys, monkeyp
     prose = " ".join(text.split())
     device = jax.devices()[0].device_kind
     assert f'Runs on {device}, implementation "{prepared.implementation}"' in prose
+    error, exact_error = recompute(prepared, 256)[3:5]
+    assert f"At a budget of 256 a head's output moves by {error:.1%}" in prose
+    assert f"by {exact_error:.1%} with exact top-k" in prose
+    assert "IndexerConfig(num_subspaces=2, num_bits=6, heavy_size=256)" in prose
     # Codes: 2 of a byte a token; codebooks: 2 x 64 x 32 float32; the length; 64 float16 a key.
     assert "32.8 kB for the index (codes 16.4 kB, codebooks 16.4 kB)" in prose
     assert "1,048.6 kB for the keys in float16: 3.1%" in prose
