@@ -21,10 +21,40 @@ from jax_indexer.kernels import backend
 from jax_indexer.layout import KVLayout, key_letters
 from jax_indexer.state import Cells, PQIndex, Sealing, Selection
 
-INT32 = (np.dtype(jnp.int32),)
-BOOL = (np.dtype(bool),)
-
 SEVERAL_LAYERS = "of an index for several layers take one at a time, by lax.scan or jax.vmap"
+
+
+class Expected(NamedTuple):
+    """What an annotation says of an array."""
+
+    axes: tuple[str, ...]
+    dtypes: tuple[np.dtype, ...]
+    is_optional: bool = False
+
+    @property
+    def letters(self) -> str:
+        """The axes, separated by spaces."""
+        return " ".join(self.axes)
+
+
+@functools.cache
+def annotated_arrays(owner: Any) -> dict[str, Expected]:
+    """The arrays of a state, or of a function's arguments, by name, read from their annotations."""
+    found = {}
+    for name, hint in get_type_hints(owner).items():
+        kinds = [x for x in (hint, *get_args(hint)) if hasattr(x, "dim_str")]
+        if kinds:
+            names = kinds[0].dtypes  # of bool[] two for one dtype
+            dtypes = FLOAT_DTYPES if "float32" in names else (np.dtype(names[0]),)
+            is_optional = type(None) in get_args(hint)
+            found[name] = Expected(tuple(kinds[0].dim_str.split()), dtypes, is_optional)
+    return found
+
+
+# What several functions take. A test holds it to their annotations.
+QUERY = Expected(("B", "T", "N", "H"), FLOAT_DTYPES)
+NUMBERS = Expected(("B",), (np.dtype(jnp.int32),))
+ROWS = Expected(("B",), (np.dtype(bool),))
 
 
 class Sizes(dict[str, int]):
@@ -59,29 +89,26 @@ class Sizes(dict[str, int]):
 def check_array(
     name: str,
     value: Any,
-    letters: str,
+    expected: Expected,
     sizes: Sizes,
-    dtypes: Iterable[np.dtype],
     fixes: Mapping[str, str] = MappingProxyType({}),
     kv_layout: KVLayout | None = None,
 ) -> None:
-    """Checks one array against the axes named in `letters`, and learns the sizes of new ones.
+    """Checks one array against what is expected, and learns the sizes of axes that are new.
 
     Args:
       name: the argument's name, for the message.
       value: the argument.
-      letters: axes separated by spaces, such as "B T N H".
+      expected: its axes and dtypes.
       sizes: sizes known so far by letter; those of new letters are added.
-      dtypes: what is accepted.
-      fixes: what to do about a wrong size, by letter, or about a wrong number of axes, by
-        `letters`, where there is more to say than to mend it.
+      fixes: what to do about a wrong size, by letter, or about a wrong number of axes, by all
+        letters, where there is more to say than to mend it.
       kv_layout: what the order of the letters follows from, if from that.
 
     Raises:
       ValueError: for anything but an array of that rank, shape and dtype.
     """
-    dtypes = tuple(dtypes)
-    axes = letters.split()
+    axes, dtypes, letters = expected.axes, expected.dtypes, expected.letters
     wanted = "/".join(d.name for d in dtypes)
     wanted += "[" + ", ".join(f"{a}={sizes[a]}" if a in sizes else a for a in axes) + "]"
 
@@ -173,8 +200,8 @@ def check_key(
 ) -> None:
     """Checks a key or value array [B, tokens, K, head] in either layout."""
     check_choice("kv_layout", kv_layout, get_args(KVLayout))
-    letters = key_letters(kv_layout, tokens, head)
-    check_array(name, key, letters, sizes, FLOAT_DTYPES, kv_layout=kv_layout)
+    expected = Expected(tuple(key_letters(kv_layout, tokens, head).split()), FLOAT_DTYPES)
+    check_array(name, key, expected, sizes, kv_layout=kv_layout)
 
 
 def check_subspaces(name: str, config: IndexerConfig, sizes: Sizes) -> None:
@@ -200,35 +227,14 @@ def check_groups(sizes: Sizes) -> None:
         )
 
 
-class Field(NamedTuple):
-    """What the annotation of a state's array says."""
-
-    letters: str
-    dtypes: tuple[np.dtype, ...]
-    is_optional: bool
-
-
-@functools.cache
-def array_fields(state: type) -> dict[str, Field]:
-    """The arrays of a state by name, read from its annotations."""
-    found = {}
-    for name, hint in get_type_hints(state).items():
-        kinds = [x for x in (hint, *get_args(hint)) if hasattr(x, "dim_str")]
-        if kinds:
-            names = kinds[0].dtypes
-            dtypes = tuple(np.dtype(x) for x in names) if len(names) == 1 else FLOAT_DTYPES
-            found[name] = Field(kinds[0].dim_str, dtypes, type(None) in get_args(hint))
-    return found
-
-
 def check_fields(
     name: str, state: Any, sizes: Sizes, fixes: Mapping[str, str] = MappingProxyType({})
 ) -> None:
     """Checks the arrays of a state by its annotations."""
-    for field, (letters, dtypes, is_optional) in array_fields(type(state)).items():
+    for field, expected in annotated_arrays(type(state)).items():
         value = getattr(state, field)
-        if value is not None or not is_optional:
-            check_array(f"{name}.{field}", value, letters, sizes, dtypes, fixes)
+        if value is not None or not expected.is_optional:
+            check_array(f"{name}.{field}", value, expected, sizes, fixes)
 
 
 def check_index_type(index: Any) -> None:
@@ -332,7 +338,7 @@ def check_append(
     check_subspaces("key_new", config, sizes)
     check_index(index, config, sizes)
     if counts is not None:
-        check_array("counts", counts, "B", sizes, INT32)
+        check_array("counts", counts, NUMBERS, sizes)
     elif sizes["t"] > sizes["S"]:
         raise ValueError(
             f"key_new: expected at most t=S={sizes['S']} tokens, as many as a row can hold, "
@@ -354,12 +360,12 @@ def check_select(
     """Checks the arguments of `select`."""
     check_config(config)
     sizes = Sizes()
-    check_array("query", query, "B T N H", sizes, FLOAT_DTYPES)
+    check_array("query", query, QUERY, sizes)
     check_subspaces("query", config, sizes)
     check_index(index, config, sizes)
     check_groups(sizes)
     if counts is not None:
-        check_array("counts", counts, "B", sizes, INT32)
+        check_array("counts", counts, NUMBERS, sizes)
     check_choice("return_weights", return_weights, (True, False))
     check_choice("selector", selector, (None, *get_args(Selector)))
     if selector == "cells" and not config.cells:
@@ -379,7 +385,7 @@ def check_select(
 def check_step(query: Any, key_new: Any, kv_layout: Any) -> None:
     """Checks that queries and new keys are of the same step."""
     sizes = Sizes()
-    check_array("query", query, "B T N H", sizes, FLOAT_DTYPES)
+    check_array("query", query, QUERY, sizes)
     check_key("key_new", key_new, "t", kv_layout, sizes)
     check_groups(sizes)
     if sizes["t"] != sizes["T"]:
@@ -401,3 +407,5 @@ def check_selection(selection: Any, sizes: Sizes) -> None:
             f"key: expected S={selection.capacity} tokens, as the index that selected has, got "
             f"S={sizes['S']}; pass the whole cache{sizes.understood('key')}"
         )
+    lists = annotated_arrays(Selection)["indices"]
+    check_array("selection.indices", selection.indices, lists, sizes)

@@ -6,23 +6,24 @@ from typing import get_args
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jaxtyping import Float
 
 from jax_indexer import _arguments, reference
-from jax_indexer.config import FLOAT_DTYPES, Implementation
+from jax_indexer.config import Implementation
 from jax_indexer.layout import KVLayout
-from jax_indexer.select import Selection
+from jax_indexer.state import Selection
 
 
 def sparse_attention(
-    query: Array,
-    key: Array,
-    value: Array,
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B _ _ H"],
+    value: Float[Array, "B _ _ H'"],
     selection: Selection,
     *,
-    scale: float | None = None,
+    scale: float | Array | None = None,
     kv_layout: KVLayout = "BSKH",
     implementation: Implementation | None = None,
-) -> Array:
+) -> Float[Array, "B T N H'"]:
     """Softmax attention of every query head over the tokens listed for it.
 
     Args:
@@ -48,23 +49,12 @@ def sparse_attention(
     _arguments.check_choice("implementation", implementation, (None, *get_args(Implementation)))
     if implementation == "triton":
         raise NotImplementedError('implementation: sparse_attention has "xla" only; use None')
-    if not isinstance(selection, Selection):
-        raise ValueError(
-            f"selection: expected a Selection, got {type(selection).__name__}; "
-            "pass what select returned"
-        )
     sizes = _arguments.Sizes()
     _arguments.check_key("key", key, "S", kv_layout, sizes)
-    _arguments.check_array("query", query, "B T N H", sizes, FLOAT_DTYPES)
+    _arguments.check_array("query", query, _arguments.QUERY, sizes)
     _arguments.check_groups(sizes)
-    if selection.capacity not in (None, sizes["S"]):
-        raise ValueError(
-            f"key: expected S={selection.capacity} tokens, as the index that selected has, got "
-            f"S={sizes['S']}; pass the whole cache{sizes.understood('key')}"
-        )
+    _arguments.check_selection(selection, sizes)
     _arguments.check_key("value", value, "S", kv_layout, sizes, head="H'")
-    indices = selection.indices
-    _arguments.check_array("selection.indices", indices, "B T N P", sizes, _arguments.INT32)
     if scale is None:
         scale = sizes["H"] ** -0.5
     elif isinstance(scale, bool):
@@ -73,7 +63,7 @@ def sparse_attention(
         scale = float(scale)
     elif jnp.ndim(scale) or not jnp.issubdtype(getattr(scale, "dtype", bool), jnp.floating):
         raise ValueError(f"scale: expected a real number, got {scale!r}; pass a float or None")
-    return _attend(query, key, value, indices, jax.device_put(scale), kv_layout=kv_layout)
+    return _attend(query, key, value, selection.indices, jax.device_put(scale), kv_layout=kv_layout)
 
 
 @functools.partial(jax.jit, static_argnames=("kv_layout",))

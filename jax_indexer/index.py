@@ -64,7 +64,7 @@ def build_index(
             f"key: expected at most as many kv heads K as tokens S, got K={sizes['K']}, "
             f"S={sizes['S']}; pass the cache at its full capacity{sizes.understood('key')}"
         )
-    _arguments.check_array("lengths", lengths, "B", sizes, _arguments.INT32)
+    _arguments.check_array("lengths", lengths, _arguments.NUMBERS, sizes)
     _arguments.check_seed(seed)
     shape = sizes["B"], sizes["K"], config.num_subspaces, sizes["S"]
     codes = jax.ShapeDtypeStruct(shape, np.uint8)
@@ -119,11 +119,11 @@ def rebuild(
     Source: CONTRACT.md, section 4.
     """
     sizes = _arguments.check_with_cache(index, key, config, kv_layout)
-    _arguments.check_array("rows", rows, "B", sizes, _arguments.BOOL)
+    _arguments.check_array("rows", rows, _arguments.ROWS, sizes)
     if lengths is None:
         lengths = index.lengths
     else:
-        _arguments.check_array("lengths", lengths, "B", sizes, _arguments.INT32)
+        _arguments.check_array("lengths", lengths, _arguments.NUMBERS, sizes)
     _arguments.check_seed(seed)
     _check_training(implementation, config, sizes, key, index)
     return _rebuild(
@@ -204,8 +204,8 @@ def reset(index: PQIndex, rows: Bool[Array, "B"]) -> PQIndex:
     _arguments.check_index_type(index)
     sizes = _arguments.Sizes()
     fixes = {"B": _arguments.SEVERAL_LAYERS}
-    _arguments.check_array("index.lengths", index.lengths, "B", sizes, _arguments.INT32, fixes)
-    _arguments.check_array("rows", rows, "B", sizes, _arguments.BOOL)
+    _arguments.check_array("index.lengths", index.lengths, _arguments.NUMBERS, sizes, fixes)
+    _arguments.check_array("rows", rows, _arguments.ROWS, sizes)
     if index.cells is not None:
         _arguments.check_cells(index.cells, sizes)
     return _reset(index, rows)

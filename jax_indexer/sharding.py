@@ -23,7 +23,7 @@ from jax.experimental.custom_partitioning import (
 )
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from jax_indexer._arguments import array_fields
+from jax_indexer._arguments import annotated_arrays
 
 HEADS = ("K", "N")
 # Axes of a mesh that an axis of an array is split over.
@@ -92,7 +92,7 @@ def _named(name: str, letters: str | None, value: Any) -> Iterator[Named]:
     if letters is not None:
         yield Named(name, letters.split(), value)
         return
-    fields = array_fields(type(value))
+    fields = annotated_arrays(type(value))
     for field in dataclasses.fields(value):
         inner = getattr(value, field.name)
         if field.name in fields or dataclasses.is_dataclass(inner):

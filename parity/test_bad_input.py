@@ -23,6 +23,7 @@ from jax_indexer import (
     select,
     sparse_attention,
 )
+from jax_indexer._arguments import annotated_arrays
 
 B, T, N, K, H, S, M, C, P = 2, 1, 4, 2, 8, 32, 2, 4, 14
 CONFIG = IndexerConfig(num_subspaces=M, num_bits=2, heavy_size=4, sink_size=2, window_size=3)
@@ -290,6 +291,25 @@ def test_a_wrong_argument_of_the_inner_product_metric_is_named(case, compilation
         call(function, **{argument: value, "config": IP})
     check_message(error, argument, expected, got)
     assert compilations() == 0
+
+
+ANNOTATED = [
+    (function, argument, expected)
+    for function in FUNCTIONS
+    for argument, expected in annotated_arrays(FUNCTIONS[function]).items()
+    if argument not in ("return", "scale")
+]
+
+
+@pytest.mark.parametrize(("function", "argument", "expected"), ANNOTATED)
+def test_what_is_expected_of_an_argument_is_what_its_annotation_says(function, argument, expected):
+    with pytest.raises(ValueError, match="expected") as error:
+        call(function, **{argument: np.zeros([1] * 7)})
+    found = re.fullmatch(rf"{argument}: expected (.*)\[(.*)\], got .*", str(error.value))
+    dtypes, axes = found[1].split("/"), [x.partition("=")[0] for x in found[2].split(", ")]
+    assert dtypes == [d.name for d in expected.dtypes]
+    assert len(axes) == len(expected.axes)
+    assert all(want in (axis, "_") for axis, want in zip(axes, expected.axes, strict=True))
 
 
 def traceable(value):
