@@ -202,7 +202,7 @@ def print_times(steps: int = 200) -> None:
     def decode(x):
         def step(index, _):
             selection, index = indexer_next(x["query"], x["key_new"], index, config)
-            return index, selection.counts[..., 0]
+            return index, selection.counts
 
         index, _ = jax.lax.scan(step, x["index"], None, steps)
         return x | {"index": index}
