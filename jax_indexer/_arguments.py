@@ -124,7 +124,8 @@ def check_array(
     shape, dtype = tuple(value.shape), value.dtype
     got = f"{getattr(dtype, 'name', dtype)}[{', '.join(map(str, shape))}]"
     if len(shape) != len(axes):
-        fix = fixes.get(letters, f"reshape it to {len(axes)} axes ({letters})")
+        wanted_axes = "one axis" if len(axes) == 1 else f"{len(axes)} axes"
+        fix = fixes.get(letters, f"reshape it to {wanted_axes} ({letters})")
         if letters == "B" and not shape:
             fix = for_all_rows(name)
         raise ValueError(f"{name}: expected {wanted}, got {got}; {fix}")
@@ -150,6 +151,10 @@ def _cast(dtype: Any, dtypes: tuple[np.dtype, ...]) -> str:
     bfloat16 = np.dtype(jnp.bfloat16)
     if dtype == np.dtype("V2") and bfloat16 in dtypes:
         return "if NumPy saved it as bfloat16, restore that with .view(jnp.bfloat16)"
+    if dtypes == (np.dtype(bool),) and jnp.issubdtype(dtype, jnp.integer):
+        return "give a mask, True at what is meant, not numbers"
+    if bfloat16 in dtypes and jnp.issubdtype(dtype, jnp.integer):
+        return "cast with .astype(jnp.bfloat16), and multiply with the scales if it is quantized"
     is_small = jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize == 1
     wanted = bfloat16 if is_small and bfloat16 in dtypes else dtypes[0]
     return f"cast with .astype(jnp.{wanted.name})"
@@ -218,9 +223,11 @@ def check_groups(sizes: Sizes) -> None:
     """Checks that the K kv heads divide the N query heads."""
     heads, kv_heads, source = sizes["N"], sizes["K"], sizes.source["K"]
     if heads % kv_heads:
-        fix = "query is [B, T, N, H]"
+        fix, tokens = "query is [B, T, N, H]", sizes.get("S", sizes.get("t", 1))
         if sizes.understood(source) and kv_heads % heads == 0:
             fix = f"swap query and {source} if each is in the other's place"
+        if sizes.understood(source) and tokens > 1 and heads % tokens == 0:
+            fix = f"mind the layout of {source}"
         raise ValueError(
             f"query: expected a number of query heads N divisible by K={kv_heads} kv heads, "
             f"got N={heads}; {fix}{sizes.understood(source)}"
@@ -313,7 +320,8 @@ def check_seed(seed: Any) -> None:
     """Raises ValueError unless `seed` is a Python int of 32 bits."""
     if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or not 0 <= seed < 2**32:
         raise ValueError(
-            f"seed: expected an int in 0..2**32 - 1, got {seed!r}; it is static: pass a Python int"
+            f"seed: expected an int in 0..2**32 - 1, got {seed!r}; "
+            "pass a Python int, which cannot be traced"
         )
 
 

@@ -1,16 +1,20 @@
 """sparse_attention: the consumer of the lists."""
 
+import contextlib
 import functools
-from typing import get_args
+import numbers
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jaxtyping import Float
 
 from jax_indexer import _arguments, reference
 from jax_indexer.config import Implementation
-from jax_indexer.layout import KVLayout
+from jax_indexer.layout import KVLayout, key_letters
+from jax_indexer.sharding import Shard, by_shards
 from jax_indexer.state import Selection
 
 
@@ -55,18 +59,41 @@ def sparse_attention(
     _arguments.check_groups(sizes)
     _arguments.check_selection(selection, sizes)
     _arguments.check_key("value", value, "S", kv_layout, sizes, head="H'")
+    return _attend(
+        query,
+        key,
+        value,
+        selection.indices,
+        jax.device_put(_scale(scale, sizes["H"])),
+        kv_layout=kv_layout,
+    )
+
+
+def _scale(scale: Any, head_dimension: int) -> Any:
+    """The scale of logits as a float or a floating array; ValueError for anything else."""
     if scale is None:
-        scale = sizes["H"] ** -0.5
-    elif isinstance(scale, bool):
-        raise ValueError(f"scale: expected a real number, got {scale}; pass a float or None")
-    elif isinstance(scale, float) or (isinstance(scale, int) and abs(scale) < 2**31):
-        scale = float(scale)
-    elif jnp.ndim(scale) or not jnp.issubdtype(getattr(scale, "dtype", bool), jnp.floating):
-        raise ValueError(f"scale: expected a real number, got {scale!r}; pass a float or None")
-    return _attend(query, key, value, selection.indices, jax.device_put(scale), kv_layout=kv_layout)
+        return head_dimension**-0.5
+    if isinstance(scale, (jax.Array, np.ndarray)):
+        if not scale.ndim and jnp.issubdtype(scale.dtype, jnp.floating):
+            return scale
+    elif isinstance(scale, numbers.Real) and not isinstance(scale, bool):
+        with contextlib.suppress(OverflowError):
+            return float(scale)
+    raise ValueError(f"scale: expected a real number, got {scale!r}; pass a float or None")
 
 
 @functools.partial(jax.jit, static_argnames=("kv_layout",))
 def _attend(query, key, value, indices, scale, *, kv_layout: KVLayout) -> Array:
-    scale = jnp.asarray(scale, jnp.float32)
-    return reference.attend(query, key, value, indices, scale, kv_layout)
+    def on_shard(shard: Shard, query, key, value, indices, scale) -> Array:
+        del shard
+        return reference.attend(query, key, value, indices, scale, kv_layout)
+
+    return by_shards(
+        on_shard,
+        has_gradients=True,
+        query=("B T N H", query),
+        key=(key_letters(kv_layout), key),
+        value=(key_letters(kv_layout, head="H'"), value),
+        selection=("B T N P", indices),
+        scale=("", jnp.asarray(scale, jnp.float32)),
+    )

@@ -7,6 +7,8 @@ mesh of Explicit axes the types of arrays say how they are split, and the work g
 """
 
 import dataclasses
+import functools
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -17,7 +19,6 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental.custom_partitioning import (
     ArrayMapping,
-    CompoundFactor,
     SdyShardingRule,
     custom_partitioning,
 )
@@ -54,11 +55,18 @@ class Named(NamedTuple):
     array: Any
 
 
-def by_shards(function: Callable[..., Any], **arguments: tuple[str | None, Any]) -> Any:
+def by_shards(
+    function: Callable[..., Any],
+    *,
+    has_gradients: bool = False,
+    **arguments: tuple[str | None, Any],
+) -> Any:
     """Calls function(shard, *arguments) on each device for the rows and heads that are there.
 
     Args:
-      function: its results are states, or arrays [B]; they have no gradients.
+      function: its results are states, or arrays [B] or [B, T, N, H].
+      has_gradients: whether gradients flow through it: then it is all jnp, which the compiler
+        splits by itself on a mesh of Auto axes.
       **arguments: by name, in the order that the function takes them: the letters of an array's
         axes, and the array; or None, and a state, whose letters are known. What is None stays so.
 
@@ -69,18 +77,19 @@ def by_shards(function: Callable[..., Any], **arguments: tuple[str | None, Any])
       ValueError: where the types of the arguments say that another axis than B, K or N is split,
         or one of these in two ways.
     """
-    values = lax.stop_gradient(tuple(value for _, value in arguments.values()))
+    values = tuple(value for _, value in arguments.values())
+    values = values if has_gradients else lax.stop_gradient(values)
     named = [
         x
         for (name, (letters, _)), value in zip(arguments.items(), values, strict=True)
         for x in _named(name, letters, value)
     ]
     meshes = [jax.typeof(x.array).sharding.mesh for x in named]
-    if AxisType.Manual in jax.sharding.get_abstract_mesh().axis_types:
-        return function(Shard(), *values)
     if explicit := [mesh for mesh in meshes if AxisType.Explicit in mesh.axis_types]:
         return _by_type(function, values, named, explicit[0])
-    if jax.device_count() == 1:
+    # A rule holds for a whole mesh only: of Auto axes beside Manual ones arrays are gathered.
+    is_manual = AxisType.Manual in jax.sharding.get_abstract_mesh().axis_types
+    if has_gradients or is_manual or jax.device_count() == 1:
         return function(Shard(), *values)
     return _by_rule(function, values, named)
 
@@ -102,11 +111,14 @@ def _named(name: str, letters: str | None, value: Any) -> Iterator[Named]:
 
 def _named_results(results: Any) -> list[Named]:
     """Those of a function's results."""
-    return [
-        x
-        for result in (results if isinstance(results, tuple) else (results,))
-        for x in _named("", None if dataclasses.is_dataclass(result) else "B", result)
-    ]
+
+    def letters(result: Any) -> str | None:
+        if dataclasses.is_dataclass(result):
+            return None
+        return "B" if result.ndim == 1 else "B T N H"
+
+    results = results if isinstance(results, tuple) else (results,)
+    return [x for result in results for x in _named("", letters(result), result)]
 
 
 def _spec(letters: Sequence[str], rows: Axes, heads: Axes) -> PartitionSpec:
@@ -171,9 +183,7 @@ def _check_divisible(named: Sequence[Named], mesh: Any, rows: Axes, heads: Axes)
     for name, letters, array in named:
         for letter, size in zip(letters, array.shape, strict=True):
             over = axes.get(letter, ())
-            devices = 1
-            for axis in over:
-                devices *= mesh.shape[axis]
+            devices = math.prod(mesh.shape[axis] for axis in over)
             if size % devices:
                 raise ValueError(
                     f"{name}: expected an axis {letter} that {devices} devices "
@@ -191,9 +201,9 @@ def _by_rule(function: Callable, values: tuple, named: Sequence[Named]) -> Any:
     def on_leaves(shard: Shard, *leaves):
         return jax.tree.leaves(function(shard, *jax.tree.unflatten(structure, leaves)))
 
-    # Traced once: kernels take a while. Constants must be arguments too.
-    results = jax.eval_shape(lambda *values: function(Shard(), *values), *values)
-    jaxpr = jax.make_jaxpr(lambda *leaves: on_leaves(Shard(), *leaves))(*leaves)
+    # Traced here, so that constants can be arguments too.
+    on_one = functools.partial(function, Shard())
+    jaxpr, results = jax.make_jaxpr(on_one, return_shape=True)(*values)
     inputs = [*named, *(Named("", ["constant"] * jnp.ndim(x), x) for x in jaxpr.consts)]
     outputs = _named_results(results)
 
@@ -203,7 +213,7 @@ def _by_rule(function: Callable, values: tuple, named: Sequence[Named]) -> Any:
         return jax.extend.core.jaxpr_as_fun(with_constants)(*own)
 
     def partition(mesh, arguments, _):
-        rows, heads = _split_axes_if_any(inputs, arguments)
+        rows, heads = _shared_axes(inputs, arguments, mesh)
         ins, outs = (
             [NamedSharding(mesh, _spec(x.letters, rows, heads)) for x in arrays]
             for arrays in (inputs, outputs)
@@ -230,32 +240,41 @@ def _by_rule(function: Callable, values: tuple, named: Sequence[Named]) -> Any:
     return jax.tree.unflatten(jax.tree.structure(results), call(*leaves))
 
 
-def _split_axes_if_any(named: Sequence[Named], inputs: Sequence[Any]) -> tuple[Axes, Axes]:
-    """The mesh axes that the first array with rows or heads that are split has them split over."""
-    found: dict[str, Axes] = {}
-    for (_, letters, _), value in zip(named, inputs, strict=True):
-        spec = () if value.sharding is None else value.sharding.spec
-        for letter, entry in zip(letters, spec, strict=False):
-            if entry and letter in ("B", *HEADS):
-                axes = entry if isinstance(entry, tuple) else (entry,)
-                found.setdefault("B" if letter == "B" else "heads", axes)
-    return found.get("B", ()), found.get("heads", ())
+def _shared_axes(named: Sequence[Named], inputs: Sequence[Any], mesh: Any) -> tuple[Axes, Axes]:
+    """The mesh axes that rows and heads are split over, as the first array with such axes has them.
+
+    Where devices cannot share rows or heads evenly, these stay whole.
+    """
+    found: dict[str, Axes] = {"B": (), "heads": ()}
+    sizes: dict[str, int] = {"B": 0, "heads": 0}
+    for (_, letters, array), value in zip(named, inputs, strict=True):
+        spec = () if value.sharding is None else tuple(value.sharding.spec)
+        entries = (*spec, *[None] * (len(letters) - len(spec)))
+        for letter, size, entry in zip(letters, array.shape, entries, strict=True):
+            kind = "heads" if letter in HEADS else letter
+            if kind not in found:
+                continue
+            sizes[kind] = math.gcd(sizes[kind], size)
+            if entry and not found[kind]:
+                found[kind] = entry if isinstance(entry, tuple) else (entry,)
+    for kind, axes in found.items():
+        while sizes[kind] % math.prod(mesh.shape[axis] for axis in axes):
+            axes = axes[:-1]
+        found[kind] = axes
+    return found["B"], found["heads"]
 
 
 def _rule(inputs: Sequence[Named], outputs: Sequence[Named]) -> SdyShardingRule:
-    """Axes of one letter are split alike where it is B, K or N; others have nothing in common."""
-    sizes = {
-        letter: size
-        for _, letters, array in inputs
-        for letter, size in zip(letters, array.shape, strict=True)
-    }
-    group = sizes.get("N", sizes["K"]) // sizes["K"] if "K" in sizes else 1
-    of_letter = {"B": "b", "K": "k", "N": CompoundFactor("k", "g") if group > 1 else "k"}
+    """Axes of one letter are split alike where it is B, K or N; others have nothing in common.
+
+    Nothing is said of K and N together: a part of a mesh axis, as K has where N is split further,
+    is more than JAX can name.
+    """
     alone = iter(range(10**6))
 
     def mapping(x: Named) -> ArrayMapping:
-        return ArrayMapping(*(of_letter.get(letter, f"x{next(alone)}") for letter in x.letters))
+        own = (letter if letter in ("B", *HEADS) else f"x{next(alone)}" for letter in x.letters)
+        return ArrayMapping(*own)
 
     of_inputs, of_outputs = (tuple(map(mapping, arrays)) for arrays in (inputs, outputs))
-    factors: dict[str, Any] = {"g": group} if group > 1 else {}
-    return SdyShardingRule(of_inputs, of_outputs, **factors)
+    return SdyShardingRule(of_inputs, of_outputs)

@@ -148,6 +148,67 @@ def check(kind: AxisType, config: IndexerConfig, splits: Sequence[str], *, plain
     print(f"checked {kind}, {', '.join(splits)}, {config}", flush=True)
 
 
+def check_uneven(kind: AxisType) -> None:
+    """Heads that the devices cannot share: whole on Auto axes, refused on Explicit ones.
+
+    Rows are split all the same, with one kv head too.
+    """
+    config = IndexerConfig(num_bits=1, heavy_size=2, sink_size=1, window_size=1, kmeans_iters=2)
+    devices = jax.device_count()
+    mesh = jax.make_mesh((devices,), ("all",), axis_types=(kind,))
+
+    def put(x, *axes):
+        return jax.device_put(x, NamedSharding(mesh, PartitionSpec(*axes)))
+
+    for rows, kv_heads, heads in ((1, 2, 8), (1, 2, 4), (1, 3, 12), (4, 1, 4), (1, 1, 4)):
+        keys = jax.random.split(jax.random.key(heads), 2)
+        cache = jax.random.normal(keys[0], (rows, 24, kv_heads, 4))
+        query = jax.random.normal(keys[1], (rows, 1, heads, 4))
+        index = build_index(cache, jnp.full(rows, 20, jnp.int32), config)
+        want = indexer_next(query, cache[:, :1], index, config)
+
+        def step(query, key_new, index):
+            return indexer_next(query, key_new, index, config)
+
+        own = "all" if rows > 1 else None
+        arguments = jax.tree.map(lambda x: put(x, own), (query, cache[:, :1], index))  # noqa: B023
+        if own is None:
+            arguments = put(query, None, None, "all"), *arguments[1:]
+            if kind == AxisType.Explicit:
+                for function in (step, jax.jit(step)):
+                    with pytest.raises(ValueError, match="expected an axis K that 4 devices"):
+                        function(*arguments)
+                continue
+        for function in (step, jax.jit(step)):
+            check_same("indexer_next", function(*arguments), want)
+    print(f"checked uneven heads, {kind}", flush=True)
+
+
+def check_attention_gradients() -> None:
+    """Gradients of what is split, and of a query that is whole while caches are split."""
+    arguments = draw(PLAIN)
+    mesh = jax.make_mesh((2, 2), ("rows", "heads"))
+    placed = on_mesh(arguments, mesh, "rows", "heads")
+    names = "query", "cache", "selection"
+
+    def loss(query, cache, selection):
+        return jnp.sum(sparse_attention(query, cache, 2 * cache, selection) ** 2)
+
+    gradient = jax.grad(loss, (0, 1))
+    want = gradient(*(arguments[name] for name in names))
+    for whole in ((), ("query", "selection")):
+        on_devices = placed | {
+            name: jax.tree.map(lambda x: jax.device_put(x, NamedSharding(mesh, PartitionSpec())),
+                               arguments[name])
+            for name in whole
+        }  # fmt: skip
+        with jax.set_mesh(mesh):  # which the backward pass of a sum needs
+            got = gradient(*(on_devices[name] for name in names))
+        for one, other in zip(got, want, strict=True):
+            np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)
+    print("checked gradients", flush=True)
+
+
 def check_messages() -> None:
     """What cannot be split is said."""
     config = IndexerConfig(num_bits=3, heavy_size=8, sink_size=4, window_size=4)
@@ -164,6 +225,9 @@ def check_messages() -> None:
          "key: expected none but axes B, K and N to be split over devices, got S split over rows"),
         (lambda: select(x["query"], PQIndex(index.codebooks, of_tokens, index.lengths), config),
          r"index.codes: expected none but axes B, K and N .* got S split"),
+        (lambda: sparse_attention(x["query"], put(x["cache"], None, "rows"), x["cache"],
+                                  x["selection"]),
+         "key: expected none but axes B, K and N .* got S split"),
         (lambda: append(index, put(x["key_new"], "rows"), config, counts=put(x["counts"], "heads")),
          "counts: expected axis B to be split over rows, as in key_new, got heads"),
         (lambda: select(put(x["query"][:, :, :1], None, None, None), jax.tree.map(
@@ -244,5 +308,7 @@ if __name__ == "__main__":
         kind = getattr(AxisType, what)
         check(kind, PLAIN, ("both",), plainly=True)
         check(kind, OTHER, ("batch", "heads"), plainly=False)
+        check_uneven(kind)
         if kind == AxisType.Explicit:
+            check_attention_gradients()
             check_messages()

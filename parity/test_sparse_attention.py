@@ -79,7 +79,7 @@ def test_dtypes_may_differ(dtype, cache_dtype):
     close(got, attention(query, key, value, selection, H**-0.5), dtype)
 
 
-@pytest.mark.parametrize("scale", [1.0, 0.01, 3])
+@pytest.mark.parametrize("scale", [1.0, 0.01, 3, np.int32(2), np.float16(0.5), 2**40])
 def test_scale(scale):
     query, key, value = inputs()
     selection = lists()
