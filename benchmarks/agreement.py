@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.workloads import Inputs, Workload
 from parity import oracle
 from parity.compare import check_selection
+from parity.inputs import Inputs, Workload
 
 KEPT_BYTES = 2 * 2**30  # of exact scores
 

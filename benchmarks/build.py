@@ -33,9 +33,9 @@ from benchmarks.measure import say
 from benchmarks.programs import Forms, Program, compilers
 from benchmarks.run import shape_of
 from benchmarks.tables import build_table, show
-from benchmarks.workloads import WORKLOADS, Workload
 from jax_indexer import PQIndex, build_index
 from parity import oracle
+from parity.inputs import WORKLOADS, Workload
 
 BUILT = ("seed", "llama-128k-b4", "fine-128k-b4")
 WITH_ORIGINAL = ("seed",)

@@ -10,8 +10,8 @@ import numpy as np
 
 from benchmarks.clock import KernelClock, Stream, amortised, cut, no_garbage_collection
 from benchmarks.programs import NO_COMMAND_BUFFERS
-from benchmarks.workloads import Workload
 from jax_indexer.kernels import backend
+from parity.inputs import Workload
 
 COPY_BYTES = 2**30
 REPEATS = 20

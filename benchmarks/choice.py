@@ -9,7 +9,7 @@ from benchmarks.clock import RECORDERS
 from benchmarks.files import add_output_arguments
 from benchmarks.implementations import IMPLEMENTATIONS, Implementation
 from benchmarks.measure import QUICK, Repetitions
-from benchmarks.workloads import SCORES, SMALL, WORKLOADS, Workload
+from parity.inputs import SCORES, SMALL, WORKLOADS, Workload
 
 KNOWN = WORKLOADS | SMALL
 

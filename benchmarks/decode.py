@@ -36,9 +36,9 @@ from benchmarks.measure import say
 from benchmarks.programs import Forms, Program, compilers
 from benchmarks.run import shape_of
 from benchmarks.tables import decode_table, show
-from benchmarks.workloads import WORKLOADS, Workload, make_inputs
 from jax_indexer import Selection, indexer_next, select, with_cells
 from jax_indexer.state import sealing_for
+from parity.inputs import WORKLOADS, Workload, make_inputs
 
 SELECTOR = "cells"
 DECODED = {

@@ -16,9 +16,9 @@ from jax import lax
 from benchmarks.agreement import Lists, Reference, check_lists, check_top_k
 from benchmarks.ceilings import Work, step_work, top_k_work
 from benchmarks.programs import Forms, Program
-from benchmarks.workloads import Inputs, Workload
 from jax_indexer import IndexerConfig, PQIndex, Selection, indexer_next, with_cells
 from jax_indexer.config import MOST_CELLS
+from parity.inputs import Inputs, Workload
 
 CHAIN_STEPS = 20
 

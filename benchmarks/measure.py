@@ -20,7 +20,7 @@ from benchmarks.clock import Kernel, KernelClock, Stream, summary
 from benchmarks.implementations import Implementation, Programs, Step
 from benchmarks.programs import Forms, compilers
 from benchmarks.stages import breakdown
-from benchmarks.workloads import Workload, make_inputs
+from parity.inputs import Workload, make_inputs
 
 WARM_UPS = 3  # XLA records command buffers in the first calls.
 

@@ -26,7 +26,7 @@ from benchmarks.clock import ClockError, KernelClock
 from benchmarks.files import chosen_output, repeatable_command, write
 from benchmarks.measure import Row, Settings, compile_programs, look_at_sizes, measure, say
 from benchmarks.tables import Results, print_results
-from benchmarks.workloads import Workload
+from parity.inputs import Workload
 
 __all__ = ["add_arguments", "run"]
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.seed_figures import CALL_MS, KERNELS_US
-from benchmarks.workloads import WORKLOADS
+from parity.inputs import WORKLOADS
 
 ITERATION_4 = "torch:iteration4"
 NOTHING = "-"

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks.workloads import Workload, make_inputs
 from jax_indexer import IndexerConfig, PQIndex, append, build_index
 from parity import oracle
+from parity.inputs import Workload, make_inputs
 
 S, H = 40, 12
 DTYPES = ["float32", "bfloat16", "float16"]

@@ -7,6 +7,7 @@ import json
 import re
 import shlex
 import sys
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
@@ -33,9 +34,11 @@ from benchmarks import (
 from benchmarks.__main__ import main
 from benchmarks.clock import ClockError, Kernel
 from benchmarks.programs import Forms
-from benchmarks.workloads import SMALL, WORKLOADS, make_inputs
 from jax_indexer import cells, state
 from jax_indexer.kernels import backend
+from parity import real_keys
+from parity.inputs import SMALL, WORKLOADS, make_inputs
+from parity.quality import Layers
 
 CEILINGS = ceilings.Ceilings(
     copy_bytes_per_second=3e12,
@@ -44,6 +47,25 @@ CEILINGS = ceilings.Ceilings(
     dispatch_us=5.0,
     dispatch_profiled_us=6.0,
 )
+
+
+PARITY = Path(__file__).parent
+ROOT = PARITY.parent
+
+
+@pytest.mark.parametrize(
+    ("folder", "never", "excepted"),
+    [
+        (PARITY, "benchmarks", ("test_benchmarks.py", "test_quality.py", "test_readme.py")),
+        (ROOT / "jax_indexer", "benchmarks|parity|torch_reference|torch", ()),
+        (ROOT / "torch_reference", "benchmarks|parity|jax_indexer|jax", ()),
+    ],
+    ids=["parity", "jax_indexer", "torch_reference"],
+)
+def test_an_import_goes_one_way(folder, never, excepted):
+    for path in folder.rglob("*.py"):
+        found = re.findall(rf"^ *(?:from|import) (?:{never})\b.*", path.read_text(), re.MULTILINE)
+        assert not found or path.name in excepted, (path, found)
 
 
 # Arithmetic
@@ -271,6 +293,9 @@ def test_breakdown_adds_the_launches_of_a_call():
 # Runs
 
 
+HAS_GPU = machine.has_gpu
+
+
 @pytest.fixture(autouse=True, scope="module")
 def without_gpu():
     """Runs are those of a CPU everywhere, with chains that compile quickly."""
@@ -387,8 +412,8 @@ def quality_layers(folder):
     """A folder with a file that the quality program reads."""
     arrays = {
         f"layer{layer}_{name}": np.zeros((4, 1, 8), np.float16)
-        for layer in quality.LAYERS
-        for name in quality.Layers._fields
+        for layer in real_keys.LAYERS
+        for name in Layers._fields
     }
     np.savez(folder / "smollm2_8k.npz", **arrays)
     return folder
@@ -1076,3 +1101,18 @@ def test_codes_that_are_not_the_nearest_fail_a_build(folder, monkeypatch):
 def test_the_readme_shows_the_committed_results(capsys):
     status = main(["report", "--check"])
     assert status == 0, capsys.readouterr().out
+
+
+@pytest.mark.gpu
+def test_the_pipeline_beats_iteration_4_on_the_seeds_workload(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(machine, "has_gpu", HAS_GPU)
+    output = tmp_path / "seed.json"
+    forms = ["jax:threshold", "jax:top_k", "torch:iteration4"]
+    argv = ["run", "--quick", "--workload", "seed", "--implementation", *forms]
+    assert main([*argv, "--output", str(output)]) == 0
+    with capsys.disabled():
+        print("\n" + capsys.readouterr().out)
+    rows = {row["implementation"]: row for row in rows_of(output)}
+    ours, theirs = rows["jax:top_k"], rows["torch:iteration4"]
+    assert ours["warm"]["median"] < theirs["warm"]["median"]
+    assert rows["jax:threshold"]["warm"]["median"] < ours["warm"]["median"]

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from jax import lax
 
-from benchmarks import quality
 from jax_indexer import IndexerConfig, build_index, select
 from jax_indexer.data import load_sample
+from parity import quality
 
 faiss = pytest.importorskip("faiss")
 

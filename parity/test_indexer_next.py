@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks.workloads import SMALL, make_inputs
 from jax_indexer import PQIndex, append, build_index, indexer_next, select
 from parity import oracle
+from parity.inputs import SMALL, make_inputs
 
 
 def start(workload, inputs):

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 from jax import lax
 
-from benchmarks.workloads import SMALL, make_inputs
 from jax_indexer import (
     IndexerConfig,
     PQIndex,
@@ -29,6 +28,7 @@ from jax_indexer import (
 )
 from jax_indexer.kernels import append as append_kernels
 from jax_indexer.kernels import backend
+from parity.inputs import SMALL, make_inputs
 
 WORKLOAD = SMALL["small-grouped"]
 CONFIG = WORKLOAD.config

@@ -1,4 +1,4 @@
-"""The functions of the quality program, on the sample that ships."""
+"""The quality of lists, and the program that measures it, on the sample that ships."""
 
 import json
 
@@ -6,8 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import quality
+from benchmarks import quality as program
 from jax_indexer.data import load_sample
+from parity import quality
 
 pytest.importorskip("faiss")
 
@@ -50,17 +51,17 @@ def test_inertia_is_the_sum_of_squared_distances(sample):
 
 def test_every_table_has_rows_that_json_takes(sample):
     rows = [
-        *quality.quantizers(sample, [(2, 4)], [64], starts=1),
-        *quality.drift(sample, [(2, 4)], [64]),
+        *program.quantizers(sample, [(2, 4)], [64], starts=1),
+        *program.drift(sample, [(2, 4)], [64]),
     ]
     names = {name for name, _ in rows}
     assert names == {"inertia", "attention", "table dtype", "drift", "drift, attention"}
     for _, row in rows:
-        json.dumps({name: quality.as_json(value) for name, value in row.items()})
+        json.dumps({name: program.as_json(value) for name, value in row.items()})
 
 
 def test_gain_tells_drift_and_rebuild_ends_it(sample):
-    rows = [row for name, row in quality.drift(sample, [(2, 4)], [64], steps=1) if name == "drift"]
+    rows = [row for name, row in program.drift(sample, [(2, 4)], [64], steps=1) if name == "drift"]
     start, end = rows
     assert start["gain"] < 0.02 < end["gain"]
     assert end["gain after rebuild"] < 0.02
@@ -69,5 +70,5 @@ def test_gain_tells_drift_and_rebuild_ends_it(sample):
 
 def test_a_folder_without_the_keys_is_refused_with_what_makes_them(tmp_path, capsys):
     with pytest.raises(SystemExit):
-        quality.main(["--real-keys", str(tmp_path)])
+        program.main(["--real-keys", str(tmp_path)])
     assert "python -m parity.real_keys" in capsys.readouterr().err

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks.workloads import SMALL, Workload, make_inputs
 from jax_indexer import IndexerConfig, PQIndex, select
 from parity import oracle
 from parity.compare import check_selection
+from parity.inputs import SMALL, Workload, make_inputs
 
 INT32 = np.iinfo(np.int32)
 

@@ -1,4 +1,4 @@
-"""Workloads: the shapes that are measured and checked, written once, and their inputs in numpy.
+"""Workloads: the shapes that are checked and measured, written once, and their inputs in numpy.
 
 Letters are those of CONTRACT.md, section 2.
 """
