@@ -1,6 +1,5 @@
 """What the GPU can do at best, measured in the same run, and the floor of a workload from it."""
 
-import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -8,9 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.clock import KernelClock, Stream, amortised, cut, no_garbage_collection
-from benchmarks.programs import NO_COMMAND_BUFFERS
+from benchmarks.clock import KernelClock, Stream, cut
+from benchmarks.jax_steps import NO_COMMAND_BUFFERS
 from jax_indexer.kernels import backend
+from parity.agreement import num_candidates, top_k_size
 from parity.inputs import Workload
 
 COPY_BYTES = 2**30
@@ -26,63 +26,20 @@ LOOKUP_PROGRAMS = 4096
 LOOKUPS_PER_CODE = 64
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Ceilings:
-    """Best rates of one GPU.
+class Ceilings(NamedTuple):
+    """Best rates of one GPU."""
 
-    Attributes:
-      copy_bytes_per_second: of a large copy, bytes read and bytes written together.
-      lookups_per_second: entries of a table in L1 read by random codes and summed, for each dtype
-        of the table.
-      kernel_us: kernel time of the smallest kernel.
-      dispatch_us: wall-clock time of a jitted call of it, amortised.
-      dispatch_profiled_us: the same after the profiler was loaded: what it adds to wall times.
-    """
-
-    copy_bytes_per_second: float
-    lookups_per_second: dict[str, float]
-    kernel_us: float
-    dispatch_us: float
-    dispatch_profiled_us: float
+    copy_bytes_per_second: float  # of a large copy, read and written together
+    lookups_per_second: dict[str, float]  # of a table in L1 by random codes, for each dtype of it
+    kernel_us: float  # of the smallest kernel
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Work:
-    """The least that one call must do, if it looks at every candidate's codes once.
+class Work(NamedTuple):
+    """The least that one call must do, if it looks at every candidate's codes once."""
 
-    Attributes:
-      bytes: that must move between device memory and the chip.
-      lookups: of table entries.
-      table_dtype: of the table.
-      launches: of kernels.
-    """
-
-    bytes: int
-    lookups: int
+    bytes: int  # between device memory and the chip
+    lookups: int  # of table entries
     table_dtype: str = "float32"
-    launches: int = 1
-
-
-class SmallestCall:
-    """A jitted call with next to nothing in it."""
-
-    def __init__(self):
-        self._add = jax.jit(lambda x: x + 1)
-        self._x = self._add(jnp.zeros(1, jnp.float32))
-
-    def call(self):
-        self._x = self._add(self._x)
-
-    def wait(self):
-        self._x.block_until_ready()
-
-
-def dispatch_us() -> float:
-    """Wall-clock microseconds of the smallest jitted call, amortised."""
-    call = SmallestCall()
-    with no_garbage_collection():
-        amortised(call, 200)
-        return min(amortised(call, 1000) for _ in range(5))
 
 
 class Lookups(NamedTuple):
@@ -114,20 +71,14 @@ def lookup_kernel(program, inputs: Lookups, outputs: Sums, *, lookups: int):
 
 
 def sum_of_lookups(
-    table: jax.Array,
-    codes: jax.Array,
-    *,
-    lookups: int = LOOKUPS_PER_CODE,
+    table: jax.Array, codes: jax.Array, *, lookups: int = LOOKUPS_PER_CODE
 ) -> jax.Array:
-    """Sums table rows for every code, and each sum over its columns.
+    """Sums so many rows of a table for each code, whose entries are read by one load.
 
     Args:
-      table: [SUBSPACES * CENTROIDS, G]; the G entries of a row are read by one load.
-      codes: int32[programs * LOOKUP_BLOCK].
+      table: [SUBSPACES * CENTROIDS, G].
+      codes: int32[programs * LOOKUP_BLOCK]; the sums are float32 of the same shape.
       lookups: rows a code.
-
-    Returns:
-      float32[programs * LOOKUP_BLOCK].
     """
     what = backend.Launch(
         functools.partial(lookup_kernel, lookups=lookups),
@@ -154,16 +105,8 @@ def _kernel_us(clock: KernelClock, function, *arguments) -> float:
     )
 
 
-def measure_ceilings(clock: KernelClock, dispatch_before: float) -> Ceilings:
-    """Measures copy bandwidth, look-up rate and the cost of a launch.
-
-    Args:
-      clock: kernel clock of this process.
-      dispatch_before: `dispatch_us()` as it was before the clock was opened.
-
-    Returns:
-      The ceilings.
-    """
+def measure_ceilings(clock: KernelClock) -> Ceilings:
+    """Measures copy bandwidth, look-up rate and the cost of a launch."""
     source = jnp.ones(COPY_BYTES // 4, jnp.float32)
     # An addition, since XLA may hand a plain copy to a copy engine.
     copy_us = _kernel_us(clock, lambda x: x + 1, source)
@@ -184,8 +127,6 @@ def measure_ceilings(clock: KernelClock, dispatch_before: float) -> Ceilings:
         copy_bytes_per_second=2 * COPY_BYTES / copy_us * 1e6,
         lookups_per_second=rates,
         kernel_us=_kernel_us(clock, lambda x: x + 1, one),
-        dispatch_us=dispatch_before,
-        dispatch_profiled_us=dispatch_us(),
     )
 
 
@@ -201,12 +142,8 @@ def scored_tokens(workload: Workload) -> list[int]:
 def step_work(workload: Workload) -> Work:
     """Least work of a decode step: candidates' codes once a kv head, their look-ups a query head.
 
-    Args:
-      workload: the step.
-
-    Returns:
-      Its bytes (codes, codebooks, queries, new keys and codes, lengths, lists, weights) and
-      look-ups. A selector that keeps tokens sorted by code needs less.
+    Its bytes are codes, codebooks, queries, new keys and codes, lengths, lists and weights. A
+    selector that keeps tokens sorted by code needs less.
     """
     w, config = workload, workload.config
     itemsize = jnp.dtype(w.dtype).itemsize
@@ -227,30 +164,18 @@ def step_work(workload: Workload) -> Work:
     )
 
 
-def top_k_work(rows: int, length: int, k: int) -> Work:
-    """Least work of a top-k of float32 rows: scores in, values and int32 positions out."""
-    return Work(bytes=rows * (length + 2 * k) * 4, lookups=0)
+def top_k_work(w: Workload) -> Work:
+    """Least work of a top-k of the candidates' float32 scores: values and int32 positions out."""
+    return Work(bytes=w.B * w.T * w.N * (num_candidates(w) + 2 * top_k_size(w)) * 4, lookups=0)
 
 
 def floor(work: Work, ceilings: Ceilings) -> dict[str, float]:
     """The time that no implementation which does this work can beat, in microseconds.
 
-    Args:
-      work: what must be done.
-      ceilings: of the GPU.
-
     Returns:
-      `us`, and its parts: bytes and look-ups can overlap, so the larger counts; launches add.
+      `us`, and its parts: bytes and look-ups can overlap, so the larger counts; a launch adds.
     """
     bytes_us = work.bytes / ceilings.copy_bytes_per_second * 1e6
     lookups_us = work.lookups / ceilings.lookups_per_second[work.table_dtype] * 1e6
-    launches_us = work.launches * ceilings.kernel_us
-    us = max(bytes_us, lookups_us) + launches_us
-    return {
-        "us": us,
-        "bytes": work.bytes,
-        "bytes_us": bytes_us,
-        "lookups": work.lookups,
-        "lookups_us": lookups_us,
-        "launches_us": launches_us,
-    }
+    us = max(bytes_us, lookups_us) + ceilings.kernel_us
+    return {"us": us, "bytes_us": bytes_us, "lookups_us": lookups_us}

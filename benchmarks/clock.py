@@ -1,15 +1,12 @@
-"""One clock for every implementation: kernel times by CUPTI, wall-clock times, their statistics."""
+"""One clock for every implementation: kernel times by CUPTI, wall-clock times, statistics."""
 
 import contextlib
-import dataclasses
 import functools
 import gc
-import importlib.util
-import tempfile
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
-from typing import Protocol
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,33 +24,42 @@ class ClockError(RuntimeError):
     """The profiler did not record what was run."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Kernel:
-    """One activity of the GPU: a kernel, a copy or a fill.
+class Kernel(NamedTuple):
+    """One activity of the GPU: a kernel, a copy or a fill."""
+
+    name: str  # as the profiler gives it
+    start: float  # microseconds, of which only differences mean something
+    duration: float  # microseconds
+
+
+class Step:
+    """One implementation on one workload, ready to be called again and again: what is timed.
 
     Attributes:
-      name: as the profiler gives it.
-      start: in microseconds; only differences mean something.
-      duration: in microseconds.
+      numbers: what its row says of it beside times.
     """
 
-    name: str
-    start: float
-    duration: float
-
-
-class Timeable(Protocol):
-    """What the clock times."""
+    numbers: dict[str, Any]
 
     def call(self) -> None:
-        """Launches the work."""
+        """Launches one call, as a user does."""
+        raise NotImplementedError
+
+    def call_recorded(self) -> None:
+        """Launches the same kernels in a way that a profiler names right."""
+        self.call()
 
     def wait(self) -> None:
-        """Blocks until the device has done it."""
+        """Blocks until the device has done what was launched."""
+        raise NotImplementedError
 
+    def check(self, reference: Any) -> None:
+        """Raises AssertionError unless the latest call's outputs are right."""
+        raise NotImplementedError
 
-# A recorder runs a function and returns what the GPU did meanwhile.
-Recorder = Callable[[Callable[[], None]], list[Kernel]]
+    def chain(self) -> "Step | None":
+        """A step that is this one many times (`numbers["steps"]`) inside one jit, or None."""
+        return None
 
 
 def record_with_torch(run: Callable[[], None]) -> list[Kernel]:
@@ -77,51 +83,13 @@ def record_with_torch(run: Callable[[], None]) -> list[Kernel]:
     ]
 
 
-def record_with_jax(run: Callable[[], None]) -> list[Kernel]:
-    """Records by jax.profiler, for a process without PyTorch.
+class Stream(NamedTuple):
+    """Calls of one implementation in a row."""
 
-    XLA launches kernels one by one instead of as command buffers while this profiler is on.
-    """
-    options = jax.profiler.ProfileOptions()
-    options.python_tracer_level = 0
-    kernels = []
-    with tempfile.TemporaryDirectory() as folder:
-        with jax.profiler.trace(folder, profiler_options=options):
-            run()
-        for file in Path(folder).rglob("*.xplane.pb"):
-            for plane in jax.profiler.ProfileData.from_file(str(file)).planes:
-                if not plane.name.startswith("/device:GPU"):
-                    continue
-                for line in plane.lines:
-                    if line.name and line.name.startswith("Stream"):
-                        kernels += [
-                            Kernel(event.name, event.start_ns / 1e3, event.duration_ns / 1e3)
-                            for event in line.events
-                        ]
-    return kernels
-
-
-RECORDERS: dict[str, Recorder] = {
-    "torch.profiler": record_with_torch,
-    "jax.profiler": record_with_jax,
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class Stream:
-    """Calls of one implementation in a row.
-
-    Attributes:
-      launch: launches one call and does not wait for it.
-      wait: blocks until the device has done what was launched.
-      framework: "jax" or "torch": the cache is flushed in the order of its own launches.
-      calls: how many to record.
-    """
-
-    launch: Callable[[], None]
-    wait: Callable[[], None]
-    framework: str
-    calls: int
+    launch: Callable[[], None]  # one call, and does not wait for it
+    wait: Callable[[], None]  # until the device has done what was launched
+    framework: str  # "jax" or "torch": the cache is flushed in the order of its own launches
+    calls: int  # how many to record
 
 
 class KernelClock:
@@ -130,13 +98,14 @@ class KernelClock:
     A mark is a kernel that nothing else launches. The device is idle before and after each, so
     that order in time is enough to tell which stream a kernel belongs to. Within a stream nothing
     waits: its calls all launch the same kernels, so their number cuts it.
-
-    Attributes:
-      name: of the recorder.
     """
 
-    def __init__(self, name: str, record: Recorder):
-        self.name = name
+    def __init__(self, record: Callable[[Callable[[], None]], list[Kernel]] = record_with_torch):
+        """Takes what runs a function and returns what the GPU did meanwhile.
+
+        Raises:
+          ClockError: if it does not see what JAX runs.
+        """
         self._record = record
         self._one = jnp.ones(1, jnp.float32)
         self._cube_root = jax.jit(jnp.cbrt)
@@ -145,7 +114,7 @@ class KernelClock:
         record(self._mark)  # The first recording loads CUPTI and may miss kernels.
         names = {kernel.name for kernel in record(self._mark)}
         if len(names) != 1:
-            raise ClockError(f"{name} recorded {sorted(names)} where JAX ran one kernel")
+            raise ClockError(f"the profiler recorded {sorted(names)} where JAX ran one kernel")
         (self._mark_name,) = names
 
     def _mark(self) -> None:
@@ -253,39 +222,6 @@ def cut(kernels: Sequence[Kernel], calls: int, *, cold: bool) -> list[list[Kerne
     return [call[1:] for call in found]
 
 
-def open_kernel_clock(choice: str = "auto") -> KernelClock:
-    """Finds a profiler that records the kernels of this process.
-
-    Args:
-      choice: a name of RECORDERS, or "auto": PyTorch's if it sees the GPU, which records both
-        frameworks, then JAX's.
-
-    Returns:
-      The clock.
-
-    Raises:
-      ClockError: if there is none, with what each one lacked.
-    """
-    names = list(RECORDERS) if choice == "auto" else [choice]
-    if choice == "auto" and not _torch_sees_gpu():
-        names.remove("torch.profiler")
-    problems = []
-    for name in names:
-        try:
-            return KernelClock(name, RECORDERS[name])
-        except Exception as error:
-            problems.append(f"{name}: {type(error).__name__}: {error}")
-    raise ClockError("; ".join(problems))
-
-
-def _torch_sees_gpu() -> bool:
-    if importlib.util.find_spec("torch") is None:
-        return False
-    import torch
-
-    return torch.cuda.is_available()
-
-
 @contextlib.contextmanager
 def no_garbage_collection() -> Iterator[None]:
     """Keeps Python's collector, which takes a fifth of a second here, out of what is timed."""
@@ -296,7 +232,7 @@ def no_garbage_collection() -> Iterator[None]:
         gc.enable()
 
 
-def synchronised(step: Timeable, calls: int) -> list[float]:
+def synchronised(step: Step, calls: int) -> list[float]:
     """Wall-clock microseconds of each call, launch to result."""
     times = []
     for _ in range(calls):
@@ -307,7 +243,7 @@ def synchronised(step: Timeable, calls: int) -> list[float]:
     return times
 
 
-def amortised(step: Timeable, calls: int) -> float:
+def amortised(step: Step, calls: int) -> float:
     """Wall-clock microseconds a call when the host waits after the last one only."""
     start = time.perf_counter()
     for _ in range(calls):
@@ -316,34 +252,63 @@ def amortised(step: Timeable, calls: int) -> float:
     return (time.perf_counter() - start) / calls * 1e6
 
 
-def between_events(step: Timeable, calls: int) -> list[float]:
-    """Microseconds between two CUDA events around each call of a torch implementation."""
-    import torch
-
-    times = []
-    for _ in range(calls):
-        start = torch.cuda.Event(enable_timing=True)
-        end = torch.cuda.Event(enable_timing=True)
-        torch.cuda.synchronize()
-        start.record()
-        step.call()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) * 1e3)
-    return times
-
-
 def summary(samples: Sequence[float]) -> dict[str, float]:
     """Statistics of samples: quantiles interpolate linearly, std is that of the samples."""
     x = np.asarray(samples, np.float64)
-    return {
-        "count": int(x.size),
-        "min": float(x.min()),
-        "p20": float(np.quantile(x, 0.2)),
-        "median": float(np.median(x)),
-        "p80": float(np.quantile(x, 0.8)),
-        "p99": float(np.quantile(x, 0.99)),
-        "max": float(x.max()),
-        "mean": float(x.mean()),
-        "std": float(x.std()),
-    }
+    quantiles = {"min": 0, "p20": 0.2, "median": 0.5, "p80": 0.8, "p99": 0.99, "max": 1}
+    found = {name: float(np.quantile(x, share)) for name, share in quantiles.items()}
+    return {"count": x.size, **found, "mean": float(x.mean()), "std": float(x.std())}
+
+
+# The kernels of a call, by what they are for.
+
+# The first pattern that is found in a kernel's name counts. PyTorch's gather and scatter share a
+# kernel, and differ in what it is instantiated with.
+STAGES = {
+    "torch": (
+        ("top-k", r"top_?k|radixfind|devicescan|blockwise"),
+        ("index generation", r"sparse_ind|scatter_fill|scatter_gather_internal_kernel<true"),
+        ("score", r"score_kernel|gemm|gemv|cutlass|gather"),
+        ("sort", r"sort"),
+    ),
+    "jax": (
+        ("append, look-up table", r"append_kernel|lookup_table_kernel"),
+        ("cells", r"always_attended_kernel|seal_kernel"),
+        ("cells select", r"cells_select_kernel"),
+        ("group maxima", r"group_maxima_kernel"),
+        ("threshold select", r"threshold_select_kernel"),
+        ("scores", r"score_kernel"),
+        ("sparse index", r"count_kernel|verify_cut_kernel|sparse_index_kernel"),
+        ("k-means", r"centroid_sums_kernel|add_parts_kernel"),
+        ("top-k", r"sort|top_?k|radix|raft|select_k"),
+    ),
+}
+
+
+def stages_of(kernels: Sequence[Kernel], framework: str) -> list[str]:
+    """What each kernel of a call is for: the stages of the original, or of our pipelines.
+
+    A sort right after a top-k is part of it: torch.topk sorts what it found.
+    """
+    stages: list[str] = []
+    for kernel in kernels:
+        found = (
+            stage
+            for stage, pattern in STAGES[framework]
+            if re.search(pattern, kernel.name, re.IGNORECASE)
+        )
+        stage = next(found, "other")
+        if stage == "sort" and stages and stages[-1] == "top-k":
+            stage = "top-k"
+        stages.append(stage)
+    return stages
+
+
+def time_by_stage(calls: Sequence[Sequence[Kernel]], framework: str) -> dict[str, float]:
+    """Median microseconds a call of each stage, the longest first."""
+    times: dict[str, list[float]] = {}
+    for number, kernels in enumerate(calls):
+        for kernel, stage in zip(kernels, stages_of(kernels, framework), strict=True):
+            times.setdefault(stage, [0.0] * len(calls))[number] += kernel.duration
+    medians = {stage: float(np.median(samples)) for stage, samples in times.items()}
+    return dict(sorted(medians.items(), key=lambda item: -item[1]))

@@ -1,9 +1,10 @@
-"""One workload: outputs checked, then all implementations timed in turns."""
+"""Rows of results: implementations of a workload, checked, then timed in turns."""
 
 import contextlib
 import dataclasses
 import functools
 import gc
+import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -12,15 +13,13 @@ from typing import Any
 import numpy as np
 
 from benchmarks import clock as clocks
-from benchmarks import implementations as steps
-from benchmarks import machine
-from benchmarks.agreement import Reference
-from benchmarks.ceilings import Ceilings, floor
-from benchmarks.clock import Kernel, KernelClock, Stream, summary
-from benchmarks.implementations import Implementation, Programs, Step
-from benchmarks.programs import Forms, compilers
-from benchmarks.stages import breakdown
-from parity.inputs import Workload, make_inputs
+from benchmarks import jax_steps, results, torch_steps
+from benchmarks.ceilings import Ceilings, Work, floor, step_work
+from benchmarks.clock import ClockError, Kernel, KernelClock, Step, Stream, summary, time_by_stage
+from benchmarks.jax_steps import Forms, Programs
+from benchmarks.results import Plan
+from parity.inputs import Workload
+from parity.progress import progress
 
 WARM_UPS = 3  # XLA records command buffers in the first calls.
 
@@ -31,43 +30,71 @@ FEWEST = 5
 SHORTEST_STREAM = 10  # calls: with fewer in a row the lead takes too large a part
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Repetitions:
-    """How often things are timed; all of it in turns between the implementations.
+@dataclasses.dataclass(frozen=True)
+class Implementation:
+    """A name of the command line.
 
     Attributes:
-      pipeline: calls of our pipelines whose kernels are recorded with a warm cache, however long
-        they take.
-      warm: calls of the others.
-      cold: calls whose kernels are recorded with a flushed cache.
-      calls: synchronised calls.
-      amortised: calls in all, for the amortised time.
-      rounds: turns that all of these are divided into.
+      name: "framework:form", or a library function's own name.
+      build: makes the step from its inputs and from what `programs` gave.
+      programs: starts to compile what the step needs; None where nothing can be compiled before.
+      work: least work of a call.
+      needs_gpu: whether there is nothing to run without one.
+      pipeline: whether it is one of our own pipelines, which are measured most often.
+      refuses: says why it cannot do a workload, or None.
     """
 
-    pipeline: int = 1000
-    warm: int = 50
-    cold: int = 30
-    calls: int = 50
-    amortised: int = 200
-    rounds: int = 10
+    name: str
+    build: Callable[[Any, Programs], Step]
+    programs: Callable[[Workload, Forms], Programs] | None = None
+    work: Callable[[Workload], Work] = step_work
+    needs_gpu: bool = True
+    pipeline: bool = False
+    refuses: Callable[[Workload], str | None] = lambda w: None
+
+    @property
+    def framework(self) -> str:
+        """ "jax" or "torch"."""
+        return results.framework_of(self.name)
 
 
-QUICK = Repetitions(pipeline=20, warm=10, cold=5, calls=8, amortised=20, rounds=2)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Repetitions:
+    """How many calls of each implementation are timed."""
+
+    pipeline: int = 1000  # kernels with a warm cache: of our pipelines, however long they take,
+    warm: int = 50  # and of the others
+    cold: int = 30  # kernels with a flushed cache
+    calls: int = 50  # synchronised
+    amortised: int = 200  # with one wait for all of a turn
+    rounds: int = 10  # turns, between the implementations, that all of these are divided into
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What all workloads of a run share."""
+
+    reference: Callable[[Workload], Any]  # what steps are built from, and checked by
+    repetitions: Repetitions
+    clock: KernelClock | None = None  # None without a GPU
+    ceilings: Ceilings | None = None  # None where no floor is wanted
+    chains: bool = False  # steps inside one larger jit are timed
+    calls: bool = True  # calls are timed by the wall clock
 
 
 class WrongOutput(Exception):
     """An implementation did not select what it should."""
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)  # a key of what is measured
 class Row:
     """One implementation on one workload: what comes out of it.
 
     Attributes:
       workload: what is run.
       implementation: what runs it.
-      options: flags of the command line that change how often and by what it is timed.
+      kind: of the results it is part of.
+      sweep: that it is a point of, if any.
       programs: what is compiled for it.
       step: while it is ready to be timed.
       status: "ok", "skipped" or "failed".
@@ -79,7 +106,8 @@ class Row:
 
     workload: Workload
     implementation: Implementation
-    options: str = ""
+    kind: str
+    sweep: str | None = None
     programs: Programs = dataclasses.field(default_factory=dict)
     step: Step | None = None
     done: bool = False
@@ -88,20 +116,24 @@ class Row:
     seconds: float = 0.0
     numbers: dict[str, Any] = dataclasses.field(default_factory=dict)
 
-    @property
-    def command(self) -> str:
-        """What repeats this row."""
-        return (
-            f"python -m benchmarks run --workload {self.workload.name} "
-            f"--implementation {self.implementation.name}{self.options}"
-        )
+    def json(self) -> results.Row:
+        """The row as a results file has it."""
+        row = {"workload": self.workload.name, "implementation": self.implementation.name}
+        if self.sweep:
+            row["sweep"] = self.sweep
+        ended = self.done or self.status != "ok"
+        row["status"] = self.status if ended else "skipped"
+        if reason := self.reason if ended else "interrupted":
+            row["reason"] = reason
+        return row | self.numbers
 
     def give_up(self, status: str, reason: str) -> None:
         """Takes the row out of what follows."""
         self.status, self.reason, self.step, self.programs = status, reason, None, {}
         say(f"{status}: {self.workload.name}, {self.implementation.name}: {reason}")
         if status == "failed":
-            say(f"  repeat it: {self.command}")
+            name = self.implementation.name
+            say(f"  repeat it: {results.command_of(self.kind, self.workload.name, name)}")
 
     @contextlib.contextmanager
     def attempt(self, doing: str, *, needed: bool = True) -> Iterator[None]:
@@ -111,7 +143,7 @@ class Row:
         except NotImplementedError as error:
             self.give_up("skipped", str(error))
         except WrongOutput as error:
-            self.give_up("failed", f"wrong output: {error}")
+            self.give_up("failed", f"wrong output: {_first_line(error)}")
         except Exception as error:
             if is_out_of_memory(error):
                 reason = f"out of memory while {doing}: {_first_line(error)}"
@@ -123,20 +155,19 @@ class Row:
             traceback.print_exc()
             self.give_up("failed", f"{doing}: {type(error).__name__}: {_first_line(error)}")
 
-    @contextlib.contextmanager
-    def keep(self, doing: str) -> Iterator[None]:
-        """Makes the row a failed one if something goes wrong inside, but lets it be timed on."""
-        try:
-            yield
-        except Exception as error:
-            if self.status == "ok":
-                self.status, self.reason = "failed", f"{doing}: {_first_line(error)}"
-                say(f"failed: {self.workload.name}, {self.implementation.name}: {self.reason}")
+    def blame(self, doing: str, error: Exception) -> None:
+        """Makes the row a failed one, but lets it be timed on."""
+        if self.status == "ok":
+            self.status, self.reason = "failed", f"{doing}: {_first_line(error)}"
+            say(f"failed: {self.workload.name}, {self.implementation.name}: {self.reason}")
 
     def repetitions(self, wanted: int) -> int:
         """As many as wanted, or as time allows."""
         affordable = int(SECONDS_A_MEASUREMENT / max(self.seconds, 1e-9))
         return min(wanted, max(affordable, FEWEST))
+
+
+Table = Sequence[Sequence[Row]]  # the rows of each workload
 
 
 def say(message: str) -> None:
@@ -148,7 +179,7 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or ["no message"])[0][:500]
 
 
-def check(step: Step, reference: Reference) -> None:
+def check(step: Step, reference: Any) -> None:
     """Raises WrongOutput, naming the first row of it, unless the step's output is right."""
     try:
         step.check(reference)
@@ -166,138 +197,115 @@ def is_out_of_memory(error: Exception) -> bool:
     )
 
 
-def why_not(workload: Workload, implementation: Implementation, gpu: bool) -> str | None:
+def why_not(workload: Workload, implementation: Implementation) -> str | None:
     """Why a row is not worth trying, or None."""
-    if implementation.needs_gpu and not gpu:
+    if implementation.needs_gpu and not results.has_gpu():
         return "needs an NVIDIA GPU"
     if reason := implementation.refuses(workload):
         return reason
-    if implementation.framework == "torch" and machine.version("torch") is None:
+    if implementation.framework == "torch" and results.version("torch") is None:
         return "PyTorch is not installed"
     if min(workload.lengths) < workload.T:
         return f"a row of L={min(workload.lengths)} has no room for the step's {workload.T} tokens"
-    if max(workload.lengths) > workload.capacity:
-        return f"L={max(workload.lengths)} exceeds the capacity S={workload.capacity}"
-    config = workload.config
-    codes = workload.B * workload.K * config.num_subspaces * workload.capacity
-    # The codes twice, and float64 scores of one head at least.
-    on_host = 2 * codes + 8 * workload.capacity
-    for place, needed, there in (
-        ("this machine", on_host, machine.host_bytes()),
-        ("the device", implementation.bytes_needed(workload), machine.device_bytes()),
-    ):
-        if needed > there:
-            return f"needs {needed / 2**30:.1f} GiB or more, {place} has {there / 2**30:.1f} GiB"
+    codes = workload.B * workload.K * workload.config.num_subspaces * workload.capacity
+    # The codes twice, and float64 scores of one head at least. What is on the device can be tried.
+    needed, there = 2 * codes + 8 * workload.capacity, results.host_bytes()
+    if needed > there:
+        return f"needs {needed / 2**30:.1f} GiB or more, this machine has {there / 2**30:.1f} GiB"
     return None
 
 
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """What all workloads of a run share.
-
-    Attributes:
-      gpu: whether there is one.
-      clock: of kernels; None without a GPU.
-      ceilings: of the GPU; None without a kernel clock.
-      repetitions: how often to time.
-      chains: whether to time steps inside one larger jit.
-      calls: whether to time calls by the wall clock.
-      advance: tells the user what is being done.
-      seconds: what each phase of each workload took, filled by `measure`.
-    """
-
-    gpu: bool
-    clock: KernelClock | None
-    ceilings: Ceilings | None
-    repetitions: Repetitions
-    chains: bool
-    calls: bool
-    advance: Callable[[str], None]
-    seconds: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
-
-    @contextlib.contextmanager
-    def phase(self, workload: str, name: str) -> Iterator[None]:
-        """Notes how long the inside takes."""
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            took = round(time.perf_counter() - start, 2)
-            self.seconds.setdefault(workload, {})[name] = took
+def plan_of(kind: str, name: str, table: Table, measure: Callable[[Plan], Iterator[None]]) -> Plan:
+    """The plan of a table of rows; see `Plan`."""
+    shapes = {rows[0].workload.name: results.shape_of(rows[0].workload) for rows in table}
+    rows = lambda: [row.json() for rows in table for row in rows]  # noqa: E731
+    return Plan(kind, name, rows, measure, {"workloads": shapes})
 
 
-def look_at_sizes(rows: Sequence[Row], settings: Settings) -> None:
-    """Takes out rows that are not worth trying."""
+def open_clock(plan: Plan) -> KernelClock | None:
+    """The kernel clock of a run; None without a GPU, or where PyTorch's profiler sees nothing."""
+    if not results.has_gpu():
+        say("No NVIDIA GPU: wall-clock times only.")
+        return None
+    try:
+        return KernelClock()
+    except Exception as error:
+        plan.failed(f"no kernel times, which PyTorch's profiler records: {_first_line(error)}")
+        return None
+
+
+def measure_all(table: Table, settings: Settings) -> Iterator[None]:
+    """Compiles, checks and times the rows of all workloads; yields after each of them."""
+    rows = [row for of_workload in table for row in of_workload]
     for row in rows:
         with row.attempt("looking at sizes"):
-            if reason := why_not(row.workload, row.implementation, settings.gpu):
+            if reason := why_not(row.workload, row.implementation):
                 row.give_up("skipped", reason)
+    with progress(2 * sum(row.status == "ok" for row in rows)) as advance:
+        compile_programs(rows, settings, advance)
+        for of_workload in table:
+            measure(of_workload, settings, advance)
+            yield
 
 
-def compile_programs(rows: Sequence[Row], settings: Settings) -> None:
+def compile_programs(
+    rows: Sequence[Row], settings: Settings, advance: Callable[[str], None]
+) -> None:
     """Compiles all JAX programs of a run at once, on all cores, before anything is timed."""
-    compiled = [row for row in rows if row.status == "ok" and row.implementation.programs]
-    pool = compilers()
-    forms = Forms(
-        pool,
-        user=settings.calls,
-        recorded=settings.clock is not None,
-        chains=settings.chains,
-    )
-    try:
-        with settings.phase("all", "tracing"):
-            for row in compiled:
-                with row.attempt("tracing"):
-                    row.programs = row.implementation.programs(row.workload, forms)
-        with settings.phase("all", "compiling"):
-            for row in compiled:
-                settings.advance(f"compiling {row.workload.name}: {row.implementation.name}")
+    rows = [row for row in rows if row.status == "ok"]
+    with jax_steps.compilers() as pool:
+        forms = Forms(pool, settings.calls, settings.clock is not None, settings.chains)
+        try:
+            for row in rows:
+                if trace := row.implementation.programs:
+                    with row.attempt("tracing"):
+                        row.programs = trace(row.workload, forms)
+            for row in rows:
+                advance(f"compiling {row.workload.name}: {row.implementation.name}")
                 for name, program in row.programs.items():
                     # A row does without a chain; what became of it is said when it is to run.
                     with row.attempt(f"compiling a {name}", needed=name != "chain"):
                         program.wait()
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+        except KeyboardInterrupt:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
-def measure(rows: Sequence[Row], settings: Settings) -> None:
+def measure(rows: Sequence[Row], settings: Settings, advance: Callable[[str], None]) -> None:
     """Checks and times the rows of one workload; what fails is in its row."""
     rows = [row for row in rows if row.status == "ok"]
     if not rows:
         return
     workload = rows[0].workload
     try:
-        with settings.phase(workload.name, "inputs"):
-            reference = Reference(workload, make_inputs(workload))
+        reference = settings.reference(workload)
     except Exception as error:
-        traceback.print_exc()
         for row in rows:
-            row.give_up("failed", f"making inputs: {type(error).__name__}: {error}")
+            with row.attempt("making inputs"):
+                raise error
         return
-    with settings.phase(workload.name, "building and checking"):
-        for row in rows:
-            settings.advance(f"{workload.name}: {row.implementation.name}")
-            with row.attempt("building"):
-                prepare(row, reference, settings)
-    settings.advance(f"{workload.name}: timing")
+    for row in rows:
+        advance(f"{workload.name}: {row.implementation.name}")
+        with row.attempt("building"):
+            prepare(row, reference, settings)
     gc.collect()  # Once, since none is collected while times are taken.
     ready = [row for row in rows if row.step is not None]
     with clocks.no_garbage_collection():
         if settings.clock is not None:
-            with settings.phase(workload.name, "kernels"):
-                time_kernels(ready, settings.clock, settings.repetitions)
+            for cache in ("cold", "warm"):
+                time_kernels(ready, cache, settings.clock, settings.repetitions)
         if settings.calls:
-            with settings.phase(workload.name, "calls"):
-                time_calls(ready, settings)
+            time_calls(ready, settings.repetitions)
         if settings.chains:
-            with settings.phase(workload.name, "chains"):
-                time_chains(ready, reference, settings)
+            time_chains(ready, reference, settings.repetitions)
     for row in rows:
         row.step, row.programs, row.done = None, {}, True
-    steps.release()
+    gc.collect()
+    if "torch" in sys.modules:
+        torch_steps.release()
 
 
-def prepare(row: Row, reference: Reference, settings: Settings) -> None:
+def prepare(row: Row, reference: Any, settings: Settings) -> None:
     """Builds a step, warms it up and checks its output, in both of its forms."""
     step = row.implementation.build(reference, row.programs)
     launches = [step.call_recorded] if settings.clock is not None else []
@@ -311,8 +319,9 @@ def prepare(row: Row, reference: Reference, settings: Settings) -> None:
             row.seconds = time.perf_counter() - start
         check(step, reference)
     row.step = step
-    row.numbers["compile_seconds"] = step.compile_seconds
-    row.numbers["memory_bytes"] = step.memory_bytes
+    row.numbers |= step.numbers
+    if settings.clock is None and results.has_gpu():
+        row.reason = "no kernel times"
     if settings.ceilings is not None:
         row.numbers["floor"] = floor(row.implementation.work(row.workload), settings.ceilings)
 
@@ -322,29 +331,6 @@ def turns(wanted: int, rounds: int, shortest: int = 1) -> list[int]:
     rounds = max(min(rounds, wanted // shortest), 1)
     each, more = divmod(wanted, rounds)
     return [each + (turn < more) for turn in range(rounds)] if wanted else []
-
-
-def time_kernels(rows: Sequence[Row], clock: KernelClock, repetitions: Repetitions) -> None:
-    """Kernel times of all rows, with cold and with warm L2 cache."""
-    for cache in ("cold", "warm"):
-        calls: dict[int, list[list[Kernel]]] = {id(row): [] for row in rows}
-        plans = {id(row): kernel_turns(row, cache, repetitions) for row in rows}
-        for turn in range(max(map(len, plans.values()), default=0)):
-            taking = [
-                (row, plans[id(row)][turn])
-                for row in rows
-                if row.step is not None and turn < len(plans[id(row)])
-            ]
-            record_turn(taking, clock, cache == "cold", calls)
-        for row in rows:
-            if row.step is None or not calls[id(row)]:
-                continue
-            of_row = calls[id(row)]
-            totals = [sum(kernel.duration for kernel in kernels) for kernels in of_row]
-            row.numbers[cache] = summary(totals)
-            if cache == "warm":
-                row.numbers["launches"] = int(np.median([len(kernels) for kernels in of_row]))
-                row.numbers["breakdown"] = breakdown(of_row, row.implementation.framework)
 
 
 def kernel_turns(row: Row, cache: str, repetitions: Repetitions) -> list[int]:
@@ -358,92 +344,105 @@ def kernel_turns(row: Row, cache: str, repetitions: Repetitions) -> list[int]:
     return turns(wanted, repetitions.rounds, SHORTEST_STREAM)
 
 
-def record_turn(
-    taking: Sequence[tuple[Row, int]],
-    clock: KernelClock,
-    cold: bool,
-    calls: dict[int, list[list[Kernel]]],
+def time_kernels(
+    rows: Sequence[Row], cache: str, clock: KernelClock, repetitions: Repetitions
 ) -> None:
-    """Records one round of streams and adds the kernels of each row's calls to `calls`."""
+    """Kernel times of all rows, with a "cold" or a "warm" L2 cache, round by round."""
+    plans = {row: kernel_turns(row, cache, repetitions) for row in rows}
+    calls: dict[Row, list[list[Kernel]]] = {row: [] for row in rows}
+    for turn in range(max(map(len, plans.values()), default=0)):
+        taking = {
+            row: plan[turn]
+            for row, plan in plans.items()
+            if row.step is not None and turn < len(plan)
+        }
+        for row, found in record_turn(taking, clock, cache == "cold").items():
+            calls[row] += found
+    for row, found in calls.items():
+        if row.step is None or not found:
+            continue
+        row.numbers[cache] = summary([sum(x.duration for x in kernels) for kernels in found])
+        if cache == "warm":
+            row.numbers["launches"] = int(np.median([len(kernels) for kernels in found]))
+            row.numbers["stages"] = time_by_stage(found, row.implementation.framework)
 
-    def launch(row: Row) -> None:
+
+def record_turn(
+    taking: dict[Row, int], clock: KernelClock, cold: bool
+) -> dict[Row, list[list[Kernel]]]:
+    """Records one round of streams: the kernels of each call of the rows that it went well with."""
+
+    def safely(row: Row, name: str) -> None:
         with row.attempt("recording kernels"):
             if row.step is not None:
-                row.step.call_recorded()
-
-    def wait(row: Row) -> None:
-        with row.attempt("recording kernels"):
-            if row.step is not None:
-                row.step.wait()
+                getattr(row.step, name)()
 
     streams = [
         Stream(
-            functools.partial(launch, row),
-            functools.partial(wait, row),
+            functools.partial(safely, row, "call_recorded"),
+            functools.partial(safely, row, "wait"),
             row.implementation.framework,
             count,
         )
-        for row, count in taking
+        for row, count in taking.items()
     ]
+    found = {}
     try:
         recorded = clock.record(streams, cold=cold)
-        for (row, count), kernels in zip(taking, recorded, strict=True):
-            if row.step is not None:
-                with row.keep("kernel times"):
-                    calls[id(row)] += clocks.cut(kernels, count, cold=cold)
     except Exception as error:
-        for row, _ in taking:
-            with row.keep("kernel times"):
-                raise error
+        for row in taking:
+            row.blame("kernel times", error)
+        return {}
+    for (row, count), kernels in zip(taking.items(), recorded, strict=True):
+        if row.step is not None:
+            try:
+                found[row] = clocks.cut(kernels, count, cold=cold)
+            except ClockError as error:
+                row.blame("kernel times", error)
+    return found
 
 
-def time_calls(rows: Sequence[Row], settings: Settings) -> None:
-    """Wall-clock times: synchronised, between CUDA events, and amortised."""
-    repetitions = settings.repetitions
+def time_calls(rows: Sequence[Row], repetitions: Repetitions) -> None:
+    """Wall-clock times: synchronised after each call, and after many."""
     kinds: dict[str, tuple[int, Callable[[Step, int], list[float]]]] = {
         "call": (repetitions.calls, clocks.synchronised),
         "amortised": (repetitions.amortised, lambda step, n: [clocks.amortised(step, n)]),
     }
-    if settings.gpu:
-        kinds["event"] = (repetitions.calls, clocks.between_events)
     for kind, (wanted, timing) in kinds.items():
-        timed = [row for row in rows if kind != "event" or row.implementation.framework == "torch"]
-        samples: dict[int, list[float]] = {id(row): [] for row in timed}
-        plans = {id(row): turns(row.repetitions(wanted), repetitions.rounds) for row in timed}
+        plans = {row: turns(row.repetitions(wanted), repetitions.rounds) for row in rows}
+        samples: dict[Row, list[float]] = {row: [] for row in rows}
         for turn in range(repetitions.rounds):
-            for row in timed:
+            for row, plan in plans.items():
                 with row.attempt(f"timing ({kind})"):
-                    if row.step is not None and turn < len(plans[id(row)]):
-                        samples[id(row)] += timing(row.step, plans[id(row)][turn])
-        for row in timed:
-            if row.step is not None and samples[id(row)]:
-                row.numbers[kind] = summary(samples[id(row)])
-                if kind == "amortised":
-                    row.numbers["amortised_calls"] = sum(plans[id(row)])
+                    if row.step is not None and turn < len(plan):
+                        samples[row] += timing(row.step, plan[turn])
+        for row in rows:
+            if row.step is not None and samples[row]:
+                row.numbers[kind] = summary(samples[row])
 
 
-def time_chains(rows: Sequence[Row], reference: Reference, settings: Settings) -> None:
-    """Wall-clock time a step inside one larger jit."""
-    chains = []
+def time_chains(rows: Sequence[Row], reference: Any, repetitions: Repetitions) -> None:
+    """Wall-clock time of a step among others inside one jit, which uses up its lists there."""
+    chains: dict[Row, Step] = {}
     for row in rows:
         with row.attempt("running a chain of steps", needed=False):
             # Where launches take no part of the time, a chain shows nothing new.
-            slow = row.seconds * steps.CHAIN_STEPS > SECONDS_A_MEASUREMENT
-            if row.step is None or slow:
+            slow = row.seconds * jax_steps.CHAIN_STEPS > SECONDS_A_MEASUREMENT
+            if row.step is None or slow or (chain := row.step.chain()) is None:
                 continue
-            if (chain := row.step.chain()) is not None:
-                for _ in range(WARM_UPS):
-                    chain.call()
-                    chain.wait()
-                check(chain, reference)
-                row.numbers["chain_compile_seconds"] = chain.compile_seconds
-                chains.append((row, chain, []))
-    for _ in range(settings.repetitions.rounds):
-        for row, chain, samples in chains:
+            for _ in range(WARM_UPS):
+                chain.call()
+                chain.wait()
+            check(chain, reference)
+            chains[row] = chain
+    samples: dict[Row, list[float]] = {row: [] for row in chains}
+    for _ in range(repetitions.rounds):
+        for row, chain in chains.items():
             with row.attempt("timing a chain of steps"):
                 if row.step is not None:
-                    count = -(-row.repetitions(settings.repetitions.calls) // chain.steps)
-                    samples.append(clocks.amortised(chain, count) / chain.steps)
-    for row, chain, samples in chains:
-        if row.step is not None and samples:
-            row.numbers["in_jit"] = summary(samples) | {"steps": chain.steps}
+                    steps = chain.numbers["steps"]
+                    count = -(-row.repetitions(repetitions.calls) // steps)
+                    samples[row].append(clocks.amortised(chain, count) / steps)
+    for row, found in samples.items():
+        if row.step is not None and found:
+            row.numbers["in_jit"] = summary(found)

@@ -1,26 +1,22 @@
-"""`python -m benchmarks.quality --real-keys DIR`: how good the lists are, on a model's own keys.
+"""Measures how good the lists are on a model's own keys, beside those with codebooks of faiss.
 
-Layers are batch rows. Errors are those of the attention output, |sparse - full| / |full|, recall is
-the share of the heavy tokens by exact score that is selected; both over the model's last queries.
+`python -m parity.real_keys --out DIR` makes the keys. Layers are batch rows. Errors are those of
+the attention output, |sparse - full| / |full|, recall is the share of the heavy tokens by exact
+score that is selected; both over the model's last queries.
 """
 
 import argparse
 import dataclasses
-import datetime
-import functools
-import sys
-import time
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import machine
-from benchmarks.files import add_output_arguments, chosen_output, write
+from benchmarks.results import Plan, Row
 from jax_indexer import append, build_index, rebuild, rebuild_gain
+from parity.progress import progress
 from parity.quality import (
     BEST_OF,
     QUANTIZERS,
@@ -36,14 +32,9 @@ from parity.quality import (
     read_layers,
 )
 
-Row = dict[str, Any]
-
 BUDGETS = (128, 512)
 # Starts of k-means for each: one moves an error by a tenth where codes are coarse.
 STARTS = {(2, 6): 40, (4, 8): 10, (8, 8): 10, (16, 4): 40}
-
-
-# What is measured.
 
 
 def quantizers(
@@ -51,7 +42,7 @@ def quantizers(
     shapes: Sequence[tuple[int, int]] = QUANTIZERS,
     budgets: Sequence[int] = BUDGETS,
     starts: int | None = None,
-    advance: Callable[[], None] = lambda: None,
+    advance: Callable[[str], None] = lambda what: None,
 ) -> Iterator[tuple[str, Row]]:
     """Rows of the tables "inertia", "attention" and "table dtype"; STARTS of each by default."""
     for num_subspaces, num_bits in shapes:
@@ -103,7 +94,7 @@ def quantizers(
                 error, recall = quality(layers, ours[:BEST_OF], rounded).mean(1)
                 row |= {f"error, {dtype}": error, f"recall, {dtype}": recall}
             yield "table dtype", row
-        advance()
+        advance(f"{num_subspaces} subspaces, {num_bits} bits")
 
 
 def drift(
@@ -111,7 +102,7 @@ def drift(
     shapes: Sequence[tuple[int, int]] = QUANTIZERS,
     budgets: Sequence[int] = BUDGETS,
     steps: int = 4,
-    advance: Callable[[], None] = lambda: None,
+    advance: Callable[[str], None] = lambda what: None,
 ) -> Iterator[tuple[str, Row]]:
     """Rows of the tables "drift" and "drift, attention".
 
@@ -156,85 +147,35 @@ def drift(
                     "recall, rebuilt": new_recall,
                 },
             )
-        advance()
+        advance(f"{num_subspaces} subspaces, {num_bits} bits, drift")
 
 
 # The command line.
 
 
-def as_json(value: Any) -> Any:
-    if isinstance(value, np.ndarray):
-        return [as_json(x) for x in value.tolist()]
-    return float(f"{value:.5g}") if isinstance(value, (float, np.floating)) else value
-
-
-def print_table(title: str, rows: Sequence[Row]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=title)
-    for name in rows[0]:
-        table.add_column(name, justify="right")
-    for row in rows:
-        values = (x if isinstance(x, list) else [x] for x in row.values())
-        table.add_row(*(" ".join(f"{x:.4g}" for x in value) for value in values))
-    Console(width=140).print(table)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command line.
-
-    Returns:
-      0, or 130 if the user interrupted it.
-    """
-    from rich.progress import Progress
-
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.quality", description=__doc__, allow_abbrev=False
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command line of `quality`."""
     parser.add_argument("--real-keys", type=Path, required=True, metavar="DIR")
-    add_output_arguments(parser)
-    arguments = parser.parse_args(argv)
 
-    started = time.perf_counter()
-    now = datetime.datetime.now(datetime.UTC)
-    commit = machine.find_commit(arguments.commit)
+
+def plan(arguments: argparse.Namespace) -> Plan:
+    """What a command line of `quality` asks for; ValueError if it cannot be."""
     try:
         layers = read_layers(arguments.real_keys)
     except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
-        parser.error(f"--real-keys: {error}; python -m parity.real_keys --out DIR makes that file")
-    output = chosen_output(
-        arguments.output, f"quality-{now.strftime('%Y%m%d-%H%M%S')}.json", parser
-    )
-    tables: dict[str, list[Row]] = {}
-    interrupted = False
-    with Progress() as progress:
-        task = progress.add_task("quantizers", total=2 * len(QUANTIZERS))
-        advance = functools.partial(progress.advance, task)
-        try:
-            for part in (quantizers, drift):
-                for name, row in part(layers, advance=advance):
-                    row = {column: as_json(value) for column, value in row.items()}
-                    tables.setdefault(name, []).append(row)
-        except KeyboardInterrupt:
-            interrupted = True
-    results = {
-        "kind": "quality",
-        "time": now.isoformat(timespec="seconds"),
-        "command": "python -m benchmarks.quality --real-keys DIR",
-        **commit,
-        "machine": machine.describe_machine() | {"faiss": machine.version("faiss-cpu")},
-        "seconds": round(time.perf_counter() - started, 1),
-        "tables": tables,
-    }
-    write(output, results)
-    for name, rows in tables.items():
-        print_table(name, rows)
-    print(f"{output} ({results['seconds']:.0f} s)")
-    if interrupted:
-        print("interrupted: what was measured until then is kept")
-    return 130 if interrupted else 0
+        advice = "python -m parity.real_keys --out DIR makes that file"
+        raise ValueError(f"--real-keys: {error}; {advice}") from None
+    rows: list[Row] = []
+    starts = BEST_OF if arguments.quick else None
 
+    def measured(plan: Plan) -> Iterator[None]:
+        with progress(2 * len(QUANTIZERS)) as advance:
+            for part in (
+                quantizers(layers, starts=starts, advance=advance),
+                drift(layers, advance=advance),
+            ):
+                for table, row in part:
+                    rows.append({"table": table} | row)
+                    yield
 
-if __name__ == "__main__":
-    sys.exit(main())
+    return Plan("quality", "quality", lambda: rows, measured)

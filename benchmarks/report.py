@@ -1,153 +1,481 @@
-"""`python -m benchmarks report`: tables and pictures of results, and the README's section."""
+"""Shows results; of the committed ones, writes REPORT.md, its pictures and the README's table."""
 
 import argparse
-from collections.abc import Iterable, Sequence
+import functools
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.tables import (
-    ITERATION_4,
-    Results,
-    build_table,
-    by_workload,
-    decode_table,
-    detail_table,
-    load,
-    markdown,
-    named,
-    seed_table,
-    show,
-    summary_table,
-)
+from benchmarks.results import ROOT, Results, Row, command_of, framework_of, is_indexer, load
+from parity.inputs import WORKLOADS
 
-ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
-BEGIN, END = "<!-- benchmark:begin -->", "<!-- benchmark:end -->"
+README = ROOT / "README.md"
+BEGIN, END = "<!-- speed:begin -->", "<!-- speed:end -->"
+IN_README = ("seed", "llama-32k", "llama-128k-b4", "wide", "million")
+NOTHING = "-"
 
+Table = tuple[list[str], list[list[str]]]  # heads, cells
+Latest = dict[str, tuple[Results, list[Row]]]  # the run of each workload, and its rows there
+Pictures = dict[str, tuple[str, Callable[[Path], None]]]  # file: caption, what draws it
+
+# The document that this project comes from, "Iteration 4: Aggressive Multi-Front Optimization":
+# milliseconds a call (mean, median, min, max, standard deviation; of two iterations the mean only),
+# and microseconds of its kernels by what they are for. It does not name its GPU.
+SEED_CALL_MS = {
+    "iteration1": (0.955, None, None, None, None),
+    "iteration2": (0.918, None, None, None, None),
+    "iteration3": (0.796, 0.781, 0.757, 1.266, 0.073),
+    "iteration4": (0.574, 0.530, 0.516, 1.274, 0.132),
+}
+SEED_KERNELS_US = {
+    "iteration1": {"score": 568.3, "top-k": 66.7, "sort": 29.2},
+    "iteration2": {"score": 568.4, "top-k": 66.3, "sort": 29.1},
+    "iteration3": {"score": 70.8, "top-k": 65.9, "sort": 28.9, "index generation": 30.0},
+    "iteration4": {"score": 69.5, "top-k": 65.8, "sort": 28.9, "index generation": 16.5},
+}
+
+ABOUT_README = "Median kernel times of a decode step in microseconds, outputs checked first"
 ABOUT_KERNELS = (
     "A step's kernel time in microseconds: medians of calls in a row, by CUPTI, all "
     "implementations in turns in one process after their outputs were found right. *p99*: of our "
     "calls, at least 100 of them, over the median. *Floor*: each candidate's codes read once at "
     "the measured copy bandwidth, or its look-ups at the measured rate, whichever takes longer, "
     "and one launch; a cache that holds the codes can help below it. The last two columns are "
-    "wall-clock times: a step of ours in one `jit` of 20, and a replay of the fastest PyTorch form "
-    "as a CUDA graph."
+    "wall-clock times: a step of ours among 20 in one `jit`, which uses up its lists there, and a "
+    "replay of the fastest PyTorch form as a CUDA graph."
 )
 ABOUT_CALLS = "There was no GPU: times are wall-clock times of one call, in microseconds."
+ABOUT_SEED = (
+    "Microseconds of a call by the wall clock, its wait included, then of kernels. The document "
+    "does not name its GPU."
+)
+ABOUT_BUILD = (
+    "Milliseconds for all keys of a prompt; memory beside the keys; squared error of the codes' "
+    "reconstruction, of normal keys. The original's k-means is beside it."
+)
+ABOUT_DECODE = (
+    "Kernel times of a step in microseconds while all rows grow by a segment and more. The mean is "
+    "over the steps of one segment, sealing included."
+)
+ABOUT_QUALITY = (
+    "Lists on a model's own keys, three layers of SmolLM2-135M over 8192 tokens, 64 sinks and a "
+    "window of 64. Errors are those of the attention output, relative to full attention; recall is "
+    "the share of the exact top-k that is selected."
+)
 ABOUT_DETAILS = (
     "Kernel times with the data of the call before in the L2 cache (*warm*) and with an emptied "
     "one (*cold*), of programs compiled without command buffers, in which CUPTI misnames kernels; "
-    "wall-clock times of a *call* with its wait, *amortised* over calls in a row, and between CUDA "
-    "*events*, of programs as a user gets them. In brackets p20 to p80. What is slow was called "
-    "fewer times."
+    "wall-clock times of a *call* with its wait, and *amortised* over calls in a row, of programs "
+    "as a user gets them. In brackets p20 to p80. What is slow was called fewer times."
 )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command line of `report`."""
     parser.add_argument(
-        "files",
-        nargs="*",
-        type=Path,
-        help="results to show, and no more; without any, the README's section and its pictures "
-        "are made from those in benchmarks/results/",
-    )
-    parser.add_argument("--readme", type=Path, default=ROOT / "README.md", metavar="FILE")
-    parser.add_argument(
-        "--pictures", type=Path, metavar="DIR", help="where pictures go; default: the results'"
+        "files", nargs="*", type=Path, help="results to show on the terminal, and no more"
     )
     parser.add_argument(
-        "--check", action="store_true", help="change nothing; 1 if the README is stale"
+        "--check",
+        action="store_true",
+        help="change nothing; 1 if README.md or REPORT.md is stale, or a picture is missing",
     )
 
 
-def provenance(one: Results) -> str:
-    """Where numbers come from, in a line."""
+def report(arguments: argparse.Namespace) -> int:
+    """Shows results; of the committed ones, also writes what is made of them.
+
+    Returns:
+      0, or 1 if `--check` finds something stale, or results cannot be compared.
+    """
+    if arguments.files and arguments.check:
+        arguments.parser.error("--check: expected no files, since it is about the committed ones")
+    try:
+        found = load(arguments.files or sorted(RESULTS.glob("*.json")))
+        if not found:
+            print(f"no results in {RESULTS}; show those of a run: python -m benchmarks report FILE")
+            return 0
+        if arguments.files:
+            show(found)
+            return 0
+        wanted = pictures(found)
+        texts = {
+            README: rewritten(README.read_text(), readme_section(found)),
+            RESULTS / "REPORT.md": document(found, wanted),
+        }
+    except (OSError, ValueError) as error:
+        print(f"report: {error}")
+        return 1
+    if arguments.check:
+        problems = [
+            f"{path} is stale"
+            for path, text in texts.items()
+            if not path.is_file() or path.read_text() != text
+        ]
+        problems += [f"{file} is missing" for file in wanted if not (RESULTS / file).is_file()]
+        print("\n".join(problems) or "up to date")
+        if problems:
+            print("make it again: python -m benchmarks report")
+        return 1 if problems else 0
+    show(found)
+    for path, text in texts.items():
+        path.write_text(text)
+        print(f"{path} written")
+    for file, (_, draw) in wanted.items():
+        draw(RESULTS / file)
+        print(f"{RESULTS / file} drawn")
+    return 0
+
+
+# Which rows are compared
+
+
+def latest(results: Sequence[Results]) -> Latest:
+    """For each workload the latest run of it: rows are compared within one run only.
+
+    One that measured nothing of it, because it was skipped or interrupted, hides no earlier one.
+    """
+    found: Latest = {}
+    for one in results:
+        rows: dict[str, list[Row]] = {}
+        for row in one["rows"] if one["kind"] == "named" else ():
+            rows.setdefault(row["workload"], []).append(row)
+        for name, of_name in rows.items():
+            if name not in found or any(row["status"] == "ok" for row in of_name):
+                found[name] = one, of_name
+    order = {name: place for place, name in enumerate(WORKLOADS)}
+    return dict(sorted(found.items(), key=lambda item: order.get(item[0], len(order))))
+
+
+def of_kind(results: Sequence[Results], kind: str) -> list[Results]:
+    """The latest results of a kind, if there are any."""
+    return [one for one in results if one["kind"] == kind][-1:]
+
+
+def time_of(row: Row | None) -> float | None:
+    """What a row is compared by, in microseconds: warm kernels; a call where there is no GPU."""
+    if row is None or row["status"] != "ok":
+        return None
+    return median(row, "warm") or (None if row.get("floor") else median(row, "call"))
+
+
+def fastest(rows: Iterable[Row], framework: str) -> Row | None:
+    """The fastest indexer of a framework, or None."""
+    names = {row["implementation"]: row for row in rows if time_of(row) is not None}
+    timed = [row for name, row in names.items() if is_indexer(name)]
+    timed = [row for row in timed if framework_of(row["implementation"]) == framework]
+    return min(timed, key=lambda row: time_of(row) or 0.0, default=None)
+
+
+def named(rows: Iterable[Row], *implementations: str) -> Row | None:
+    """The timed row of the first of these implementations that has one, or None."""
+    timed = {row["implementation"]: row for row in rows if time_of(row) is not None}
+    return next((timed[name] for name in implementations if name in timed), None)
+
+
+# Tables
+
+
+def table(lines: Sequence[dict[str, str | None]]) -> Table:
+    """Heads and cells of lines that all have the same heads, without columns of nothing."""
+    heads = [
+        head
+        for place, head in enumerate(lines[0] if lines else ())
+        if place == 0 or any(line[head] for line in lines)
+    ]
+    return heads, [[line[head] or NOTHING for head in heads] for line in lines]
+
+
+def us(value: float | None) -> str | None:
+    """Microseconds, or another unit, with three figures."""
+    if value is None:
+        return None
+    return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+
+
+def median(row: Row, kind: str) -> float | None:
+    """Median of one kind of time, or None."""
+    return row[kind]["median"] if row.get(kind) else None
+
+
+def spread(row: Row, kind: str) -> str | None:
+    """Median and the range from p20 to p80."""
+    times = row.get(kind)
+    return times and f"{us(times['median'])} ({us(times['p20'])}..{us(times['p80'])})"
+
+
+def tail(row: Row) -> str | None:
+    """How far the slowest hundredth of warm calls is from the median."""
+    times = row.get("warm")
+    return f"{times['p99'] / times['median']:.2f}" if times and times["count"] >= 100 else None
+
+
+def ratio(one: float | None, other: float | None, mark: str = "") -> str | None:
+    """How many times `other` goes into `one`."""
+    return f"{mark}{one / other:.1f}x{mark}" if one and other else None
+
+
+def mebibytes(row: Row) -> str | None:
+    """Memory that a call needs beside its inputs."""
+    memory = row.get("memory_bytes")
+    return None if memory is None else f"{memory / 2**20:.1f}"
+
+
+def short(row: Row | None) -> str | None:
+    """The time of an implementation, and its name without the framework."""
+    return row and f"{us(time_of(row))} `{row['implementation'].partition(':')[2]}`"
+
+
+def measured(row: Row) -> tuple[Row, str | None]:
+    """What a table shows of a row: its numbers, if it went well, and a note."""
+    reason = row.get("reason")
+    return (row, reason) if row["status"] == "ok" else ({}, f"{row['status']}: {reason}")
+
+
+def sizes(workload: str, shape: dict[str, Any]) -> str:
+    """A workload's name, with a few words for its sizes."""
+    lengths = shape["L"] if isinstance(shape["L"], list) else [shape["L"]]
+    tokens = "..".join(dict.fromkeys(tokens_of(x) for x in (min(lengths), max(lengths))))
+    words = [f"{shape['B']} row{'s' * (shape['B'] > 1)}", f"{tokens} tokens"]
+    if shape["config"]["heavy_size"] != 128:
+        words.append(f"budget {shape['config']['heavy_size']}")
+    if shape["weights"]:
+        words.append("dense weights")
+    return f"`{workload}`: {', '.join(words)}"
+
+
+def tokens_of(count: int) -> str:
+    """A number of tokens, in units of 2**10 or 2**20 where it is a multiple of them."""
+    for unit, letter in ((2**20, "M"), (2**10, "k")):
+        if count >= unit and count % unit == 0:
+            return f"{count // unit}{letter}"
+    return str(count)
+
+
+def summary(workloads: Latest, names: Iterable[str]) -> list[dict[str, str | None]]:
+    """A line a workload: ours, Iteration 4, the fastest PyTorch form, the floor."""
+    lines = []
+    for name in names:
+        one, rows = workloads.get(name, (None, []))
+        ours, torch = fastest(rows, "jax"), fastest(rows, "torch")
+        last = named(rows, "torch:iteration4", "torch:iteration4-graph")
+        time, least = time_of(ours), (ours or {}).get("floor", {}).get("us")
+        graphs = [row for row in rows if row["implementation"].endswith("-graph")]
+        replays = [x for row in graphs if (x := median(row, "amortised"))]
+        lines.append(
+            {
+                "workload": sizes(name, one["workloads"][name]) if one else f"`{name}`",
+                "ours": short(ours),
+                "p99": tail(ours or {}),
+                "Iteration 4": us(time_of(last)),
+                "speed-up": ratio(time_of(last), time, "**"),
+                "fastest PyTorch form": short(torch),
+                "speed-up over it": ratio(time_of(torch), time, "**"),
+                "floor": us(least),
+                "ours / floor": ratio(time, least),
+                "in one jit": us(median(ours or {}, "in_jit")),
+                "graph replay": us(min(replays, default=None)),
+            }
+        )
+    return lines
+
+
+def detail_table(rows: Sequence[Row]) -> Table:
+    """All that was measured of one workload, in microseconds."""
+    lines = []
+    for full in rows:
+        row, note = measured(full)
+        floor = row.get("floor", {}).get("us")
+        stages = row.get("stages", {})
+        lines.append(
+            {
+                "implementation": f"`{full['implementation']}`",
+                "kernels, warm": spread(row, "warm"),
+                "p99": tail(row),
+                "calls": str(row["warm"]["count"]) if row.get("warm") else None,
+                # Cold: data that are warm need not come from memory, so may beat the floor.
+                "kernels, cold": spread(row, "cold"),
+                "floor": us(floor),
+                "cold / floor": ratio(median(row, "cold"), floor),
+                "launches": str(row["launches"]) if "launches" in row else None,
+                "by stage": "; ".join(f"{name} {us(time)}" for name, time in stages.items()),
+                "a call": spread(row, "call"),
+                "amortised": us(median(row, "amortised")),
+                "in one jit": us(median(row, "in_jit")),
+                "MiB": mebibytes(row),
+                "compile, s": us(row.get("compile_seconds")),
+                "note": note,
+            }
+        )
+    return table(lines)
+
+
+def seed_table(rows: Sequence[Row]) -> Table:
+    """The seed document's figures of its iterations next to ours."""
+    lines = []
+    for iteration, wall in SEED_CALL_MS.items():
+        statistics = ("mean", "median", "min", "max", "std")
+        kernels = ("score", "top-k", "sort", "index generation")
+        row = named(rows, f"torch:{iteration}") or {}
+        for whose, call, stages in (
+            (
+                "the document's",
+                {name: ms and ms * 1e3 for name, ms in zip(statistics, wall, strict=True)},
+                SEED_KERNELS_US[iteration],
+            ),
+            ("here", row.get("call", {}), row.get("stages", {})),
+        ):
+            other = [time for stage, time in stages.items() if stage not in kernels]
+            lines.append(
+                {"": f"Iteration {iteration[-1]}, {whose}"}
+                | {f"call, {name}": us(call.get(name)) for name in statistics}
+                | {stage: us(stages.get(stage)) for stage in kernels}
+                | {"other": us(sum(other)) if other else None}
+                | {"all kernels": us(median(row, "warm")) if whose == "here" else None}
+            )
+    return table(lines)
+
+
+def build_table(rows: Sequence[Row]) -> Table:
+    """What was measured of build_index, in milliseconds and MiB."""
+    lines = []
+    for full in rows:
+        row, note = measured(full)
+        kernels, call, memory = median(row, "warm"), median(row, "call"), row.get("memory_bytes")
+        lines.append(
+            {
+                "workload": f"`{full['workload']}`",
+                "implementation": f"`{full['implementation']}`",
+                "kernels": us(kernels and kernels / 1e3),
+                "a build": us(call and call / 1e3),
+                "launches": str(row["launches"]) if "launches" in row else None,
+                "MiB": mebibytes(row),
+                "of the keys": f"{memory / row['key_bytes']:.2f}x" if memory else None,
+                "error": us(row.get("error")),
+                "note": note,
+            }
+        )
+    return table(lines)
+
+
+def decode_table(rows: Sequence[Row]) -> Table:
+    """Steps of a decode, in microseconds."""
+    lines = []
+    for full in rows:
+        row, note = measured(full)
+        times = row.get("warm", {})
+        lines.append(
+            {
+                "workload": f"`{full['workload']}`",
+                "steps": str(row["steps"]) if row else None,
+                "segment": str(row["segment"]) if row else None,
+                "median": us(times.get("median")),
+                "mean": us(row.get("mean_of_a_segment")),
+                "p99": us(times.get("p99")),
+                "max": us(times.get("max")),
+                "max / median": ratio(times.get("max"), times.get("median")),
+                "note": note,
+            }
+        )
+    return table(lines)
+
+
+def quality_tables(rows: Sequence[Row]) -> dict[str, Table]:
+    """The tables of a quality run by name, figures as they are."""
+    tables: dict[str, list[dict[str, str | None]]] = {}
+    for row in rows:
+        line = {
+            name: ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+            for name, value in row.items()
+            if name != "table"
+        }
+        tables.setdefault(row["table"], []).append(line)
+    return {name: table(lines) for name, lines in tables.items()}
+
+
+# Where they go
+
+
+def all_tables(results: Sequence[Results]) -> dict[str, Table]:
+    """The tables that results have, by title."""
+    workloads = latest(results)
+    tables = {
+        f"{name}, microseconds, median (p20..p80)": detail_table(rows)
+        for name, (_, rows) in workloads.items()
+    }
+    for one in of_kind(results, "sweep"):
+        for name in dict.fromkeys(row["workload"] for row in one["rows"]):
+            rows = [row for row in one["rows"] if row["workload"] == name]
+            tables[f"{name}, microseconds"] = detail_table(rows)
+    if workloads:
+        tables["all workloads, microseconds"] = table(summary(workloads, workloads))
+    for one in of_kind(results, "build"):
+        tables["build_index, milliseconds"] = build_table(one["rows"])
+    for one in of_kind(results, "decode"):
+        tables["a decode, microseconds"] = decode_table(one["rows"])
+    for one in of_kind(results, "quality"):
+        tables |= quality_tables(one["rows"])
+    return tables
+
+
+def show(results: Sequence[Results]) -> None:
+    """Prints all tables to the terminal; as Markdown where rich is not installed."""
+    try:
+        from rich.console import Console
+        from rich.table import Table as RichTable
+        from rich.text import Text
+    except ImportError:
+        for title, found in all_tables(results).items():
+            print(f"\n{title}\n{markdown(found)}")
+        return
+    console = Console()
+    if not console.is_terminal:
+        console.width = 240  # A log has no width to keep to.
+    for title, (heads, lines) in all_tables(results).items():
+        shown = RichTable(title=title, title_justify="left")
+        for number, head in enumerate(heads):
+            at_side = number == 0 or head in ("note", "by stage")
+            shown.add_column(head, justify="left" if at_side else "right", overflow="fold")
+        for line in lines:
+            shown.add_row(*(Text(cell.replace("`", "").replace("**", "")) for cell in line))
+        console.print(shown)
+
+
+def markdown(found: Table) -> str:
+    """A table in Markdown."""
+    heads, lines = found
+    rows = [heads, ["---"] * len(heads), *lines]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in r) + " |" for r in rows)
+
+
+def provenance(one: Results, folder: str = "") -> str:
+    """Where numbers come from, in a line; the link to them starts with a folder."""
     about = one["machine"]
-    commit = one["commit"] or "not known"
-    dirty = " with changes" if one["dirty"] else ""
     driver = f", driver {about['driver']}" if about["driver"] else ""
     versions = ", ".join(
         f"{label} {about[name]}"
         for label, name in (("JAX", "jax"), ("PyTorch", "torch"), ("Triton", "triton"))
         if about[name]
     )
-    quick = ", few repetitions" if one["quick"] else ""
+    commit = (one["commit"] or "not known")[:12] + " with changes" * bool(one["dirty"])
+    quick = ", few repetitions" * one["quick"]
     return (
         f"`{one['command']}`, {one['seconds']:.0f} s{quick}: {about['device']}{driver}; "
-        f"{versions}, Python {about['python']}; commit {commit[:12]}{dirty}; {one['time'][:10]}; "
-        f"[{one['file']}](benchmarks/results/{one['file']})"
+        f"{versions}, Python {about['python']}; commit {commit}; {one['time'][:10]}; "
+        f"[{one['file']}]({folder}{one['file']})"
     )
 
 
-def folded(summary: str, *blocks: str) -> list[str]:
-    """Lines of Markdown that are shown when asked for."""
-    inside = [line for block in blocks for line in (block, "")]
-    return [f"<details><summary>{summary}</summary>", "", *inside, "</details>", ""]
-
-
-def code(lines: Iterable[str]) -> str:
-    """A block of commands."""
-    return "\n".join(["```", *lines, "```"])
-
-
-def section(results: Sequence[Results], pictures: Sequence[tuple[str, str]]) -> str:
-    """The README's section, without its markers.
-
-    Args:
-      results: as `load` returns them.
-      pictures: link and caption of each.
-
-    Returns:
-      Markdown.
-    """
-    workloads = by_workload(results)
-    gpu = any(one["machine"]["gpu"] for one in results)
-    used = {one["file"]: one for one, _ in workloads.values()}
-    used |= {one["file"]: one for one in results if one["kind"] != "named"}
-    shown = {caption: f"![{caption}]({link})" for link, caption in pictures}
-    breakdowns = [shown.pop(caption) for caption in list(shown) if "Kernel time" in caption]
-    lines = [
-        ABOUT_KERNELS if gpu else ABOUT_CALLS,
-        "",
-        markdown(summary_table(workloads)),
-        "",
-        *(f"- {provenance(one)}" for one in used.values()),
-        "",
-    ]
-    for picture in shown.values():
-        lines += [picture, ""]
-    if breakdowns:
-        lines += folded("Kernels of a step, by what they are for", *breakdowns)
-    if "seed" in workloads and named(workloads["seed"][1], ITERATION_4):
-        lines += folded(
-            "The four iterations of the original, as reported and here",
-            "Microseconds between CUDA events around a call, then of kernels. The document does "
-            "not name its GPU.",
-            markdown(seed_table(workloads["seed"][1])),
-        )
-    for one in [one for one in results if one["kind"] == "build"][-1:]:
-        lines += folded(
-            "Building an index: <code>build_index</code>",
-            "Milliseconds for all keys of a prompt; memory beside the keys; squared error of the "
-            "codes' reconstruction, of normal keys. The original's k-means is beside it.",
-            markdown(build_table(one["rows"])),
-        )
-    for one in [one for one in results if one["kind"] == "decode"][-1:]:
-        lines += folded(
-            "Decoding with cells: sealing",
-            "Kernel times of a step in microseconds while all rows grow by a segment and more. The "
-            "mean is over the steps of one segment, sealing included.",
-            markdown(decode_table(one["rows"])),
-        )
-    for name, (_, rows) in workloads.items():
-        lines += folded(
-            f"<code>{name}</code>: all implementations, and the command of each row",
-            ABOUT_DETAILS if gpu else ABOUT_CALLS,
-            markdown(detail_table(rows)),
-            code(row["command"] for row in rows if row["status"] != "skipped"),
-        )
-    return "\n".join(lines).rstrip("\n")
+def readme_section(results: Sequence[Results]) -> str:
+    """The README's section, without its markers: one table, and where it comes from."""
+    workloads = latest(results)
+    used = {one["file"]: one for name, (one, _) in workloads.items() if name in IN_README}
+    about = [provenance(one, "benchmarks/results/") for one in used.values()]
+    left_out = ("p99", "floor", "ours / floor", "in one jit", "graph replay")
+    lines = summary(workloads, IN_README)
+    lines = [{head: line[head] for head in line if head not in left_out} for line in lines]
+    return "\n\n".join([markdown(table(lines)), f"{ABOUT_README}: {' '.join(about)}"])
 
 
 def rewritten(readme: str, section: str) -> str:
@@ -156,93 +484,124 @@ def rewritten(readme: str, section: str) -> str:
     Raises:
       ValueError: if the markers are not there once each, in order.
     """
-    if (
-        readme.count(BEGIN) != 1
-        or readme.count(END) != 1
-        or readme.index(BEGIN) > readme.index(END)
-    ):
-        raise ValueError(f"expected {BEGIN} and {END} in the README, once each")
-    before, rest = readme.split(BEGIN)
-    _, after = rest.split(END)
+    before, begin, rest = readme.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end or any(mark in before + after for mark in (BEGIN, END)):
+        raise ValueError(f"expected {BEGIN} and {END} in {README}, once each")
     return f"{before}{BEGIN}\n{section}\n{END}{after}"
 
 
-def report(arguments: argparse.Namespace) -> int:
-    """Shows results; of the committed ones, also draws pictures and rewrites the README's section.
-
-    Returns:
-      0, or 1 if `--check` finds the README stale, or results cannot be compared.
-    """
-    if arguments.files and arguments.check:
-        arguments.parser.error("--check: expected no files, since it is about the README")
-    try:
-        if arguments.files:
-            results = load(arguments.files)
-        else:
-            results = load(sorted(RESULTS.glob("*.json")), others=True)
-        if not results:
-            print(f"no results in {RESULTS}; show those of a run: python -m benchmarks report FILE")
-            return 0
-        if arguments.files:
-            return show_all(results, arguments.pictures)
-        folder = arguments.pictures or RESULTS
-        wanted = pictures_of(results)
-        links = [
-            (_relative(folder / picture.file, arguments.readme), picture.caption)
-            for picture in wanted
-        ]
-        old = arguments.readme.read_text()
-        new = rewritten(old, section(results, links))
-    except (OSError, ValueError) as error:
-        print(f"report: {error}")
-        return 1
-    if arguments.check:
-        missing = [p.file for p in wanted if not (folder / p.file).is_file()]
-        if new == old and not missing:
-            print(f"{arguments.readme} is up to date")
-            return 0
-        if new != old:
-            print(f"{arguments.readme} is stale")
-        if missing:
-            print(f"pictures are missing: {', '.join(missing)}")
-        print("make it again: python -m benchmarks report")
-        return 1
-    show_all(results, folder)
-    arguments.readme.write_text(new)
-    print(f"{arguments.readme} rewritten")
-    return 0
+def commands(one: Results, rows: Iterable[Row]) -> str:
+    """A block with the command of each row that was tried."""
+    tried = [row for row in rows if row["status"] != "skipped"]
+    names = [(one["kind"], row["workload"], row["implementation"]) for row in tried]
+    return "\n".join(["```", *dict.fromkeys(command_of(*name) for name in names), "```"])
 
 
-def pictures_of(results: Sequence[Results]) -> list[Any]:
-    """The pictures that results allow; matplotlib is not imported before it is needed."""
-    from benchmarks import plots
-
-    return plots.pictures(results)
-
-
-def show_all(results: Sequence[Results], folder: Path | None) -> int:
-    """Prints all tables and, into a folder, draws all pictures; returns 0."""
-    workloads = by_workload(results)
-    for name, (_, rows) in workloads.items():
-        show(f"{name}, microseconds, median (p20..p80)", detail_table(rows))
+def document(results: Sequence[Results], pictures: Pictures) -> str:
+    """REPORT.md: everything that was measured, and the commands."""
+    workloads = latest(results)
+    gpu = any(one["machine"]["gpu"] for one in results)
+    used = {one["file"]: one for one, _ in workloads.values()}
+    blocks = ["# What was measured", "`python -m benchmarks report` makes this of the files here."]
     if workloads:
-        show("all workloads, microseconds", summary_table(workloads))
-    for one in results:
-        if one["kind"] == "build":
-            show("build_index, milliseconds", build_table(one["rows"]))
-        if one["kind"] == "decode":
-            show("a decode, microseconds", decode_table(one["rows"]))
-    if folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)
-        wanted = pictures_of(results)
-        for picture in wanted:
-            picture.draw(folder / picture.file)
-        print(f"{len(wanted)} pictures in {folder}")
-    return 0
+        blocks += ["## Decode steps", ABOUT_KERNELS if gpu else ABOUT_CALLS]
+        blocks += [markdown(table(summary(workloads, workloads))), *map(provenance, used.values())]
+    for file, (caption, _) in pictures.items():
+        blocks += [f"![{caption}]({file})"]
+    blocks += map(provenance, of_kind(results, "sweep"))
+    if "seed" in workloads and named(workloads["seed"][1], "torch:iteration4"):
+        blocks += ["## The four iterations of the original, as reported and here", ABOUT_SEED]
+        blocks += [markdown(seed_table(workloads["seed"][1]))]
+    for kind, title, about, make in (
+        ("build", "Building an index", ABOUT_BUILD, build_table),
+        ("decode", "Decoding with cells: sealing", ABOUT_DECODE, decode_table),
+    ):
+        for one in of_kind(results, kind):
+            blocks += [f"## {title}", about, markdown(make(one["rows"])), provenance(one)]
+            blocks += [commands(one, one["rows"])]
+    for one in of_kind(results, "quality"):
+        blocks += ["## Quality of lists", ABOUT_QUALITY, provenance(one)]
+        for name, found in quality_tables(one["rows"]).items():
+            blocks += [f"### {name}", markdown(found)]
+    blocks += ["## Decode steps in detail", ABOUT_DETAILS] if workloads and gpu else []
+    for name, (one, rows) in workloads.items():
+        title = sizes(name, one["workloads"][name])
+        blocks += [f"### {title}", markdown(detail_table(rows)), commands(one, rows)]
+    return "\n\n".join(blocks) + "\n"
 
 
-def _relative(path: Path, readme: Path) -> str:
-    try:
-        return path.resolve().relative_to(readme.resolve().parent).as_posix()
-    except ValueError:
-        return path.as_posix()
+# Pictures
+
+# Okabe and Ito's colours, which stay apart for the colour-blind, each with a marker of its own.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
+MARKERS = "osD^vPX*"
+
+AXES = {
+    "length": ("tokens in the cache, L", lambda shape: shape["L"]),
+    "batch": ("batch rows, B", lambda shape: shape["B"]),
+    "subspaces": (
+        "look-ups a key, M, and bits a code",
+        lambda shape: (shape["config"]["num_subspaces"], shape["config"]["num_bits"]),
+    ),
+}
+
+
+def pictures(results: Sequence[Results]) -> Pictures:
+    """What can be drawn of the sweeps among results; nothing is drawn yet."""
+    found = {}
+    for one in results if results else ():
+        for sweep, (label, _) in AXES.items():
+            rows = [row for row in one["rows"] if row.get("sweep") == sweep]
+            if rows := [row for row in rows if time_of(row) is not None]:
+                draw = functools.partial(draw_sweep, rows, one["workloads"], sweep)
+                found[f"time-against-{sweep}.png"] = f"Time of a step against {label}", draw
+    return found
+
+
+def draw_sweep(rows: Sequence[Row], shapes: dict[str, Any], sweep: str, path: Path) -> None:
+    """Median time of each implementation against a size, and the floor."""
+    # Not pyplot: it keeps figures in a global list and asks for a display.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, LogLocator
+
+    label, size_of = AXES[sweep]
+    figure = Figure(figsize=(7.5, 5), layout="constrained")
+    FigureCanvasAgg(figure)
+    ax = figure.subplots()
+    of_rows = [size_of(shapes[row["workload"]]) for row in rows]
+    all_sizes = sorted(set(of_rows))
+    # Pairs of M and bits have no scale: they stand side by side.
+    pairs = sweep == "subspaces"
+    places = [all_sizes.index(size) if pairs else size for size in of_rows]
+    names = list(dict.fromkeys(row["implementation"] for row in rows))
+    for number, name in enumerate(names):
+        of_name = zip(places, rows, strict=True)
+        points = sorted((x, time_of(row)) for x, row in of_name if row["implementation"] == name)
+        colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
+        ax.plot(*zip(*points, strict=True), color=colour, marker=marker, markersize=5, label=name)
+    floors = {
+        place: row["floor"]["us"]
+        for place, row in zip(places, rows, strict=True)
+        if row.get("floor") and is_indexer(row["implementation"])
+    }
+    if floors:
+        ax.plot(*zip(*sorted(floors.items()), strict=True), "k:", label="floor")
+    ax.set_yscale("log")
+    ax.yaxis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5)))
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    ax.yaxis.set_minor_formatter(FuncFormatter(lambda *_: ""))
+    if pairs:
+        ax.set_xticks(range(len(all_sizes)), [f"M={m}\n{bits} bits" for m, bits in all_sizes])
+    else:
+        ax.set_xscale("log", base=2)
+        ax.set_xticks(all_sizes, [tokens_of(size) for size in all_sizes])
+        ax.minorticks_off()
+    ax.set_xlabel(label)
+    what = "kernel time, warm L2" if rows[0].get("warm") else "wall-clock time a call"
+    ax.set_ylabel(f"{what}, µs")
+    ax.grid(alpha=0.3)
+    figure.legend(loc="outside lower center", ncols=3, fontsize=9)
+    # Without a date, so that the same results give the same file.
+    figure.savefig(path, dpi=110, metadata={"Software": None})

@@ -1,214 +1,294 @@
-"""`python -m benchmarks run`: measures workloads and writes a results file."""
+"""Checks the outputs of a decode step, then times all implementations in turns."""
 
 import argparse
-import contextlib
 import dataclasses
-import datetime
-import re
-import time
+import functools
 import traceback
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
-import numpy as np
-
-from benchmarks import clock as clocks
-from benchmarks import machine
-from benchmarks.ceilings import Ceilings, dispatch_us, measure_ceilings
-from benchmarks.choice import (
-    add_arguments,
-    chosen_implementations,
-    chosen_points,
-    chosen_repetitions,
-    timing_flags,
+from benchmarks import jax_steps, results, torch_steps
+from benchmarks.ceilings import Ceilings, measure_ceilings, top_k_work
+from benchmarks.clock import KernelClock
+from benchmarks.jax_steps import JaxStep, JaxTopK
+from benchmarks.measure import (
+    Implementation,
+    Repetitions,
+    Row,
+    Settings,
+    measure_all,
+    open_clock,
+    plan_of,
 )
-from benchmarks.clock import ClockError, KernelClock
-from benchmarks.files import chosen_output, repeatable_command, write
-from benchmarks.measure import Row, Settings, compile_programs, look_at_sizes, measure, say
-from benchmarks.tables import Results, print_results
-from parity.inputs import Workload
+from benchmarks.results import Plan
+from benchmarks.torch_steps import TorchGraphStep, TorchStep, TorchTopK
+from parity.agreement import Reference
+from parity.inputs import SCORES, SMALL, WORKLOADS, Workload, make_inputs
 
-__all__ = ["add_arguments", "run"]
-
-
-def shape_of(workload: Workload) -> dict[str, Any]:
-    """A workload's sizes, for a results file."""
-    sizes = dataclasses.asdict(workload)
-    config = sizes.pop("config")
-    config["table_dtype"] = np.dtype(config["table_dtype"]).name
-    config["init_offset"] = workload.config.first_trained
-    return sizes | {"S": workload.capacity, "config": config}
+# Names of implementations
 
 
-def row_json(row: Row, sweep: str | None) -> dict[str, Any]:
-    """A row, for a results file."""
-    return {
-        "workload": row.workload.name,
-        "shape": shape_of(row.workload),
-        "sweep": sweep,
-        "implementation": row.implementation.name,
-        "framework": row.implementation.framework,
-        "peer": row.implementation.peer,
-        "status": row.status if row.done or row.status != "ok" else "skipped",
-        "reason": row.reason if row.done or row.status != "ok" else "not measured yet",
-        "command": row.command,
-        **row.numbers,
-    }
+def _jax(name: str, implementation: str, selector: str | None) -> Implementation:
+    programs = functools.partial(
+        jax_steps.step_programs, implementation=implementation, selector=selector
+    )
+    return Implementation(
+        f"jax:{name}",
+        functools.partial(JaxStep, selector=selector),
+        programs,
+        needs_gpu=implementation == "triton",
+        pipeline=implementation == "triton",
+        refuses=jax_steps.no_cells if selector == "cells" else lambda w: None,
+    )
 
 
-@contextlib.contextmanager
-def progress(total: int) -> Iterator[Callable[[str], None]]:
-    """A progress bar; lines where rich is not installed."""
-    try:
-        from rich.progress import (
-            BarColumn,
-            MofNCompleteColumn,
-            Progress,
-            TextColumn,
-            TimeElapsedColumn,
-        )
-    except ImportError:
-        started = time.perf_counter()
-        count = iter(range(1, total + 1))
-        yield lambda what: say(
-            f"[{next(count, total)}/{total}, {time.perf_counter() - started:.0f} s] {what}"
-        )
-        return
-    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, TextColumn("{task.description}"), transient=True) as bar:
-        task = bar.add_task("", total=total)
-        yield lambda what: bar.update(task, advance=1, description=what)
+def _torch(name: str, *, graph: bool = False, needs_gpu: bool = True) -> Implementation:
+    form = TorchGraphStep if graph else TorchStep
+    return Implementation(
+        f"torch:{name}{'-graph' * graph}",
+        lambda reference, programs: form(reference, name=name),
+        needs_gpu=needs_gpu,
+        refuses=torch_steps.refused,
+    )
 
 
-def default_output(arguments: argparse.Namespace, device: str, stamp: str) -> str:
-    """Name of the results file: the device, what was run, and when."""
-    if arguments.sweep:
-        what = f"sweep-{arguments.sweep}"
-    else:
-        what = "-".join(arguments.workload or ["named"])
-    if arguments.quick:
-        what = f"quick-{what}"
-    slug = re.sub(r"[^a-z0-9]+", "-", f"{device} {what}".lower()).strip("-")[:80].strip("-")
-    return f"{slug}-{stamp}.json"
+def _top_k(name: str, build: Callable[..., Any], programs: Any = None) -> Implementation:
+    return Implementation(name, build, programs, top_k_work, needs_gpu=False)
 
 
-def open_clock(choice: str) -> tuple[KernelClock | None, Ceilings | None, int]:
-    """The kernel clock and the ceilings it measures; None for what failed, and how many did."""
-    clock = None
-    try:
-        before = dispatch_us()
-        clock = clocks.open_kernel_clock(choice)
-        return clock, measure_ceilings(clock, before), 0
-    except ClockError as error:
-        say(f"failed: no kernel times, since no profiler records this process: {error}")
-    except Exception as error:
-        traceback.print_exc()
-        say(f"failed: ceilings: {type(error).__name__}: {error}")
-    return clock, None, 1
+IMPLEMENTATIONS = {
+    implementation.name: implementation
+    for implementation in (
+        _jax("cells", "triton", "cells"),
+        _jax("threshold", "triton", "threshold"),
+        _jax("top_k", "triton", "top_k"),
+        _jax("xla", "xla", None),
+        _torch("eager", needs_gpu=False),
+        _torch("eager", graph=True),
+        _torch("iteration1"),
+        _torch("iteration2"),
+        _torch("iteration3"),
+        _torch("iteration4"),
+        _torch("iteration4", graph=True),
+        _top_k("jax.lax.top_k", JaxTopK, jax_steps.top_k_programs),
+        _top_k("torch.topk", lambda reference, programs: TorchTopK(reference)),
+    )
+}
+
+# Workloads, and what changes them
+
+KNOWN = WORKLOADS | SMALL
+FLOATS = ("float32", "bfloat16", "float16")
+
+# Flags that change a workload: field, type or choices, what it is.
+WORKLOAD_FLAGS = {
+    "B": ("B", int, "batch rows"),
+    "N": ("N", int, "query heads"),
+    "K": ("K", int, "key/value heads"),
+    "H": ("H", int, "head dimension"),
+    "S": ("S", int, "capacity in tokens"),
+    "L": ("L", int, "tokens in the cache, the step's own included: one number or one a row"),
+    "dtype": ("dtype", FLOATS, "of queries, keys and codebooks"),
+    "scores": ("scores", SCORES, "how the scores of the tokens lie"),
+}
+CONFIG_FLAGS = {
+    "M": ("num_subspaces", int, "PQ subspaces"),
+    "bits": ("num_bits", int, "bits of a code"),
+    "heavy": ("heavy_size", int, "budget of tokens chosen by score"),
+    "sink": ("sink_size", int, "first tokens, always attended"),
+    "window": ("window_size", int, "last tokens, always attended"),
+    "table-dtype": ("table_dtype", FLOATS, "what look-up table entries are rounded to"),
+}
+
+# What a sweep changes, and what it measures unless told otherwise.
+SWEEPS: dict[str, list[dict[str, Any]]] = {
+    "length": [{"L": 2**exponent} for exponent in range(12, 21)],
+    "batch": [{"B": 2**exponent} for exponent in range(7)],
+    "subspaces": [
+        {"M": subspaces, "bits": bits}
+        for subspaces, bits in ((2, 6), (2, 8), (4, 8), (8, 6), (8, 8), (16, 8), (32, 8))
+    ],
+}
+SWEEP_BASE = "llama-32k"
+SWEEP_IMPLEMENTATIONS = (
+    "jax:cells",
+    "jax:threshold",
+    "jax:top_k",
+    "torch:eager",
+    "torch:iteration4",
+    "jax.lax.top_k",
+)
+SWEEP_REPETITIONS = Repetitions(pipeline=100, warm=20, cold=0, rounds=2)
+QUICK = Repetitions(pipeline=20, warm=10, cold=5, calls=8, amortised=20, rounds=2)
 
 
-def run(arguments: argparse.Namespace) -> int:
-    """Runs what the command line asks for and writes a results file.
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command line of `run`."""
+    parser.add_argument(
+        "--workload",
+        nargs="+",
+        metavar="NAME",
+        help=f"default: all of {', '.join(WORKLOADS)}; also {', '.join(SMALL)}",
+    )
+    parser.add_argument(
+        "--implementation",
+        nargs="+",
+        metavar="NAME",
+        help=f"default: all that run here of {', '.join(IMPLEMENTATIONS)}",
+    )
+    parser.add_argument(
+        "--sweep",
+        nargs="?",
+        const="all",
+        choices=["all", *SWEEPS],
+        help=f"vary a size, or each in turn, of {SWEEP_BASE} by default; kernel times only",
+    )
+    sizes = parser.add_argument_group("change the workloads")
+    for flag, (_, kind, meaning) in (WORKLOAD_FLAGS | CONFIG_FLAGS).items():
+        values: dict[str, Any] = {"choices": kind} if isinstance(kind, tuple) else {"type": kind}
+        if flag == "L":
+            values["nargs"] = "+"
+        sizes.add_argument(f"--{flag}", help=meaning, **values)
+    sizes.add_argument(
+        "--weights", action=argparse.BooleanOptionalAction, help="write the dense weight rows"
+    )
 
-    Returns:
-      0, or 1 if anything failed or nothing was measured, or 130 if the user interrupted it.
+
+class Point(NamedTuple):
+    """A workload, and the sweep that it is a point of, if any."""
+
+    workload: Workload
+    sweep: str | None = None
+
+
+def chosen_points(arguments: argparse.Namespace) -> list[Point]:
+    """The workloads of a command line.
+
+    Raises:
+      ValueError: for unknown names, and for sizes that contradict each other.
     """
-    started = time.perf_counter()
-    gpu = machine.has_gpu()
-    try:
-        points = chosen_points(arguments)
-        implementations = chosen_implementations(arguments, gpu)
-    except ValueError as error:
-        arguments.parser.error(str(error))
-
-    now = datetime.datetime.now(datetime.UTC)
-    about = machine.describe_machine()
-    commit = machine.find_commit(arguments.commit)
-    if commit["commit"] is None:
-        say("The commit is not known here: give it with --commit, or the results cannot name it.")
-    default = default_output(arguments, str(about["device"]), now.strftime("%Y%m%d-%H%M%S"))
-    output = chosen_output(arguments.output, default, arguments.parser)
-    clock, ceilings, failures = None, None, 0
-    if gpu:
-        clock, ceilings, failures = open_clock(arguments.clock)
-    else:
-        say("No NVIDIA GPU: XLA and eager PyTorch only, by wall-clock time.")
-
-    options = timing_flags(arguments)
-    table = [
-        (point, [Row(point.workload, one, options) for one in implementations]) for point in points
-    ]
-    about_run: dict[str, Any] = {
-        "kind": "sweep" if arguments.sweep else "named",
-        "time": now.isoformat(timespec="seconds"),
-        "command": repeatable_command(arguments.argv, "benchmarks run"),
-        **commit,
-        "machine": about,
-        "quick": arguments.quick,
-        "kernel_clock": clock.name if clock else None,
-        "ceilings": dataclasses.asdict(ceilings) if ceilings else None,
+    default = [SWEEP_BASE] if arguments.sweep else WORKLOADS
+    names = _known("--workload", arguments.workload or default, KNOWN)
+    changes = {
+        flag: value
+        for flag in (*WORKLOAD_FLAGS, *CONFIG_FLAGS, "weights")
+        if (value := getattr(arguments, flag.replace("-", "_"))) is not None
     }
-    with progress(len(points) * (2 * len(implementations) + 1)) as advance:
-        # A sweep is about kernels, where they can be timed.
+    if not arguments.sweep:
+        return [Point(changed(KNOWN[name], changes)) for name in names]
+    sweeps = list(SWEEPS) if arguments.sweep == "all" else [arguments.sweep]
+    for sweep in sweeps:
+        if twice := [flag for flag in changes if flag in SWEEPS[sweep][0]]:
+            raise ValueError(
+                f"--{twice[0]}: expected nothing, since the sweep of {sweep} sets it, "
+                f"got {changes[twice[0]]}; leave it out, or choose another --sweep"
+            )
+    return [
+        Point(changed(KNOWN[name], changes | point), sweep)
+        for name in names
+        for sweep in sweeps
+        for point in SWEEPS[sweep]
+    ]
+
+
+def _known(flag: str, names: Any, known: dict[str, Any]) -> list[str]:
+    """Names that were given, each once; ValueError if one is not known."""
+    if unknown := [name for name in names if name not in known]:
+        raise ValueError(f"{flag}: expected names of {', '.join(known)}, got {', '.join(unknown)}")
+    return list(dict.fromkeys(names))
+
+
+def changed(workload: Workload, changes: dict[str, Any]) -> Workload:
+    """The workload with some sizes changed; its name is then what the command line takes."""
+    fields: dict[str, Any] = {}
+    config: dict[str, Any] = {}
+    words = [workload.name]
+    for flag, value in changes.items():
+        if flag == "weights":
+            fields["weights"] = value
+            words.append("--weights" if value else "--no-weights")
+            continue
+        values = value if isinstance(value, list) else [value]
+        words += [f"--{flag}", *map(str, values)]
+        if flag == "L":
+            value = values[0] if len(values) == 1 else tuple(values)
+        if flag in WORKLOAD_FLAGS:
+            fields[WORKLOAD_FLAGS[flag][0]] = value
+        else:
+            config[CONFIG_FLAGS[flag][0]] = value
+    if not changes:
+        return workload
+    new = dataclasses.replace(
+        workload,
+        name=" ".join(words),
+        config=dataclasses.replace(workload.config, **config),
+        **fields,
+    )
+    if min(new.lengths) < 0 or max(new.lengths) > new.capacity:
+        raise ValueError(f"L: expected numbers in 0..S={new.capacity}, got {new.L}; change L or S")
+    if max(new.lengths) < new.T:
+        raise ValueError(
+            f"L: expected at least the step's own {new.T}, got {max(new.lengths)}; make it larger"
+        )
+    return new
+
+
+def chosen_implementations(arguments: argparse.Namespace) -> list[Implementation]:
+    """The implementations of a command line.
+
+    Raises:
+      ValueError: for unknown names.
+    """
+    if arguments.implementation:
+        names = _known("--implementation", arguments.implementation, IMPLEMENTATIONS)
+        return [IMPLEMENTATIONS[name] for name in names]
+    gpu = results.has_gpu()
+    names = SWEEP_IMPLEMENTATIONS if arguments.sweep and gpu else IMPLEMENTATIONS
+    chosen = [IMPLEMENTATIONS[name] for name in names]
+    if not gpu:
+        chosen = [x for x in chosen if results.is_indexer(x.name) and not x.needs_gpu]
+    return [x for x in chosen if x.framework == "jax" or results.version("torch")]
+
+
+# The run
+
+
+def plan(arguments: argparse.Namespace) -> Plan:
+    """What a command line of `run` asks for; ValueError if it cannot be."""
+    implementations = chosen_implementations(arguments)
+    kind = "sweep" if arguments.sweep else "named"
+    table = [
+        [Row(point.workload, one, kind, point.sweep) for one in implementations]
+        for point in chosen_points(arguments)
+    ]
+    repetitions = SWEEP_REPETITIONS if arguments.sweep else Repetitions()
+    if arguments.quick:
+        repetitions = QUICK
+
+    def measured(plan: Plan) -> Iterator[None]:
+        clock = open_clock(plan)
         settings = Settings(
-            gpu,
+            lambda w: Reference(w, make_inputs(w)),
+            repetitions,
             clock,
-            ceilings,
-            chosen_repetitions(arguments),
+            clock and _ceilings(plan, clock),
+            # A sweep is about kernels, where they can be timed.
             chains=not arguments.sweep,
             calls=not arguments.sweep or clock is None,
-            advance=advance,
         )
+        return measure_all(table, settings)
 
-        def save() -> Results:
-            results = about_run | {
-                "seconds": round(time.perf_counter() - started, 1),
-                "seconds_by_phase": settings.seconds,
-                "rows": [row_json(row, point.sweep) for point, rows in table for row in rows],
-            }
-            write(output, results)
-            return results
-
-        interrupted = measure_all([rows for _, rows in table], settings, save)
-        results = save()
-
-    print_results(results)
-    say(f"{output} ({results['seconds']:.0f} s)")
-    failures += sum(row["status"] == "failed" for row in results["rows"])
-    if failures:
-        say(f"{failures} failed")
-    if interrupted:
-        say("interrupted: what was measured until then is kept")
-        return 130
-    if not any(row["status"] == "ok" for row in results["rows"]):
-        say("nothing was measured; the table says why")
-        return 1
-    return 1 if failures else 0
+    name = f"sweep-{arguments.sweep}" if arguments.sweep else "-".join(arguments.workload or ())
+    return plan_of(kind, f"{'quick-' * arguments.quick}{name or kind}", table, measured)
 
 
-def measure_all(
-    table: Sequence[Sequence[Row]], settings: Settings, save: Callable[[], object]
-) -> bool:
-    """Compiles and measures the rows of all workloads.
-
-    Args:
-      table: rows of each workload.
-      settings: of the run.
-      save: called after each workload, so that a run that is killed keeps what it has.
-
-    Returns:
-      Whether the user interrupted it.
-    """
-    rows = [row for of_workload in table for row in of_workload]
+def _ceilings(plan: Plan, clock: KernelClock) -> Ceilings | None:
+    """The ceilings, noted in the plan; None if they cannot be measured."""
     try:
-        look_at_sizes(rows, settings)
-        compile_programs(rows, settings)
-        for of_workload in table:
-            measure(of_workload, settings)
-            save()
-    except KeyboardInterrupt:
-        for row in rows:
-            if row.status == "ok" and not row.done:
-                row.status, row.reason = "skipped", "interrupted"
-        return True
-    return False
+        ceilings = measure_ceilings(clock)
+    except Exception as error:
+        traceback.print_exc()
+        plan.failed(f"ceilings: {type(error).__name__}: {error}")
+        return None
+    plan.about["ceilings"] = ceilings._asdict()
+    return ceilings

@@ -1,6 +1,5 @@
 """The benchmark program on a CPU: arithmetic, refusals, and whole runs on tiny workloads."""
 
-import argparse
 import dataclasses
 import functools
 import json
@@ -9,43 +8,37 @@ import shlex
 import sys
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from benchmarks import (
-    agreement,
     build,
     ceilings,
-    choice,
     clock,
     decode,
-    implementations,
-    machine,
+    jax_steps,
     measure,
-    plots,
-    programs,
-    quality,
     report,
+    results,
     run,
-    stages,
-    tables,
+    torch_steps,
 )
-from benchmarks.__main__ import main
+from benchmarks.__main__ import main, make_parser
 from benchmarks.clock import ClockError, Kernel
-from benchmarks.programs import Forms
+from benchmarks.jax_steps import Forms
 from jax_indexer import cells, state
 from jax_indexer.kernels import backend
-from parity import real_keys
+from parity import agreement, real_keys
 from parity.inputs import SMALL, WORKLOADS, make_inputs
+from parity.progress import progress
 from parity.quality import Layers
 
 CEILINGS = ceilings.Ceilings(
     copy_bytes_per_second=3e12,
     lookups_per_second={"float32": 1e12, "bfloat16": 2e12, "float16": 2e12},
     kernel_us=1.5,
-    dispatch_us=5.0,
-    dispatch_profiled_us=6.0,
 )
 
 
@@ -68,22 +61,37 @@ def test_an_import_goes_one_way(folder, never, excepted):
         assert not found or path.name in excepted, (path, found)
 
 
+# A clock that needs no GPU
+
+
+class FakeClock:
+    """Pretends that a call launches two kernels, of 3 or 4 and of 5 microseconds; twice if cold."""
+
+    def record(self, streams, *, cold):
+        return [self.stream(stream, cold) for stream in streams]
+
+    def stream(self, stream, cold):
+        kernels = []
+        for number in range(clock.LEAD + stream.calls):
+            stream.launch()
+            if cold:
+                kernels.append(Kernel("flush", 0.0, 100.0))
+            slower = 2.0 if cold else 1.0
+            kernels.append(Kernel("score_kernel", 0.0, slower * (3.0 + number % 2)))
+            kernels.append(Kernel("top_k", 9.0, slower * 5.0))
+        stream.wait()
+        return kernels
+
+
 # Arithmetic
 
 
 def test_statistics_of_samples():
     found = clock.summary([4.0, 1.0, 3.0, 2.0, 10.0])
-    assert found == {
-        "count": 5,
-        "min": 1.0,
-        "p20": pytest.approx(1.8),  # four fifths of the way from the lowest to the next
-        "median": 3.0,
-        "p80": pytest.approx(5.2),  # a fifth of the way from 4 to 10
-        "p99": pytest.approx(9.76),
-        "max": 10.0,
-        "mean": 4.0,
-        "std": pytest.approx(10**0.5),
-    }
+    assert list(found) == ["count", "min", "p20", "median", "p80", "p99", "max", "mean", "std"]
+    # p20 is four fifths of the way from the lowest to the next, p80 a fifth from 4 to 10.
+    wanted = [5, 1.0, 1.8, 3.0, 5.2, 9.76, 10.0, 4.0, 10**0.5]
+    assert list(found.values()) == pytest.approx(wanted)
 
 
 def test_work_of_the_seed_workload_by_hand():
@@ -136,20 +144,6 @@ def test_lookup_kernel_sums_the_rows_it_claims_to_read():
 # The clock
 
 
-def test_kernels_belong_to_the_stream_between_whose_marks_they_run():
-    mark = [Kernel("mark", start, 1.0) for start in (10.0, 20.0, 30.0, 40.0)]
-    between = [Kernel("other", 5.0, 1.0), Kernel("other", 25.0, 1.0)]
-    first = [Kernel("a", 12.0, 2.0), Kernel("b", 15.0, 3.0)]
-    second = [Kernel("a", 33.0, 2.0)]
-    found = clock.between_marks([*second, *mark, *first, *between], "mark", 2)
-    assert found == [first, second]
-
-
-def test_a_lost_mark_is_an_error():
-    with pytest.raises(ClockError, match=r"expected 4 marks .* got 3"):
-        clock.between_marks([Kernel("mark", float(i), 1.0) for i in range(3)], "mark", 2)
-
-
 def kernels_named(names):
     return [Kernel(name, float(i), 1.0) for i, name in enumerate(names)]
 
@@ -174,135 +168,107 @@ def test_a_stream_that_lost_kernels_is_an_error(names, cold):
 
 
 def test_torch_records_give_what_ran_on_the_device(monkeypatch):
-    torch = pytest.importorskip("torch")
-    on_device, on_host = torch.autograd.DeviceType.CUDA, torch.autograd.DeviceType.CPU
-
-    class Event:
-        def __init__(self, *values):
-            self.values = values
-
-        def name(self):
-            return self.values[0]
-
-        def start_ns(self):
-            return self.values[1]
-
-        def duration_ns(self):
-            return self.values[2]
-
-        def device_type(self):
-            return self.values[3]
-
-    events = [
-        Event("k", 1000, 2500, on_device),
-        Event("Memcpy DtoD", 4000, 1000, on_device),
-        Event("cudaLaunchKernel", 0, 9000, on_host),
-    ]
-
-    class Profile:
-        def __init__(self, activities):
-            self.profiler = self.kineto_results = self
-            self.events = lambda: events
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *_):
-            pass
-
-    monkeypatch.setattr(torch.profiler, "profile", Profile)
-    ran = []
-    found = clock.record_with_torch(lambda: ran.append(1))
-    assert ran == [1]
-    assert found == [Kernel("k", 0.0, 2.5), Kernel("Memcpy DtoD", 3.0, 1.0)]
-
-
-def test_torch_keeps_the_records_that_are_read():
-    """Of a real profiler, whose records on a CPU have the same methods."""
+    """From a real profiler, whose records on a CPU have the same methods."""
     pytest.importorskip("torch_reference")  # before the profiler imports Triton
     torch = pytest.importorskip("torch")
-    from torch.profiler import ProfilerActivity, profile
-
-    with profile(activities=[ProfilerActivity.CPU]) as profiler:
-        torch.ones(3)
-    event = profiler.profiler.kineto_results.events()[0]
-    assert event.name()
-    assert event.duration_ns() >= 0
-    assert event.start_ns() > 0
-    assert event.device_type() == torch.autograd.DeviceType.CPU
+    real = torch.profiler.profile
+    on_cpu = lambda activities: real(activities=[torch.profiler.ProfilerActivity.CPU])  # noqa: E731
+    monkeypatch.setattr(torch.profiler, "profile", on_cpu)
+    assert clock.record_with_torch(lambda: torch.ones(3)) == []
+    monkeypatch.setattr(torch.autograd.DeviceType, "CUDA", torch.autograd.DeviceType.CPU)
+    found = clock.record_with_torch(lambda: torch.ones(3))
+    assert "aten::ones" in {kernel.name for kernel in found}
+    assert min(kernel.start for kernel in found) == 0
+    assert all(0 <= kernel.duration < 1e6 for kernel in found)
 
 
 def test_a_profiler_that_sees_no_kernels_is_refused():
-    with pytest.raises(ClockError, match=r"jax\.profiler.*recorded \[\] where JAX ran one"):
-        clock.open_kernel_clock("jax.profiler")
+    with pytest.raises(ClockError, match=r"recorded \[\] where JAX ran one kernel"):
+        clock.KernelClock(lambda function: [])
 
 
-def test_torch_kernels_are_grouped_by_stage_and_a_sort_after_top_k_is_part_of_it():
-    stage_of = {
-        "pq_score_kernel_v3": "score",
-        "void at::native::_scatter_gather_elementwise_kernel<128, 8, "
-        "at::native::_cuda_scatter_gather_internal_kernel<false, float>::operator()>": "score",
-        "void at::native::vectorized_elementwise_kernel<4, at::native::FillFunctor>": "other",
-        "void at::native::mbtopk::radixFindKthValues<float, unsigned int>(...)": "top-k",
-        "void at::native::sbtopk::gatherTopK<float, unsigned int, 2, false>(...)": "top-k",
-        "void at::native::bitonicSortKVInPlace<2, -1, 16, 16, float, long>(...)": "top-k",
-        "generate_sparse_indices_kernel": "index generation",
-        "void at::native::_scatter_gather_elementwise_kernel<128, 8, "
-        "at::native::_cuda_scatter_fill_internal_kernel<float>::operator()>": "index generation",
-        "void at::native::radixSortKVInPlace<2, -1, 128, 32, long, long>(...)": "sort",
-        "Memcpy DtoD (Device -> Device)": "other",
-    }
-    kernels = [Kernel(name, float(i), 1.0) for i, name in enumerate(stage_of)]
-    assert stages.groups_of(kernels, "torch") == list(stage_of.values())
+ELEMENTWISE = "void at::native::_scatter_gather_elementwise_kernel<128, 8, at::native::_cuda_"
 
 
-def test_our_kernels_are_grouped_by_stage_and_whatever_xla_adds_is_other():
-    stage_of = {
-        "append_kernel_and_lookup_table_kernel": "append, look-up table",
-        "lookup_table_kernel": "append, look-up table",
-        "group_maxima_kernel": "group maxima",
-        "append_kernel_and_lookup_table_kernel_and_seal_kernel": "append, look-up table",
-        "cells_select_kernel": "cells select",
-        "threshold_select_kernel": "threshold select",
-        "score_kernel": "scores",
-        "count_kernel": "sparse index",
-        "verify_cut_kernel": "sparse index",
-        "sparse_index_kernel": "sparse index",
-        "raft::matrix::detail::select::warpsort::block_kernel": "top-k",
-        "void cub::DeviceSegmentedRadixSortKernel<float, 4>(float*)": "top-k",
-        "loop_add_fusion_2": "other",
-    }
-    assert stages.groups_of(kernels_named(stage_of), "jax") == list(stage_of.values())
-    assert stages.short_name("loop_add_fusion_2") == "loop_add_fusion"
+@pytest.mark.parametrize(
+    ("framework", "stage_of"),
+    [
+        (
+            "torch",
+            {
+                "pq_score_kernel_v3": "score",
+                f"{ELEMENTWISE}scatter_gather_internal_kernel<false, float>": "score",
+                "void at::native::mbtopk::radixFindKthValues<float, unsigned int>(...)": "top-k",
+                "void at::native::bitonicSortKVInPlace<2, -1, 16, 16, float, long>": "top-k",
+                "generate_sparse_indices_kernel": "index generation",
+                f"{ELEMENTWISE}scatter_fill_internal_kernel<float>": "index generation",
+                "void at::native::radixSortKVInPlace<2, -1, 128, 32, long, long>(...)": "sort",
+                "Memcpy DtoD (Device -> Device)": "other",
+            },
+        ),
+        (
+            "jax",
+            {
+                "append_kernel_and_lookup_table_kernel_and_seal_kernel": "append, look-up table",
+                "raft::matrix::detail::select::warpsort::block_kernel": "top-k",
+                "void cub::DeviceSegmentedRadixSortKernel<float, 4>(float*)": "top-k",
+                "loop_add_fusion_2": "other",
+            },
+        ),
+    ],
+)
+def test_a_kernels_name_tells_its_stage_and_a_sort_after_top_k_is_part_of_it(framework, stage_of):
+    assert clock.stages_of(kernels_named(stage_of), framework) == list(stage_of.values())
 
 
-@pytest.mark.parametrize("path", sorted((report.ROOT / "jax_indexer/kernels").glob("*.py")))
+@pytest.mark.parametrize("path", sorted((ROOT / "jax_indexer/kernels").glob("*.py")))
 def test_every_kernel_of_ours_has_a_stage(path):
     names = re.findall(r"^def (\w+_kernel)\(", path.read_text(), flags=re.MULTILINE)
-    assert "other" not in stages.groups_of(kernels_named(names), "jax")
+    assert "other" not in clock.stages_of(kernels_named(names), "jax")
 
 
-def test_breakdown_adds_the_launches_of_a_call():
-    calls = [[Kernel("a", 0.0, 1.0), Kernel("a", 1.0, 2.0), Kernel("b", 3.0, 5.0)]] * 3
-    assert stages.breakdown(calls, "jax") == [
-        {"group": "other", "kernel": "b", "launches": 1.0, "us": 5.0},
-        {"group": "other", "kernel": "a", "launches": 2.0, "us": 3.0},
-    ]
+def test_the_time_of_a_stage_is_that_of_all_its_kernels():
+    calls = [[Kernel("a", 0.0, 1.0), Kernel("score_kernel", 1.0, 9.0), Kernel("b", 3.0, 5.0)]] * 3
+    assert clock.time_by_stage(calls, "jax") == {"scores": 9.0, "other": 6.0}
+
+
+def test_ceilings_are_rates_of_the_fastest_call(monkeypatch):
+    monkeypatch.setattr(ceilings, "COPY_BYTES", 2**12)
+    monkeypatch.setattr(ceilings, "LOOKUP_PROGRAMS", 1)
+    monkeypatch.setattr(ceilings, "TABLE_DTYPES", ("float32",))
+    monkeypatch.setattr(ceilings, "REPEATS", 2)
+    monkeypatch.setattr(ceilings.sum_of_lookups, "__kwdefaults__", {"lookups": 2})
+    with backend.interpreted():
+        found = ceilings.measure_ceilings(FakeClock())
+    assert found.copy_bytes_per_second == pytest.approx(2 * 2**12 / 8e-6)  # 3 + 5 microseconds
+    assert found.kernel_us == 8.0
+    together, subspaces = 4, ceilings.LOOKUPS_PER_CODE
+    rate = ceilings.LOOKUP_BLOCK * together * subspaces / 8e-6
+    assert found.lookups_per_second == {"float32": pytest.approx(rate)}
 
 
 # Runs
 
 
-HAS_GPU = machine.has_gpu
+HAS_GPU = results.has_gpu
 
 
 @pytest.fixture(autouse=True, scope="module")
 def without_gpu():
-    """Runs are those of a CPU everywhere, with chains that compile quickly."""
+    """Runs are those of a CPU everywhere, a busy one too, with chains that compile quickly."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(machine, "has_gpu", lambda: False)
-        patch.setattr(implementations, "CHAIN_STEPS", 2)
+        patch.setattr(measure, "SECONDS_A_MEASUREMENT", 10)
+        patch.setattr(results, "has_gpu", lambda: False)
+        patch.setattr(jax_steps, "CHAIN_STEPS", 2)
         yield
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """Pretends that there is one, whose profiler and rates are made up."""
+    monkeypatch.setattr(results, "has_gpu", lambda: True)
+    monkeypatch.setattr(measure, "KernelClock", FakeClock)
+    monkeypatch.setattr(run, "measure_ceilings", lambda clock: CEILINGS)
 
 
 @pytest.fixture(scope="module")
@@ -319,161 +285,186 @@ def rows_of(output):
 
 def test_a_run_without_a_gpu_times_xla_and_eager_torch_by_the_wall_clock(small_run):
     status, output = small_run
-    results = json.loads(output.read_text())
+    found = json.loads(output.read_text())
     assert status == 0
-    assert [(row["workload"], row["implementation"], row["status"]) for row in results["rows"]] == [
+    assert [(row["workload"], row["implementation"], row["status"]) for row in found["rows"]] == [
         ("small", "jax:xla", "ok"),
         ("small", "torch:eager", "ok"),
     ]
-    for row in results["rows"]:
+    for row in found["rows"]:
         assert row["call"]["count"] == 8
         assert 0 < row["call"]["min"] <= row["call"]["median"] <= row["call"]["max"]
-        assert row["amortised_calls"] == 20
         assert row["compile_seconds"] > 0
-        assert "warm" not in row
-    xla = results["rows"][0]
-    assert xla["in_jit"]["steps"] == 2
-    assert results["seconds_by_phase"]["all"]["compiling"] > 0
-    assert results["commit"] == "abc123"
-    assert results["dirty"] is True
-    assert results["machine"]["device"].startswith("CPU: ")
-    assert results["ceilings"] is None
-    assert results["command"] == "python -m benchmarks run --quick --workload small"
+        assert not row.keys() & {"warm", "floor"}
+    assert found["rows"][0]["in_jit"]["median"] > 0
+    assert (found["commit"], found["dirty"]) == ("abc123", True)
+    assert found["machine"]["device"].startswith("CPU: ")
+    assert "ceilings" not in found
+    assert found["command"] == "python -m benchmarks run --quick --workload small"
+    lines = output.read_text().splitlines()
+    assert [line for line in lines if '"jax:xla"' in line] == [json.dumps(found["rows"][0]) + ","]
 
 
-def test_a_run_says_that_there_is_no_gpu(tmp_path, capsys):
+def test_a_run_with_a_gpu_times_kernels_cold_and_warm_and_chains(tmp_path, gpu):
     output = tmp_path / "r.json"
-    argv = ["run", "--quick", "--workload", "small", "--output", str(output)]
-    assert main([*argv, "--implementation", "jax:top_k", "torch:iteration4-graph"]) == 1
-    assert "No NVIDIA GPU" in capsys.readouterr().out
-    assert [(r["status"], r["reason"]) for r in rows_of(output)] == [
-        ("skipped", "needs an NVIDIA GPU")
-    ] * 2
+    argv = ["run", "--quick", "--workload", "small", "--output", str(output), "--implementation"]
+    assert main([*argv, "jax:xla", "torch:eager"]) == 0
+    found = json.loads(output.read_text())
+    assert found["ceilings"] == CEILINGS._asdict()
+    for row in found["rows"]:
+        assert row["status"] == "ok"
+        assert 8 <= row["warm"]["median"] <= 9  # calls of 3 + 5 and of 4 + 5
+        assert 16 <= row["cold"]["median"] <= 18
+        assert (row["warm"]["count"], row["cold"]["count"], row["launches"]) == (10, 5, 2)
+        assert row["stages"]["top-k"] == 5
+        assert row["call"]["count"] == 8
+        work = ceilings.step_work(SMALL["small"])
+        assert row["floor"]["us"] == pytest.approx(ceilings.floor(work, CEILINGS)["us"], rel=1e-4)
+    assert [("in_jit" in row) for row in found["rows"]] == [True, False]
+
+
+def test_a_sweep_with_a_gpu_times_kernels_only(tmp_path, gpu, monkeypatch):
+    monkeypatch.setitem(run.SWEEPS, "batch", [{"B": 1}, {"B": 2}])
+    output = tmp_path / "r.json"
+    argv = ["run", "--sweep", "batch", "--workload", "small-grouped", "--L", "200"]
+    argv += ["--implementation", "torch:eager", "jax.lax.top_k", "torch.topk"]
+    assert main([*argv, "--output", str(output)]) == 0
+    found = json.loads(output.read_text())
+    shapes = [found["workloads"][row["workload"]] for row in found["rows"]]
+    assert [shape["B"] for shape in shapes] == [1, 1, 1, 2, 2, 2]
+    for row in found["rows"]:
+        assert (row["status"], row["sweep"]) == ("ok", "batch")
+        assert 8 <= row["warm"]["median"] <= 9
+        assert not row.keys() & {"cold", "call", "amortised", "in_jit"}
+    assert list(report.pictures(results.load([output]))) == ["time-against-batch.png"]
+
+
+def test_a_run_without_kernel_times_says_so_and_goes_on(tmp_path, gpu, monkeypatch, capsys):
+    def refuses():
+        raise ClockError("the profiler recorded [] where JAX ran one kernel")
+
+    monkeypatch.setattr(measure, "KernelClock", refuses)
+    output = tmp_path / "r.json"
+    argv = ["run", "--quick", "--workload", "small", "--output", str(output), "--implementation"]
+    assert main([*argv, "torch:eager"]) == 1
+    assert "failed: no kernel times, which PyTorch's profiler records: " in capsys.readouterr().out
+    (row,) = rows_of(output)
+    assert (row["status"], row["reason"]) == ("ok", "no kernel times")
+    assert row["call"]["count"] == 8
 
 
 @pytest.mark.parametrize(
-    ("flag", "known"),
-    [("--workload", WORKLOADS), ("--implementation", implementations.IMPLEMENTATIONS)],
-)
-def test_an_unknown_name_lists_the_known_ones(flag, known, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        main(["run", flag, "nonsense"])
-    assert stopped.value.code == 2
-    message = capsys.readouterr().err
-    assert all(name in message for name in [*known, "nonsense"])
-
-
-def test_sizes_that_contradict_each_other_are_refused(capsys):
-    with pytest.raises(SystemExit):
-        main(["run", "--workload", "ragged", "--B", "3"])
-    assert "L: expected one number or 3, got 16" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("argv", "message"),
+    ("command", "messages"),
     [
-        (["--L", "0"], "L: expected at least the step's own 1, got 0"),
-        (["--L", "300", "--S", "200"], "L: expected numbers in 0..S=200, got 300"),
-        (["--L", "-1", "--S", "9"], "L: expected numbers in 0..S=9, got -1"),
-        (["--K", "0"], "K: expected at least 1, got 0"),
-        (["--B", "-1"], "L: expected one number or -1"),
-        (["--S", "0"], "S: expected at least 1, got 0"),
-        (["--bits", "9"], "num_bits: expected an integer in 1..8, got 9"),
-        (["--sweep", "length", "--L", "1000"], "--L: expected nothing, since the sweep of length"),
-        (["--sweep", "--bits", "4"], "--bits: expected nothing, since the sweep of subspaces"),
-        (["--out", "x.json"], "unrecognized arguments: --out"),
+        ("run --workload nonsense", [*WORKLOADS, "nonsense"]),
+        ("run --implementation nonsense", [*run.IMPLEMENTATIONS, "nonsense"]),
+        ("run --workload ragged --B 3", ["L: expected one number or 3, got 16"]),
+        ("run --workload small --L 0", ["L: expected at least the step's own 1, got 0"]),
+        ("run --workload small --L 300 --S 200", ["L: expected numbers in 0..S=200, got 300"]),
+        ("run --workload small --L -1 --S 9", ["L: expected numbers in 0..S=9, got -1"]),
+        ("run --workload small --K 0", ["K: expected at least 1, got 0"]),
+        ("run --workload small --bits 9", ["num_bits: expected an integer in 1..8, got 9"]),
+        ("run --sweep length --L 9", ["--L: expected nothing, since the sweep of length sets it"]),
+        ("run --sweep --bits 4", ["--bits: expected nothing, since the sweep of subspaces"]),
+        ("run --out x.json", ["unrecognized arguments: --out"]),
+        ("build", ["no NVIDIA GPU: give fewer tokens"]),
+        ("build --tokens 319", ["--tokens: expected at least 320, got 319"]),
+        ("decode", ["no NVIDIA GPU"]),
+        ("quality --real-keys nowhere", ["nowhere", "python -m parity.real_keys"]),
+        ("report --check a.json", ["--check: expected no files"]),
     ],
-    ids=lambda x: " ".join(x) if isinstance(x, list) else "",
 )
-def test_wrong_usage_ends_before_anything_is_measured(argv, message, capsys):
+def test_wrong_usage_ends_before_anything_is_measured(command, messages, capsys):
     with pytest.raises(SystemExit) as stopped:
-        main(["run", "--workload", "small", *argv])
+        main(shlex.split(command))
     assert stopped.value.code == 2
-    assert message in capsys.readouterr().err
+    printed = capsys.readouterr().err
+    assert all(message in printed for message in messages)
+
+
+@pytest.fixture
+def layers(tmp_path):
+    """A folder with a file that the quality program reads."""
+    names = [f"layer{layer}_{name}" for layer in real_keys.LAYERS for name in Layers._fields]
+    arrays = {name: np.zeros((4, 1, 8), np.float16) for name in names}
+    np.savez(tmp_path / real_keys.FILE_NAME, **arrays)
+    return tmp_path
 
 
 @pytest.mark.parametrize("name", ["", ".", "file/in-a-file.json"])
-def test_an_output_that_cannot_be_written_is_found_first(name, tmp_path, monkeypatch, capsys):
-    (tmp_path / "file").touch()
-    monkeypatch.chdir(tmp_path)
-    keys = tmp_path / quality_layers(tmp_path)
-    for program, argv in (
-        (main, ["run", "--workload", "small"]),
-        (build.main, ["--workload", "seed", "--tokens", "512"]),
-        (quality.main, ["--real-keys", str(keys)]),
-    ):
+def test_an_output_that_cannot_be_written_is_found_first(name, layers, monkeypatch, capsys):
+    (layers / "file").touch()
+    monkeypatch.chdir(layers)
+    for argv in (["run"], ["build", "--tokens", "512"], ["quality", "--real-keys", "."]):
         with pytest.raises(SystemExit) as stopped:
-            program([*argv, "--output", name])
+            main([*argv, "--output", name])
         assert stopped.value.code == 2
         assert "--output: expected a file that can be written, got" in capsys.readouterr().err
 
 
-def quality_layers(folder):
-    """A folder with a file that the quality program reads."""
-    arrays = {
-        f"layer{layer}_{name}": np.zeros((4, 1, 8), np.float16)
-        for layer in real_keys.LAYERS
-        for name in Layers._fields
-    }
-    np.savez(folder / "smollm2_8k.npz", **arrays)
-    return folder
-
-
 @pytest.mark.parametrize("content", [b"", b"PK no zip", b"nothing"])
 def test_keys_that_cannot_be_read_are_named(content, tmp_path, capsys):
-    (tmp_path / "smollm2_8k.npz").write_bytes(content)
-    with pytest.raises(SystemExit) as stopped:
-        quality.main(["--real-keys", str(tmp_path)])
-    assert stopped.value.code == 2
+    (tmp_path / real_keys.FILE_NAME).write_bytes(content)
+    with pytest.raises(SystemExit):
+        main(["quality", "--real-keys", str(tmp_path)])
     assert "--real-keys: " in capsys.readouterr().err
 
 
-def test_a_workload_that_does_not_fit_is_skipped_with_the_reason(tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (
+            f"small --S {2**45} --L {2**45} --implementation torch:eager",
+            "GiB or more, this machine",
+        ),
+        ("small --implementation jax:top_k", "needs an NVIDIA GPU"),
+        (
+            "small-three-queries --L 200 --implementation torch:eager",
+            "the original returns the list of the first query token only",
+        ),
+    ],
+)
+def test_what_cannot_be_done_is_skipped_with_the_reason(words, reason, tmp_path, capsys):
     output = tmp_path / "r.json"
-    size = str(2**45)
-    argv = ["run", "--quick", "--workload", "small", "--S", size, "--L", size]
-    assert main([*argv, "--output", str(output)]) == 1  # nothing was measured
-    for row in rows_of(output):
-        assert row["status"] == "skipped"
-        assert "GiB or more" in row["reason"]
-    results = tables.load([output])
-    assert "GiB or more" in report.section(results, [])
-    assert "GiB or more" in capsys.readouterr().out
+    argv = ["run", "--output", str(output), "--workload", *words.split()]
+    assert main(argv) == 1  # nothing was measured
+    (row,) = rows_of(output)
+    assert row["status"] == "skipped"
+    assert reason in row["reason"]
+    assert reason in report.document(results.load([output]), {})
+    assert "No NVIDIA GPU: wall-clock times only" in capsys.readouterr().out
 
 
-def test_what_the_original_cannot_do_is_skipped_with_the_reason(tmp_path):
-    output = tmp_path / "r.json"
-    argv = ["run", "--quick", "--workload", "small-three-queries", "--output", str(output)]
-    assert main([*argv, "--L", "200", "--implementation", "torch:eager"]) == 1
-    assert [(row["status"], row["reason"]) for row in rows_of(output)] == [
-        ("skipped", "the original returns the list of the first query token only")
-    ]
-
-
-class WrongStep(implementations.JaxStep):
-    """Lists one token that it should not, in the last batch row."""
+class WrongStep(torch_steps.TorchStep):
+    """Lists another token than it should, in the last batch row."""
 
     def call(self):
         super().call()
-        indices = self._selection.indices
-        worst = jnp.where(indices[-1, 0, 2] == 5, 6, indices[-1, 0, 2])
-        changed = indices.at[-1, 0, 2].set(jnp.where(jnp.arange(worst.size) == 5, 150, worst))
-        self._selection = dataclasses.replace(self._selection, indices=changed)
+        ((lists, *others),) = self._results
+        lists = lists.clone()
+        lists[-1, 2, 5] += 1
+        self._results = [(lists, *others)]
 
 
-class BrokenStep(implementations.JaxStep):
+class BrokenStep(torch_steps.TorchStep):
     def __init__(self, *_, **__):
         raise RuntimeError("a kernel that does not compile\nand its long log")
 
 
+EAGER = run.IMPLEMENTATIONS["torch:eager"]
+
+
+def eager_as(step):
+    return dataclasses.replace(EAGER, build=lambda reference, _: step(reference, name="eager"))
+
+
 def test_a_wrong_output_fails_the_run_and_spares_the_other_rows(tmp_path, monkeypatch, capsys):
-    for name, step in (("wrong", WrongStep), ("broken", BrokenStep)):
-        known = implementations.IMPLEMENTATIONS["jax:xla"]
-        changed = dataclasses.replace(known, name=f"jax:{name}", build=step)
-        monkeypatch.setitem(implementations.IMPLEMENTATIONS, changed.name, changed)
+    for name, step in (("torch:wrong", WrongStep), ("torch:broken", BrokenStep)):
+        changed = dataclasses.replace(eager_as(step), name=name)
+        monkeypatch.setitem(run.IMPLEMENTATIONS, name, changed)
     output = tmp_path / "r.json"
     argv = ["run", "--quick", "--workload", "small", "--output", str(output), "--implementation"]
-    assert main([*argv, "jax:wrong", "jax:broken", "torch:eager"]) == 1
+    assert main([*argv, "torch:wrong", "torch:broken", "torch:eager"]) == 1
     wrong, broken, good = rows_of(output)
     assert wrong["status"] == "failed"
     assert wrong["reason"].startswith("wrong output: batch row 1, query token 0, head 2: ")
@@ -482,16 +473,8 @@ def test_a_wrong_output_fails_the_run_and_spares_the_other_rows(tmp_path, monkey
     assert good["status"] == "ok"
     assert good["call"]["median"] > 0
     printed = capsys.readouterr().out
-    assert "python -m benchmarks run --workload small --implementation jax:wrong --quick" in printed
+    assert "python -m benchmarks run --workload small --implementation torch:wrong" in printed
     assert "2 failed" in printed
-
-
-def test_top_k_alone_is_checked_and_timed(tmp_path):
-    output = tmp_path / "r.json"
-    argv = ["run", "--quick", "--workload", "small-grouped", "--output", str(output)]
-    assert main([*argv, "--implementation", "jax.lax.top_k", "torch.topk"]) == 0
-    assert [row["status"] for row in rows_of(output)] == ["ok", "ok"]
-    assert all(row["peer"] for row in rows_of(output))
 
 
 def test_top_k_check_rejects_a_value_that_is_not_among_the_largest():
@@ -508,24 +491,78 @@ def test_top_k_check_rejects_a_value_that_is_not_among_the_largest():
         )
 
 
-def test_weights_that_do_not_match_the_list_are_rejected():
-    workload = SMALL["small"]
-    reference = agreement.Reference(workload, make_inputs(workload))
-    with programs.compilers() as pool:
-        compiled = implementations.IMPLEMENTATIONS["jax:xla"].programs(workload, Forms(pool))
-    step = implementations.JaxStep(reference, compiled)
+@pytest.fixture(scope="module")
+def small_step():
+    """A step of XLA that was called, what it is checked by, and its programs."""
+    reference = agreement.Reference(SMALL["small"], make_inputs(SMALL["small"]))
+    with jax_steps.compilers() as pool:
+        forms = Forms(pool, chains=True)
+        programs = run.IMPLEMENTATIONS["jax:xla"].programs(SMALL["small"], forms)
+    step = jax_steps.JaxStep(reference, programs)
     step.call()
     step.check(reference)
-    weights = step._selection.weights.at[0, 0, 1, 0].set(0)
-    step._selection = dataclasses.replace(step._selection, weights=weights)
+    return step, reference, programs
+
+
+def test_weights_that_do_not_match_the_list_are_rejected(small_step, monkeypatch):
+    step, reference, _ = small_step
+    weights = step.selection.weights.at[0, 0, 1, 0].set(0)
+    monkeypatch.setattr(step, "selection", dataclasses.replace(step.selection, weights=weights))
     with pytest.raises(AssertionError, match=r"head 1: weight 0\.0 at token 0, which the list has"):
         step.check(reference)
 
 
-def parsed(words):
-    parser = argparse.ArgumentParser()
-    choice.add_arguments(parser)
-    return parser.parse_args(words)
+@pytest.mark.parametrize("name", ["jax:cells", "jax:threshold", "jax:top_k"])
+def test_steps_and_chains_of_kernels_lower_for_a_gpu(name, monkeypatch):
+    lowered = {}
+
+    def lower(forms, function, arguments, *, donate):
+        traced = jax.jit(function, donate_argnames=donate, keep_unused=True).trace(*arguments)
+        lowered[function.__name__] = traced.lower(lowering_platforms=("cuda",)).as_text()
+
+    monkeypatch.setattr(backend, "no_gpu", lambda: None)
+    monkeypatch.setattr(jax_steps, "Program", lower)
+    run.IMPLEMENTATIONS[name].programs(WORKLOADS["seed"], Forms(None, chains=True))
+    assert list(lowered) == ["step", "chain"]
+    assert all("triton" in text for text in lowered.values())
+
+
+def test_a_chain_computes_every_step_anew(small_step):
+    """XLA would share tables, scores and lists if queries did not depend on the step before."""
+    _, _, programs = small_step
+    step, chain = (programs[name].lowered.compile().as_text() for name in ("step", "chain"))
+    for operation in (" dot(", " sort("):
+        assert step.count(operation) > 0
+        assert chain.count(operation) == 2 * step.count(operation)
+
+
+def test_a_chain_whose_last_step_is_not_that_of_the_step_alone_is_rejected(small_step):
+    step, reference, _ = small_step
+    chain = step.chain()
+    chain.call()
+    chain.wait()
+    chain.check(reference)
+    chain.digest = chain.digest.at[1, 0, 2].add(1)
+    with pytest.raises(AssertionError, match="batch row 1, query token 0, head 2: the last step's"):
+        chain.check(reference)
+
+
+def test_a_digest_depends_on_all_that_a_step_returns(small_step):
+    selection = small_step[0].selection
+    digest = np.asarray(jax_steps.digest_of(selection))
+    assert (digest >= 0).all()
+    for name in ("indices", "counts", "weights"):
+        array = getattr(selection, name)
+        place = (1, 0, 2) + (0,) * (array.ndim - 3)
+        other = dataclasses.replace(selection, **{name: array.at[place].set(1 - array[place])})
+        changed = np.argwhere(np.asarray(jax_steps.digest_of(other)) != digest)
+        np.testing.assert_array_equal(changed, [(1, 0, 2)])
+
+
+def parsed(command):
+    python, module, name, *words = shlex.split(command)
+    assert (python, module, name) == ("python", "-m", "benchmarks")
+    return make_parser().parse_args(words)
 
 
 @pytest.mark.parametrize(
@@ -533,130 +570,80 @@ def parsed(words):
     [
         "--workload seed --L 64000 --no-weights --heavy 512 --dtype bfloat16",
         "--workload small-short --L 20 40 60 --bits 3 --table-dtype float16",
-        "--workload small --scores equal --quick --clock jax.profiler",
+        "--workload small --scores equal",
         "--sweep length",
         "--sweep subspaces --workload million",
     ],
 )
 def test_a_row_is_repeated_by_its_command(words):
-    arguments = parsed(words.split())
-    for point in choice.chosen_points(arguments):
-        jax_xla = implementations.IMPLEMENTATIONS["jax:xla"]
-        row = measure.Row(point.workload, jax_xla, choice.timing_flags(arguments))
-        python, module, name, command, *again = shlex.split(row.command)
-        assert (python, module, name, command) == ("python", "-m", "benchmarks", "run")
-        again = parsed(again)
-        assert [found.workload for found in choice.chosen_points(again)] == [point.workload]
-        assert (again.quick, again.clock) == (arguments.quick, arguments.clock)
+    for point in run.chosen_points(parsed(f"python -m benchmarks run {words}")):
+        again = parsed(results.command_of("named", point.workload.name, "jax:xla"))
+        assert [found.workload for found in run.chosen_points(again)] == [point.workload]
+        assert run.chosen_implementations(again) == [run.IMPLEMENTATIONS["jax:xla"]]
 
 
-def test_sweeps_cover_what_they_are_named_for():
-    points = choice.chosen_points(parsed(["--sweep"]))
-    of = {name: [p.workload for p in points if p.sweep == name] for name in choice.SWEEPS}
-    assert [w.L for w in of["length"]] == [2**n for n in range(12, 21)]
-    assert [w.B for w in of["batch"]] == [1, 2, 4, 8, 16, 32, 64]
-    fine = of["subspaces"][-1].config
-    assert (fine.num_subspaces, fine.num_bits) == (32, 8)
+def test_a_recorded_command_names_no_path_of_this_machine():
+    argv = ["quality", "--real-keys", "/here", "--quick", "--output=/there", "--commit", "abc"]
+    recorded = "python -m benchmarks quality --real-keys DIR --quick"
+    assert results.repeatable(argv) == recorded
 
 
-# Kernel times, by a clock that needs no GPU
+# Rows that go wrong
 
 
-class FakeClock:
-    """Pretends that a call launches two kernels, of 3 or 4 and of 5 microseconds; twice if cold."""
-
-    name = "fake"
-
-    def record(self, streams, *, cold):
-        return [self.stream(stream, cold) for stream in streams]
-
-    def stream(self, stream, cold):
-        kernels = []
-        for number in range(clock.LEAD + stream.calls):
-            stream.launch()
-            if cold:
-                kernels.append(Kernel("flush", 0.0, 100.0))
-            slower = 2.0 if cold else 1.0
-            kernels.append(Kernel("score_kernel", 0.0, slower * (3.0 + number % 2)))
-            kernels.append(Kernel("top_k", 9.0, slower * 5.0))
-        stream.wait()
-        return kernels
-
-
-def settings_with(fake, *, repetitions=None, chains=False):
-    repetitions = repetitions or measure.Repetitions(
-        pipeline=4, warm=4, cold=4, calls=2, amortised=2, rounds=1
+def measured(implementation, fake, *, chains=False):
+    repetitions = measure.Repetitions(pipeline=4, warm=4, cold=4, calls=2, amortised=2, rounds=1)
+    settings = measure.Settings(
+        lambda w: agreement.Reference(w, make_inputs(w)), repetitions, fake, CEILINGS, chains
     )
-    return measure.Settings(
-        False, fake, CEILINGS, repetitions, chains=chains, calls=True, advance=lambda what: None
-    )
-
-
-def measured(implementation, settings):
-    row = measure.Row(SMALL["small"], implementation)
-    measure.compile_programs([row], settings)
-    measure.measure([row], settings)
+    row = measure.Row(SMALL["small"], implementation, "named")
+    for _ in measure.measure_all([[row]], settings):
+        pass
     return row
 
 
-def measured_with(fake):
-    return measured(implementations.IMPLEMENTATIONS["torch:eager"], settings_with(fake))
-
-
-def test_kernel_times_are_sums_over_a_call_cold_and_warm():
-    row = measured_with(FakeClock())
-    assert row.status == "ok"
-    assert row.numbers["warm"]["median"] == 8.5  # calls of 3 + 5 and 4 + 5
-    assert row.numbers["cold"]["median"] == 17.0
-    assert row.numbers["warm"]["count"] == 4
-    assert row.numbers["launches"] == 2
-    assert [part["kernel"] for part in row.numbers["breakdown"]] == ["top_k", "score_kernel"]
-    work = ceilings.step_work(SMALL["small"])
-    assert row.numbers["floor"] == ceilings.floor(work, CEILINGS)
-
-
-def test_both_forms_of_a_jax_program_are_checked_and_the_one_without_graphs_recorded(monkeypatch):
+def test_both_forms_of_a_program_are_checked_and_the_one_without_graphs_recorded():
     launched = []
 
-    class Watched(implementations.JaxStep):
+    class Watched(torch_steps.TorchStep):
         def call(self):
             launched.append("user")
             super().call()
 
         def call_recorded(self):
             launched.append("recorded")
-            super().call_recorded()
+            super().call()
 
         def check(self, reference):
             launched.append("check")
             super().check(reference)
 
-    known = dataclasses.replace(implementations.IMPLEMENTATIONS["jax:xla"], build=Watched)
-    row = measured(known, settings_with(FakeClock()))
+    row = measured(eager_as(Watched), FakeClock())
     assert row.status == "ok"
-    assert launched[:8] == ["recorded"] * 3 + ["check"] + ["user"] * 3 + ["check"]
+    first = launched.index("recorded")
+    assert launched[first : first + 8] == ["recorded"] * 3 + ["check"] + ["user"] * 3 + ["check"]
     recorded = 2 * (clock.LEAD + 4)  # cold and warm
-    assert launched[8:] == ["recorded"] * recorded + ["user"] * 4
+    assert launched[first + 8 :] == ["recorded"] * recorded + ["user"] * 4
 
 
-def test_a_call_without_kernels_fails_its_row_but_keeps_its_other_times():
-    class Blind(FakeClock):
-        def stream(self, stream, cold):
-            return []
+class Blind(FakeClock):
+    def stream(self, stream, cold):
+        return []
 
-    row = measured_with(Blind())
+
+class Lossy(FakeClock):
+    def record(self, streams, *, cold):
+        raise ClockError("expected 8 marks")
+
+
+@pytest.mark.parametrize(
+    ("fake", "reason"),
+    [(Blind(), "recorded 0 kernels of 7 calls"), (Lossy(), "expected 8 marks")],
+)
+def test_a_clock_that_loses_kernels_fails_rows_but_keeps_their_other_times(fake, reason):
+    row = measured(EAGER, fake)
     assert row.status == "failed"
-    assert row.reason.startswith("kernel times: recorded 0 kernels of 7 calls")
-    assert row.numbers["call"]["median"] > 0
-
-
-def test_a_clock_that_lost_marks_fails_rows_but_keeps_their_other_times():
-    class Lossy(FakeClock):
-        def record(self, streams, *, cold):
-            raise ClockError("expected 8 marks")
-
-    row = measured_with(Lossy())
-    assert (row.status, row.reason) == ("failed", "kernel times: expected 8 marks")
+    assert row.reason.startswith(f"kernel times: {reason}")
     assert row.numbers["call"]["median"] > 0
 
 
@@ -677,47 +664,49 @@ def test_streams_lie_between_marks_and_are_flushed_call_by_call(monkeypatch):
         clock.Stream(lambda name=name: launch(name), lambda: None, "jax", calls)
         for name, calls in (("a", 1), ("b", 2))
     ]
-    device = clock.KernelClock("device", record)
+    device = clock.KernelClock(record)
     first, second = device.record(streams, cold=True)
     assert [kernel.name for kernel in first] == ["flush", "a"] * 4
     assert [kernel.name for kernel in second] == ["flush", "b"] * 5
     assert len(clock.cut(second, 2, cold=True)) == 2
+    with pytest.raises(ClockError, match=r"expected 6 marks .* got 4"):
+        clock.between_marks(launched, "mark", 3)
 
 
-def test_repetitions_end_where_time_does_but_not_for_our_pipelines():
+def test_repetitions_end_where_time_does_but_not_for_our_pipelines(monkeypatch):
+    monkeypatch.setattr(measure, "SECONDS_A_MEASUREMENT", 0.2)
     repetitions = measure.Repetitions()
     ours, torch, slow = (
-        measure.Row(SMALL["small"], implementations.IMPLEMENTATIONS[name], seconds=seconds)
+        measure.Row(SMALL["small"], run.IMPLEMENTATIONS[name], "named", seconds=seconds)
         for name, seconds in (("jax:top_k", 0.01), ("torch:eager", 0.001), ("torch:eager", 0.02))
     )
     assert measure.kernel_turns(ours, "warm", repetitions) == [100] * 10
     assert measure.kernel_turns(torch, "warm", repetitions) == [10] * 5
     assert measure.kernel_turns(slow, "warm", repetitions) == [10]
     assert measure.kernel_turns(slow, "cold", repetitions) == [10]
+    assert measure.kernel_turns(ours, "cold", run.SWEEP_REPETITIONS) == []
+    assert measure.kernel_turns(ours, "warm", run.SWEEP_REPETITIONS) == [50, 50]
 
 
 def test_a_chain_that_does_not_fit_leaves_the_other_times():
-    class NoMemory(implementations.TorchStep):
+    class NoMemory(torch_steps.TorchStep):
         def chain(self):
             raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1 byte")
 
-    known = implementations.IMPLEMENTATIONS["torch:eager"]
-    large = dataclasses.replace(known, build=functools.partial(NoMemory, name="eager"))
-    row = measured(large, settings_with(None, chains=True))
+    row = measured(eager_as(NoMemory), None, chains=True)
     assert row.status == "ok"
     assert row.reason.startswith("out of memory while running a chain of steps: RESOURCE_EX")
     assert row.numbers["call"]["count"] == 2
 
 
 def test_an_interrupted_run_keeps_what_it_has_and_says_so(tmp_path, monkeypatch, capsys):
-    class Interrupted(implementations.TorchStep):
+    class Interrupted(torch_steps.TorchStep):
         def check(self, reference):
             raise KeyboardInterrupt
 
-    known = implementations.IMPLEMENTATIONS["torch:eager"]
-    forms = iter([implementations.TorchStep, Interrupted])
-    changing = dataclasses.replace(known, build=lambda *inputs: next(forms)(*inputs, name="eager"))
-    monkeypatch.setitem(implementations.IMPLEMENTATIONS, "torch:eager", changing)
+    forms = iter([torch_steps.TorchStep, Interrupted])
+    changing = eager_as(lambda *inputs, **name: next(forms)(*inputs, **name))
+    monkeypatch.setitem(run.IMPLEMENTATIONS, "torch:eager", changing)
     output = tmp_path / "r.json"
     argv = ["run", "--quick", "--workload", "small", "small-offset", "--output", str(output)]
     assert main([*argv, "--implementation", "torch:eager"]) == 130
@@ -728,65 +717,14 @@ def test_an_interrupted_run_keeps_what_it_has_and_says_so(tmp_path, monkeypatch,
     assert second["reason"] == "interrupted"
 
 
-def test_an_interrupted_build_keeps_what_it_has(tmp_path, monkeypatch):
-    small = dataclasses.replace(SMALL["small"], L=64, S=None)
-    for name in ("seed", "llama-128k-b4"):
-        monkeypatch.setitem(build.WORKLOADS, name, dataclasses.replace(small, name=name))
-    monkeypatch.setattr(build, "WITH_ORIGINAL", ())
-    keys_of = build.keys_of
-
-    def interrupted(w):
-        if w.name != "seed":
-            raise KeyboardInterrupt
-        return keys_of(w)
-
-    monkeypatch.setattr(build, "keys_of", interrupted)
-    output = tmp_path / "r.json"
-    argv = ["--workload", "seed", "llama-128k-b4", "seed", "--tokens", "128"]
-    assert build.main([*argv, "--output", str(output)]) == 130
-    assert [(row["workload"], row["status"]) for row in rows_of(output)] == [("seed", "ok")]
-
-
-def test_a_sweep_leaves_the_cold_cache_out():
-    row = measure.Row(SMALL["small"], implementations.IMPLEMENTATIONS["jax:top_k"], seconds=1e-3)
-    assert measure.kernel_turns(row, "cold", choice.SWEEP_REPETITIONS) == []
-    assert measure.kernel_turns(row, "warm", choice.SWEEP_REPETITIONS) == [50, 50]
-
-
-def test_a_sweep_with_a_kernel_clock_times_kernels_only(tmp_path, monkeypatch):
-    monkeypatch.setattr(machine, "has_gpu", lambda: True)
-    monkeypatch.setattr(run, "open_clock", lambda choice: (FakeClock(), CEILINGS, 0))
-    monkeypatch.setitem(choice.SWEEPS, "batch", [{"B": 1}, {"B": 2}])
-    output = tmp_path / "r.json"
-    argv = ["run", "--sweep", "batch", "--workload", "small-grouped", "--L", "200"]
-    argv += ["--implementation", "jax:xla", "torch:eager", "jax.lax.top_k"]
-    assert main([*argv, "--output", str(output)]) == 0
-    rows = rows_of(output)
-    assert [(row["shape"]["B"], row["sweep"]) for row in rows] == [(1, "batch")] * 3 + [
-        (2, "batch")
-    ] * 3
-    for row in rows:
-        assert row["status"] == "ok"
-        assert 8 <= row["warm"]["median"] <= 9  # how many calls there are is a matter of time
-        assert not row.keys() & {"cold", "call", "amortised", "in_jit"}
-    assert plots.pictures(tables.load([output]))[-1].file == "time-against-batch.png"
-
-
-def test_ascending_scores_never_fall():
-    workload = SMALL["small-sorted"]
-    reference = agreement.Reference(workload, make_inputs(workload))
-    scores = reference.scores(0, 0, 3)[: workload.L - 1]  # the last token is the step's own
-    assert (np.diff(scores) >= 0).all()
-    assert scores[-1] > scores[0]
-
-
 def test_without_rich_progress_and_tables_are_plain_lines(monkeypatch, capsys):
     for module in ("rich.progress", "rich.console"):
         monkeypatch.setitem(sys.modules, module, None)
-    with run.progress(2) as advance:
+    with progress(2) as advance:
         advance("one")
         advance("two")
-    tables.show("title", (["a", "b"], [["1", "x|y"]]))
+    monkeypatch.setattr(report, "all_tables", lambda _: {"title": (["a", "b"], [["1", "x|y"]])})
+    report.show([])
     printed = capsys.readouterr().out
     assert "[1/2, 0 s] one\n[2/2, 0 s] two\n" in printed
     assert "| a | b |\n| --- | --- |\n| 1 | x\\|y |" in printed
@@ -794,7 +732,7 @@ def test_without_rich_progress_and_tables_are_plain_lines(monkeypatch, capsys):
 
 # The report
 
-README = f"# Title\n\nbefore\n\n{report.BEGIN}\nstale section\n{report.END}\n\nafter\n"
+OLD_README = f"# Title\n\nbefore\n\n{report.BEGIN}\nstale section\n{report.END}\n\nafter\n"
 
 
 def stats(us):
@@ -802,136 +740,127 @@ def stats(us):
 
 
 def gpu_row(workload, implementation, us, *, sweep=None):
-    framework = "jax" if implementation.startswith("jax") else "torch"
     numbers = {"compile_seconds": 1.0, "memory_bytes": 2**20, "launches": 2}
-    for kind, slower in (("warm", 1.0), ("cold", 1.25), ("call", 4.0), ("amortised", 3.0)):
+    for kind, slower in (("warm", 1), ("cold", 1.25), ("call", 4), ("amortised", 3), ("in_jit", 2)):
         numbers[kind] = stats(slower * us)
-    numbers["event" if framework == "torch" else "in_jit"] = stats(2 * us)
     numbers["floor"] = ceilings.floor(ceilings.step_work(workload), CEILINGS)
-    numbers["breakdown"] = [
-        {"group": group, "kernel": group, "launches": 1.0, "us": share * us}
-        for group, share in (("score", 0.5), ("top-k", 0.3), ("other", 0.2))
+    numbers["stages"] = {"score": 0.5 * us, "top-k": 0.3 * us, "other": 0.2 * us}
+    known = run.IMPLEMENTATIONS[implementation]
+    return measure.Row(workload, known, "named", sweep, numbers=numbers, done=True)
+
+
+def gpu_results(
+    folder, *, device="NVIDIA H100", time="2026-01-02", us=20.0, file="a.json", rows=()
+):
+    """A results file of a GPU: of these rows, or of some of two workloads."""
+    rows = rows or [
+        gpu_row(WORKLOADS[name], implementation, us * factor)
+        for name in ("seed", "llama-32k")
+        for implementation, factor in (
+            ("jax:top_k", 1),
+            ("torch:eager-graph", 5),
+            ("torch:iteration4", 8),
+        )
     ]
-    known = implementations.IMPLEMENTATIONS[implementation]
-    row = measure.Row(workload, known, numbers=numbers, done=True)
-    return run.row_json(row, sweep)
-
-
-def gpu_results(folder, *, device="NVIDIA H100", time="2026-01-02", us=20.0, file="a.json"):
-    rows = []
-    for name in ("seed", "llama-32k"):
-        rows.append(gpu_row(WORKLOADS[name], "jax:top_k", us))
-        rows.append(gpu_row(WORKLOADS[name], "torch:eager-graph", 5 * us))
-        rows.append(gpu_row(WORKLOADS[name], "torch:iteration4", 8 * us))
-    results = {
-        "kind": "named",
+    found = {
+        "kind": "sweep" if rows[0].sweep else "named",
         "time": time,
         "command": "python -m benchmarks run",
         "commit": "0123456789abcdef",
         "dirty": False,
-        "machine": machine.describe_machine() | {"device": device, "gpu": True, "driver": "1.2"},
+        "machine": results.describe_machine() | {"device": device, "gpu": True, "driver": "1.2"},
         "quick": False,
-        "kernel_clock": "torch.profiler",
-        "ceilings": dataclasses.asdict(CEILINGS),
-        "rows": rows,
         "seconds": 1.0,
+        "workloads": {row.workload.name: results.shape_of(row.workload) for row in rows},
+        "rows": [row.json() for row in rows],
     }
-    (folder / file).write_text(json.dumps(results))
-    return results
+    results.write(folder / file, found)
+    return found
 
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """A project with a README, and no committed results yet."""
     monkeypatch.setattr(report, "RESULTS", tmp_path)
-    (tmp_path / "README.md").write_text(README)
+    monkeypatch.setattr(report, "README", tmp_path / "README.md")
+    (tmp_path / "README.md").write_text(OLD_README)
     return tmp_path
 
 
-def run_report(folder, *argv):
-    where = ["--readme", str(folder / "README.md"), "--pictures", str(folder)]
-    return main(["report", *where, *argv])
+def texts(folder):
+    return [(folder / name).read_text() for name in ("README.md", "REPORT.md")]
 
 
 def test_report_without_results_changes_nothing(folder):
-    (folder / "output-of-tests.json").write_text('{"passed": 3}')
-    assert run_report(folder) == 0
-    assert run_report(folder, "--check") == 0
-    assert (folder / "README.md").read_text() == README
+    assert main(["report"]) == 0
+    assert main(["report", "--check"]) == 0
+    assert (folder / "README.md").read_text() == OLD_README
 
 
-def test_report_rewrites_its_section_of_the_readme_and_nothing_else(folder):
+def test_report_writes_one_table_into_the_readme_and_all_else_into_a_file(folder, capsys):
     gpu_results(folder)
-    assert run_report(folder, "--check") == 1
-    assert run_report(folder) == 0
-    assert run_report(folder, "--check") == 0
-    text = (folder / "README.md").read_text()
-    assert text.startswith("# Title\n\nbefore\n\n")
-    assert text.endswith("\n\nafter\n")
-    assert "stale section" not in text
-    for told in ("NVIDIA H100", "driver 1.2", "0123456789ab", "python -m benchmarks run`"):
-        assert told in text
-    summary = next(line for line in text.splitlines() if line.startswith("| `llama-32k`"))
-    assert "| 20.0 `top_k` | 1.10 | 100 `eager-graph` | **5.0x** | 160 | **8.0x** |" in summary
-    assert "python -m benchmarks run --workload seed --implementation jax:top_k" in text
+    assert main(["report", "--check"]) == 1
+    assert main(["report"]) == 0
+    assert main(["report", "--check"]) == 0
+    readme, document = texts(folder)
+    assert readme.startswith("# Title\n\nbefore\n\n")
+    assert readme.endswith("\n\nafter\n")
+    assert "stale section" not in readme
+    lines = [line for line in readme.splitlines() if line.startswith("| `")]
+    assert [line.split("`")[1] for line in lines] == list(report.IN_README)
+    assert lines[1] == (
+        "| `llama-32k`: 1 row, 32k tokens | 20.0 `top_k` | 160 | **8.0x** | 100 `eager-graph` "
+        "| **5.0x** |"
+    )
+    for text in readme, document:
+        for told in ("NVIDIA H100", "driver 1.2", "0123456789ab;", "python -m benchmarks run`"):
+            assert text.count(told) == 1
+    command = "python -m benchmarks run --workload seed --implementation jax:top_k\n"
+    assert (readme.count(command), document.count(command)) == (0, 1)
 
 
-def test_a_readme_older_than_the_results_is_stale(folder, capsys):
+def test_what_is_older_than_the_results_is_stale(folder, capsys):
     gpu_results(folder)
-    assert run_report(folder) == 0
+    assert main(["report"]) == 0
     gpu_results(folder, us=30.0)
-    assert run_report(folder, "--check") == 1
-    assert "is stale" in capsys.readouterr().out
+    before = texts(folder)
+    assert main(["report", "--check"]) == 1
+    printed = capsys.readouterr().out
+    assert "README.md is stale" in printed
+    assert "REPORT.md is stale" in printed
+    assert texts(folder) == before
 
 
-def test_a_missing_picture_is_stale(folder, capsys):
-    gpu_results(folder)
-    assert run_report(folder) == 0
-    (folder / "speed-up.png").unlink()
-    assert run_report(folder, "--check") == 1
-    assert "speed-up.png" in capsys.readouterr().out
-
-
-def test_the_latest_run_of_a_workload_counts(folder):
+def test_the_latest_run_of_a_workload_counts_unless_it_measured_nothing(folder):
     gpu_results(folder, file="z.json", time="2026-01-01", us=77.0)
     gpu_results(folder, file="a.json", time="2026-01-02", us=20.0)
-    assert run_report(folder) == 0
-    text = (folder / "README.md").read_text()
-    assert "20.0 `top_k`" in text
-    assert "77.0" not in text
-
-
-def test_a_run_that_measured_nothing_hides_no_earlier_one(folder):
-    gpu_results(folder, file="a.json", time="2026-01-01", us=20.0)
-    results = gpu_results(folder, file="b.json", time="2026-01-02")
-    for row in results["rows"]:
+    found = gpu_results(folder, file="b.json", time="2026-01-03")
+    for row in found["rows"]:
         row |= {"status": "skipped", "reason": "interrupted"}
-    (folder / "b.json").write_text(json.dumps(results))
-    assert run_report(folder) == 0
-    text = (folder / "README.md").read_text()
-    assert "20.0 `top_k`" in text
-    assert "interrupted" not in text
+    results.write(folder / "b.json", found)
+    assert main(["report"]) == 0
+    readme, document = texts(folder)
+    assert "20.0 `top_k`" in readme
+    assert "77.0" not in document
+    assert "interrupted" not in document
 
 
 def test_numbers_of_different_devices_are_not_compared(folder, capsys):
     gpu_results(folder)
     gpu_results(folder, device="NVIDIA H200", file="b.json")
-    assert run_report(folder) == 1
+    assert main(["report"]) == 1
     printed = capsys.readouterr().out
     assert "not compared" in printed
     assert "NVIDIA H100: a.json" in printed
     assert "NVIDIA H200: b.json" in printed
-    assert (folder / "README.md").read_text() == README
+    assert (folder / "README.md").read_text() == OLD_README
 
 
 def test_results_that_are_named_are_shown_and_leave_the_readme_alone(folder, capsys):
-    gpu_results(folder)
-    own = folder / "own"
-    own.mkdir()
-    gpu_results(own, us=77.0)
-    assert run_report(folder, str(own / "a.json")) == 0
+    gpu_results(folder, us=77.0)
+    assert main(["report", str(folder / "a.json")]) == 0
     assert "77.0" in capsys.readouterr().out
-    assert (folder / "README.md").read_text() == README
+    assert (folder / "README.md").read_text() == OLD_README
 
 
 @pytest.mark.parametrize(
@@ -940,106 +869,113 @@ def test_results_that_are_named_are_shown_and_leave_the_readme_alone(folder, cap
         ("", "expected a results file"),
         ("{broken", "expected a results file"),
         ("[1]", "expected a results file"),
-        (
-            '{"kind": "quality"}',
-            "expected results of a kind in named, sweep, build, decode, got quality",
-        ),
+        ('{"kind": "tests"}', "expected results of a kind in named, sweep, build, decode, quality"),
         ('{"kind": "named", "rows": []}', "expected command, commit, dirty, machine"),
     ],
 )
 def test_what_is_no_results_file_is_named(folder, text, message, capsys):
     (folder / "own.json").write_text(text)
-    assert run_report(folder, str(folder / "own.json")) == 1
+    assert main(["report", str(folder / "own.json")]) == 1
     assert f"own.json: {message}" in capsys.readouterr().out
-
-
-def test_a_check_is_about_the_readme_alone(folder, capsys):
-    gpu_results(folder)
-    with pytest.raises(SystemExit):
-        run_report(folder, "--check", str(folder / "a.json"))
-    assert "--check: expected no files" in capsys.readouterr().err
 
 
 def test_a_readme_without_markers_is_refused(folder, capsys):
     gpu_results(folder)
     (folder / "README.md").write_text("no markers")
-    assert run_report(folder) == 1
-    assert "expected <!-- benchmark:begin -->" in capsys.readouterr().out
+    assert main(["report"]) == 1
+    assert "expected <!-- speed:begin -->" in capsys.readouterr().out
     assert (folder / "README.md").read_text() == "no markers"
 
 
 def test_the_seed_table_has_both_sides(folder):
-    gpu_results(folder)
-    (_, rows) = tables.by_workload(tables.load([folder / "a.json"]))["seed"]
-    heads, lines = tables.seed_table(rows)
+    heads, lines = report.seed_table(gpu_results(folder)["rows"])
     by_name = {line[0]: dict(zip(heads, line, strict=True)) for line in lines}
-    seeds = by_name["Iteration 4, the seed's"]
-    assert (seeds["mean"], seeds["median"], seeds["score"]) == ("574", "530", "69.5")
+    document = by_name["Iteration 4, the document's"]
+    assert [document[head] for head in ("call, mean", "call, median", "score")] == [
+        "574", "530", "69.5",
+    ]  # fmt: skip
     here = by_name["Iteration 4, here"]
-    assert (here["median"], here["score"], here["top-k"]) == ("320", "80.0", "48.0")
+    assert (here["call, median"], here["score"], here["top-k"]) == ("640", "80.0", "48.0")
     assert (here["sort"], here["other"], here["all kernels"]) == ("-", "32.0", "160")
-    assert by_name["Iteration 1, here"]["mean"] == "-", "was not run"
+    assert by_name["Iteration 1, here"]["call, mean"] == "-", "was not run"
 
 
 def test_results_of_a_cpu_are_reported_by_calls(folder, small_run):
     _, output = small_run
     (folder / "cpu.json").write_text(output.read_text())
-    assert run_report(folder) == 0
-    text = (folder / "README.md").read_text()
-    assert "There was no GPU" in text
-    assert re.search(r"\| `small` \| [0-9.]+ `xla` \|", text)
-    assert "floor" not in text.partition("</details>")[0]
+    assert main(["report"]) == 0
+    _, document = texts(folder)
+    assert "There was no GPU" in document
+    assert re.search(r"\| `small`: 2 rows, [a-z0-9, ]+ \| [0-9.]+ `xla` \|", document)
+    assert "floor" not in document
 
 
-@pytest.mark.parametrize("sweep", choice.SWEEPS)
-def test_every_sweep_has_a_picture(folder, sweep):
-    results = gpu_results(folder)
-    points = choice.chosen_points(parsed(["--sweep", sweep]))
+@pytest.mark.parametrize("sweep", run.SWEEPS)
+def test_every_sweep_has_a_picture_and_misses_it(folder, sweep, capsys):
+    points = run.chosen_points(parsed(f"python -m benchmarks run --sweep {sweep}"))
     rows = [
         gpu_row(point.workload, implementation, us * (number + 1), sweep=sweep)
         for number, point in enumerate(points)
         for implementation, us in (("jax:top_k", 5.0), ("torch:iteration4", 50.0))
     ]
-    sweep_file = folder / "sweep.json"
-    sweep_file.write_text(json.dumps(results | {"kind": "sweep", "rows": rows}))
-    assert run_report(folder) == 0
+    gpu_results(folder, rows=rows)
+    assert main(["report"]) == 0
     picture = folder / f"time-against-{sweep}.png"
     assert picture.read_bytes().startswith(b"\x89PNG")
-    assert f"(time-against-{sweep}.png)" in (folder / "README.md").read_text()
+    assert f"({picture.name})" in texts(folder)[1]
+    picture.unlink()
+    assert main(["report", "--check"]) == 1
+    assert f"{picture.name} is missing" in capsys.readouterr().out
 
 
-def test_a_build_is_checked_timed_and_reported(folder, monkeypatch, capsys):
+# build and decode
+
+
+def test_a_build_is_checked_timed_and_reported(folder, gpu, monkeypatch):
     small = dataclasses.replace(SMALL["small"], name="seed", L=64, S=None)
     monkeypatch.setitem(build.WORKLOADS, "seed", small)
-    argv = ["--workload", "seed", "--tokens", "128", "--output", str(folder / "build.json")]
-    assert build.main(argv) == 0
+    argv = ["build", "--workload", "seed", "--tokens", "128", "--quick"]
+    assert main([*argv, "--output", str(folder / "build.json")]) == 0
     ours, original = rows_of(folder / "build.json")
-    assert ours["command"] == "python -m benchmarks.build --workload seed --tokens 128"
     for row in (ours, original):
-        assert row["status"] == "ok"
-        assert row["shape"]["L"] == 128
-        assert row["call"]["count"] == build.CALLS
+        assert (row["workload"], row["status"]) == ("seed --tokens 128", "ok")
+        assert row["warm"]["count"] == row["call"]["count"] == build.QUICK.calls
         assert 0 < row["error"] < 1
     assert ours["error"] == pytest.approx(original["error"], rel=0.3)  # other random starts
     assert ours["memory_bytes"] > 0
-    assert "wall-clock times only" in capsys.readouterr().out
-    gpu_results(folder, device=machine.describe_machine()["device"])
-    assert run_report(folder) == 0
-    text = (folder / "README.md").read_text()
-    assert "| `seed` | `torch:indexer_first` |" in text
-    assert "python -m benchmarks.build --workload seed --tokens 128" in text
+    assert main(["report"]) == 0
+    _, document = texts(folder)
+    assert "| `seed --tokens 128` | `torch:indexer_first` |" in document
+    assert document.count("\npython -m benchmarks build --workload seed --tokens 128\n") == 1
 
 
-def test_a_decode_goes_on_until_a_segment_is_sealed(folder, monkeypatch, capsys):
+def test_codes_that_are_not_the_nearest_fail_a_build():
+    prompt = build.Prompt.of(dataclasses.replace(SMALL["small"], L=128, S=None))
+    codebooks = np.random.default_rng(0).standard_normal((4, 2, 16, 8), np.float32)
+    sample = np.asarray(prompt.key[:1, prompt.sample])
+    codes = build.oracle.encode(sample, codebooks[None])[0][0]
+
+    class Given(build.Build):
+        def trained(self):
+            return codebooks, codes
+
+    given = Given(prompt)
+    given.check(prompt)
+    assert 0 < given.numbers["error"] < 1
+    codes[3, 1, 7] ^= 1
+    with pytest.raises(AssertionError, match="kv head 3, subspace 1, token"):
+        given.check(prompt)
+
+
+def test_a_decode_goes_on_until_a_segment_is_sealed(folder, gpu, monkeypatch):
     """On XLA, which keeps the state too, with a clock that makes times up."""
     small_sealing = functools.partial(
         state.sealing_for, smallest_segment=16, smallest_block=64, most_moves=4
     )
     for module in (cells, decode):
         monkeypatch.setattr(module, "sealing_for", small_sealing)
-    monkeypatch.setattr(machine, "has_gpu", lambda: True)
-    monkeypatch.setattr(clock, "open_kernel_clock", FakeClock)
     monkeypatch.setattr(decode, "SELECTOR", None)
+    monkeypatch.setattr(decode, "CHECKED_BY", None)
     small = dataclasses.replace(SMALL["small"], name="seed")
     monkeypatch.setitem(decode.DECODED, "seed", small)
     monkeypatch.setitem(decode.DECODED, "wide", dataclasses.replace(small, B=1))
@@ -1057,45 +993,14 @@ def test_a_decode_goes_on_until_a_segment_is_sealed(folder, monkeypatch, capsys)
 
     monkeypatch.setattr(decode, "Decoder", Decoder)
     output = folder / "decode.json"
-    assert decode.main(["--workload", "seed", "wide", "seed", "--output", str(output)]) == 0
+    assert main(["decode", "--workload", "seed", "wide", "seed", "--output", str(output)]) == 0
     first, second = rows_of(output)
     assert (first["status"], first["segment"]) == ("ok", 64)
     assert (second["workload"], second["status"]) == ("wide", "ok")
-    assert len(first["times"]) == first["steps"] == 64 + 2 + 16 + 2
+    assert first["warm"]["count"] == first["steps"] == 64 + 2 + 16 + 2
     assert sealed == [[[192, 192], [256, 256]], [[192], [256]]]
-    assert run_report(folder) == 0
-    assert "Decoding with cells" in (folder / "README.md").read_text()
-
-
-def test_a_decode_needs_a_gpu(capsys):
-    with pytest.raises(SystemExit):
-        decode.main([])
-    assert "no NVIDIA GPU" in capsys.readouterr().err
-
-
-def test_a_build_on_a_cpu_is_made_smaller_only_if_asked(capsys):
-    with pytest.raises(SystemExit):
-        build.main([])
-    assert "no NVIDIA GPU: give fewer tokens" in capsys.readouterr().err
-    for tokens in ("0", "-3", "319"):
-        with pytest.raises(SystemExit):
-            build.main(["--tokens", tokens])
-        assert f"--tokens: expected at least 320, got {tokens}" in capsys.readouterr().err
-
-
-def test_codes_that_are_not_the_nearest_fail_a_build(folder, monkeypatch):
-    small = dataclasses.replace(SMALL["small"], name="seed", L=64, S=None)
-    monkeypatch.setitem(build.WORKLOADS, "seed", small)
-    monkeypatch.setattr(build, "WITH_ORIGINAL", ())
-    encode = build.oracle.encode
-    monkeypatch.setattr(
-        build.oracle, "encode", lambda *inputs: (encode(*inputs)[0] ^ 1, encode(*inputs)[1])
-    )
-    output = folder / "build.json"
-    assert build.main(["--workload", "seed", "--tokens", "128", "--output", str(output)]) == 1
-    (row,) = rows_of(output)
-    assert row["status"] == "failed"
-    assert "kv head 0, subspace 0, token" in row["reason"]
+    assert main(["report"]) == 0
+    assert "| `seed` | 84 | 64 |" in texts(folder)[1]
 
 
 def test_the_readme_shows_the_committed_results(capsys):
@@ -1105,7 +1010,7 @@ def test_the_readme_shows_the_committed_results(capsys):
 
 @pytest.mark.gpu
 def test_the_pipeline_beats_iteration_4_on_the_seeds_workload(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(machine, "has_gpu", HAS_GPU)
+    monkeypatch.setattr(results, "has_gpu", HAS_GPU)
     output = tmp_path / "seed.json"
     forms = ["jax:threshold", "jax:top_k", "torch:iteration4"]
     argv = ["run", "--quick", "--workload", "seed", "--implementation", *forms]

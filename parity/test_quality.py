@@ -1,12 +1,11 @@
 """The quality of lists, and the program that measures it, on the sample that ships."""
 
-import json
-
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from benchmarks import quality as program
+from benchmarks import report, results
 from jax_indexer.data import load_sample
 from parity import quality
 
@@ -49,15 +48,19 @@ def test_inertia_is_the_sum_of_squared_distances(sample):
     np.testing.assert_allclose(quality.inertia(sample.key, index.codebooks, config)[0, 0], want)
 
 
-def test_every_table_has_rows_that_json_takes(sample):
+def test_every_table_has_rows_that_a_file_takes_and_a_report_shows(sample, tmp_path):
     rows = [
         *program.quantizers(sample, [(2, 4)], [64], starts=1),
         *program.drift(sample, [(2, 4)], [64]),
     ]
     names = {name for name, _ in rows}
     assert names == {"inertia", "attention", "table dtype", "drift", "drift, attention"}
-    for _, row in rows:
-        json.dumps({name: program.as_json(value) for name, value in row.items()})
+    about = dict.fromkeys(results.KEYS) | {"kind": "quality", "time": "2026-01-02"}
+    results.write(
+        tmp_path / "q.json", about | {"rows": [{"table": name} | row for name, row in rows]}
+    )
+    (found,) = results.load([tmp_path / "q.json"])
+    assert report.quality_tables(found["rows"]).keys() == names
 
 
 def test_gain_tells_drift_and_rebuild_ends_it(sample):
@@ -66,9 +69,3 @@ def test_gain_tells_drift_and_rebuild_ends_it(sample):
     assert start["gain"] < 0.02 < end["gain"]
     assert end["gain after rebuild"] < 0.02
     assert end["error that rebuild removes"] > end["gain"]
-
-
-def test_a_folder_without_the_keys_is_refused_with_what_makes_them(tmp_path, capsys):
-    with pytest.raises(SystemExit):
-        program.main(["--real-keys", str(tmp_path)])
-    assert "python -m parity.real_keys" in capsys.readouterr().err

@@ -1,6 +1,5 @@
 """The README's examples run as pasted, one after the other."""
 
-import argparse
 import re
 import shlex
 from pathlib import Path
@@ -8,9 +7,11 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from benchmarks import choice
+from benchmarks import run
+from benchmarks.__main__ import make_parser
 
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
 
 
 def test_the_examples_run_as_pasted(capsys):
@@ -48,13 +49,16 @@ def test_the_pictures_exist():
 
 
 def test_the_benchmark_commands_can_be_pasted():
-    parser = argparse.ArgumentParser()
-    choice.add_arguments(parser)
-    commands = re.findall(
-        r"^(?:\| `)?python -m benchmarks run(.*?)(?:`|$)", README.read_text(), re.M
-    )
-    assert len(commands) > 5
-    for command in commands:
-        arguments = parser.parse_args(shlex.split(command))
-        assert choice.chosen_points(arguments)
-        assert choice.chosen_implementations(arguments, gpu=True)
+    texts = [
+        ROOT / name for name in ("README.md", "CONTRIBUTING.md", "benchmarks/results/REPORT.md")
+    ]
+    found = [re.findall(r"python -m (benchmarks\b[^`\n]*)", path.read_text()) for path in texts]
+    assert all(found)
+    parser = make_parser()
+    for command in {command for commands in found for command in commands}:
+        program, *words = shlex.split(command)
+        assert program == "benchmarks"
+        arguments = parser.parse_args(words)
+        if arguments.command == "run":
+            assert run.chosen_points(arguments)
+            assert run.chosen_implementations(arguments)

@@ -5,7 +5,6 @@ import functools
 import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import numpy as np
 
@@ -14,6 +13,19 @@ from parity.compare import check_selection
 from parity.inputs import Inputs, Workload
 
 KEPT_BYTES = 2 * 2**30  # of exact scores
+
+
+def num_candidates(w: Workload) -> int:
+    """Candidates of the longest row."""
+    return max(max(w.lengths) - w.config.window_size - w.config.first_candidate, 0)
+
+
+def top_k_size(w: Workload) -> int:
+    """How many candidates a top-k alone chooses; NotImplementedError where there is no choice."""
+    size = min(w.config.heavy_size, num_candidates(w))
+    if size == 0:
+        raise NotImplementedError("a budget or a context without anything to choose")
+    return size
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -97,9 +109,7 @@ class Reference:
     def candidate_scores(self) -> np.ndarray:
         """float32 scores of all candidates, a row a query head, padded with -inf to one length."""
         w, config = self.workload, self.workload.config
-        size = max(w.lengths) - config.window_size - config.first_candidate
-        if size < 1:
-            raise NotImplementedError("no row has candidates to choose from")
+        size = num_candidates(w)
         out = np.full((w.B, w.T, w.N, size), -np.inf, np.float32)
 
         def fill(b: int, t: int, n: int) -> None:
@@ -107,19 +117,14 @@ class Reference:
             found = self.scores(b, t, n)[config.first_candidate : last]
             out[b, t, n, : len(found)] = found
 
-        _for_each_row(w, fill)
+        _for_each(np.ndindex(w.B, w.T, w.N), fill)
         return out.reshape(-1, size)
 
 
-def _for_each_row(workload: Workload, function: Callable[[int, int, int], None]) -> None:
-    """Calls function(b, t, n) for every query head, in threads; the first failed row raises."""
-    rows = np.ndindex(workload.B, workload.T, workload.N)
-    _for_each(rows, lambda row: function(*row))
-
-
-def _for_each(rows: Iterable[Any], function: Callable[[Any], None]) -> None:
+def _for_each(rows: Iterable[tuple[int, ...]], function: Callable[..., None]) -> None:
+    """Calls function(*row) for every row, in threads; the first failed row raises."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for _ in pool.map(function, rows):
+        for _ in pool.map(lambda row: function(*row), rows):
             pass
 
 
@@ -136,9 +141,8 @@ def check_lists(reference: Reference, lists: Callable[[int], Lists]) -> None:
     w = reference.workload
     for b in range(w.B):
         found = lists(b)
-        rows = dataclasses.replace(w, B=1, L=w.lengths[b], S=w.capacity)
 
-        def check(_: int, t: int, n: int, b: int = b, found: Lists = found) -> None:
+        def check(t: int, n: int, b: int = b, found: Lists = found) -> None:
             row = f"batch row {b}, query token {t}, head {n}"
             indices, count = found.indices[t, n], int(found.counts[t, n])
             key = (b, t, n, count, indices[:count].astype(np.int32).tobytes())
@@ -166,7 +170,7 @@ def check_lists(reference: Reference, lists: Callable[[int], Lists]) -> None:
                         f"which the list {'has' if wanted[wrong[0]] else 'does not have'}"
                     )
 
-        _for_each_row(rows, check)
+        _for_each(np.ndindex(w.T, w.N), check)
 
 
 def check_top_k(scores: np.ndarray, values: np.ndarray, indices: np.ndarray) -> None:
@@ -190,4 +194,4 @@ def check_top_k(scores: np.ndarray, values: np.ndarray, indices: np.ndarray) -> 
         if len(np.unique(index)) != k or not np.array_equal(score[index], value):
             raise AssertionError(f"row {row}: positions do not name {k} tokens with these scores")
 
-    _for_each(range(len(scores)), check)
+    _for_each(np.ndindex(len(scores)), check)
