@@ -5,6 +5,7 @@ import functools
 import gc
 import re
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -67,7 +68,8 @@ def record_with_torch(run: Callable[[], None]) -> list[Kernel]:
     from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
 
-    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+    with warnings.catch_warnings(), profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        warnings.simplefilter("ignore")  # that another recording drops what this one has
         # Activities outside of the recording are dropped, and the clocks of GPU and host are
         # matched to some microseconds only: keep away from its edges.
         time.sleep(0.01)
