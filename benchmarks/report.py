@@ -471,11 +471,11 @@ def readme_section(results: Sequence[Results]) -> str:
     """The README's section, without its markers: one table, and where it comes from."""
     workloads = latest(results)
     used = {one["file"]: one for name, (one, _) in workloads.items() if name in IN_README}
-    about = [provenance(one, "benchmarks/results/") for one in used.values()]
+    about = [f"- {provenance(one, 'benchmarks/results/')}" for one in used.values()]
     left_out = ("p99", "floor", "ours / floor", "in one jit", "graph replay")
     lines = summary(workloads, IN_README)
     lines = [{head: line[head] for head in line if head not in left_out} for line in lines]
-    return "\n\n".join([markdown(table(lines)), f"{ABOUT_README}: {' '.join(about)}"])
+    return "\n\n".join([markdown(table(lines)), f"{ABOUT_README}:", "\n".join(about)])
 
 
 def rewritten(readme: str, section: str) -> str:
