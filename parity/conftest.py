@@ -19,6 +19,8 @@ from parity.real_keys import FILE_NAME
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+if jax.default_backend() == "cpu":  # where compiling takes most of the time, and none is measured
+    jax.config.update("jax_disable_most_optimizations", True)
 
 # The same examples on every run, and no deadline: the first one of a shape compiles.
 hypothesis.settings.register_profile(

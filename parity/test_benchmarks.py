@@ -8,7 +8,6 @@ import shlex
 import sys
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -32,6 +31,7 @@ from jax_indexer import cells, state
 from jax_indexer.kernels import backend
 from parity import agreement, real_keys
 from parity.inputs import SMALL, WORKLOADS, make_inputs
+from parity.lowering import an_h100, lowered
 from parity.progress import progress
 from parity.quality import Layers
 
@@ -514,17 +514,17 @@ def test_weights_that_do_not_match_the_list_are_rejected(small_step, monkeypatch
 
 @pytest.mark.parametrize("name", ["jax:cells", "jax:threshold", "jax:top_k"])
 def test_steps_and_chains_of_kernels_lower_for_a_gpu(name, monkeypatch):
-    lowered = {}
+    found = {}
 
     def lower(forms, function, arguments, *, donate):
-        traced = jax.jit(function, donate_argnames=donate, keep_unused=True).trace(*arguments)
-        lowered[function.__name__] = traced.lower(lowering_platforms=("cuda",)).as_text()
+        options = {"donate_argnames": donate, "keep_unused": True}
+        found[function.__name__] = lowered(function, *arguments, **options)
 
-    monkeypatch.setattr(backend, "no_gpu", lambda: None)
     monkeypatch.setattr(jax_steps, "Program", lower)
-    run.IMPLEMENTATIONS[name].programs(WORKLOADS["seed"], Forms(None, chains=True))
-    assert list(lowered) == ["step", "chain"]
-    assert all("triton" in text for text in lowered.values())
+    with an_h100():
+        run.IMPLEMENTATIONS[name].programs(WORKLOADS["seed"], Forms(None, chains=True))
+    assert list(found) == ["step", "chain"]
+    assert all("triton" in text for text in found.values())
 
 
 def test_a_chain_computes_every_step_anew(small_step):

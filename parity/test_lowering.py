@@ -3,16 +3,14 @@
 This finds missing lowering rules, not what Triton itself would refuse: that takes a GPU.
 """
 
-import contextlib
 import dataclasses
 import functools
 import re
-from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.sharding import AbstractMesh, AxisType, PartitionSpec
+from jax.sharding import PartitionSpec
 
 from jax_indexer import (
     IndexerConfig,
@@ -25,7 +23,7 @@ from jax_indexer import (
     select,
     with_cells,
 )
-from jax_indexer.kernels import backend
+from parity.lowering import an_h100, lowered
 
 
 def first_kernel(*, append=True, weights=False, seal=False):
@@ -44,21 +42,6 @@ KERNELS = {
     "threshold": {"group_maxima_kernel", "threshold_select_kernel"},
     "top_k": {"score_kernel", "count_kernel", "verify_cut_kernel", "sparse_index_kernel"},
 }
-H100 = "NVIDIA H100 80GB HBM3"
-
-
-@contextlib.contextmanager
-def an_h100(sizes=(), names=()):
-    """The mesh under which JAX 0.11 lowers for a GPU it does not have; 0.10 needs none."""
-    axis_types = (AxisType.Auto,) * len(sizes)
-    with mock.patch.object(backend, "no_gpu", return_value=None):
-        if jax.__version_info__ < (0, 11):
-            yield AbstractMesh(sizes, names, axis_types=axis_types)
-            return
-        device = jax.sharding.AbstractDevice(H100, num_cores=132, platform="cuda")
-        mesh = AbstractMesh(sizes, names, axis_types=axis_types, abstract_device=device)
-        with jax.sharding.use_abstract_mesh(mesh):
-            yield mesh
 
 
 def shaped(shape, dtype):
@@ -77,12 +60,6 @@ def arguments(B=1, T=1, N=8, K=2, H=64, S=5000, dtype=jnp.float32, config=None, 
     )
     query, key_new = (*lead, B, T, N, H), (*lead, B, T, K, H)
     return shaped(query, dtype), shaped(key_new, dtype), index
-
-
-def lowered(function, *args, **jit_options) -> str:
-    """The program for CUDA, without what is only there for other platforms."""
-    traced = jax.jit(function, **jit_options).trace(*args)
-    return traced.lower(lowering_platforms=("cuda",)).as_text()
 
 
 def kernels(text: str) -> set[str]:
