@@ -41,9 +41,9 @@ ABOUT_KERNELS = (
     "implementations in turns in one process after their outputs were found right. *p99*: of our "
     "calls, at least 100 of them, over the median. *Floor*: each candidate's codes read once at "
     "the measured copy bandwidth, or its look-ups at the measured rate, whichever takes longer, "
-    "and one launch; a cache that holds the codes can help below it. The last two columns are "
-    "wall-clock times: a step of ours among 20 in one `jit`, which uses up its lists there, and a "
-    "replay of the fastest PyTorch form as a CUDA graph."
+    'and one launch; "cells" does not read them all, and may lie below it. The last two columns '
+    "are wall-clock times: a step of ours among 20 in one `jit`, which uses up its lists there, "
+    "and a replay of the fastest PyTorch form that was captured as a CUDA graph."
 )
 ABOUT_CALLS = "There was no GPU: times are wall-clock times of one call, in microseconds."
 ABOUT_SEED = (

@@ -38,7 +38,7 @@ def select(
       implementation: "triton", "xla", or None: Triton on an NVIDIA GPU where it supports the
         case, else XLA.
       selector: how the heavy tokens are found; all give the same list. "cells" needs
-        `config.cells`. None: `config.default_selector`, where it is Triton that runs.
+        `config.cells`. None: `jax_indexer.config.default_selector`, where it is Triton that runs.
 
     Returns:
       A Selection.

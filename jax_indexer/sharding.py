@@ -146,7 +146,13 @@ def _split_axes(named: Iterable[Named], specs: Iterable[Any]) -> tuple[Axes, Axe
                     f"{name}: expected axis {letter} to be split over {', '.join(before)}, as in "
                     f"{other}, got {', '.join(axes)}; split both alike with jax.reshard"
                 )
-    return found.get("B", ((), ""))[0], found.get("heads", ((), ""))[0]
+    (rows, of_rows), (heads, of_heads) = (found.get(kind, ((), "")) for kind in ("B", "heads"))
+    if both := [axis for axis in heads if axis in rows]:
+        raise ValueError(
+            f"{of_heads}: expected heads to be split over other axes of the mesh than rows are in "
+            f"{of_rows}, got {', '.join(both)} for both; split one of them anew with jax.reshard"
+        )
+    return rows, heads
 
 
 def _by_type(function: Callable, values: tuple, named: Sequence[Named], mesh: Any) -> Any:
@@ -257,6 +263,8 @@ def _shared_axes(named: Sequence[Named], inputs: Sequence[Any], mesh: Any) -> tu
             sizes[kind] = math.gcd(sizes[kind], size)
             if entry and not found[kind]:
                 found[kind] = entry if isinstance(entry, tuple) else (entry,)
+    # A mesh axis has one use: where arrays disagree, rows keep it.
+    found["heads"] = tuple(axis for axis in found["heads"] if axis not in found["B"])
     for kind, axes in found.items():
         while sizes[kind] % math.prod(mesh.shape[axis] for axis in axes):
             axes = axes[:-1]

@@ -91,8 +91,8 @@ class Cells:
     cell; those from there on, the *tail*, need no lists, since candidates become such in the order
     of their positions.
 
-    For each kv head it takes 4 bytes a token, 8 a cell, 4 a token of a segment, and the ring: half
-    a byte a token at the most where there are 32768 or more, else 16 KiB.
+    For each kv head it takes 4 bytes a token, 8 a cell, 4 a token of a segment, and the ring: less
+    than about a byte a token where there are 32768 or more, else 16 KiB.
 
     Attributes:
       starts: where each cell's list begins, with a last entry for the end; and, while a segment

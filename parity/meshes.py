@@ -181,6 +181,9 @@ def check_uneven(kind: AxisType) -> None:
                     step(*arguments)
                 continue
         check_same("indexer_next", jax.jit(step)(*arguments), want)
+        if own is not None and kind == AxisType.Auto:  # one mesh axis for rows and for heads
+            arguments = put(query, None, None, "all"), *arguments[1:]
+            check_same("indexer_next", jax.jit(step)(*arguments), want)
     print(f"checked uneven heads, {kind}", flush=True)
 
 
@@ -228,6 +231,9 @@ def check_messages() -> None:
         (lambda: sparse_attention(x["query"], put(x["cache"], None, "rows"), x["cache"],
                                   x["selection"]),
          "key: expected none but axes B, K and N .* got S split"),
+        (lambda: select(put(x["query"], None, None, "rows"), jax.tree.map(
+            lambda a: put(a, "rows"), index), config),
+         "query: expected heads to be split over other axes of the mesh than rows are in index"),
         (lambda: append(index, put(x["key_new"], "rows"), config, counts=put(x["counts"], "heads")),
          "counts: expected axis B to be split over rows, as in key_new, got heads"),
         (lambda: select(put(x["query"][:, :, :1], None, None, None), jax.tree.map(
