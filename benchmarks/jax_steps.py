@@ -14,7 +14,7 @@ from jax import lax
 
 from benchmarks.clock import Step
 from jax_indexer import IndexerConfig, PQIndex, Selection, indexer_next, with_cells
-from jax_indexer.config import MOST_CELLS
+from jax_indexer.config import MOST_CELLS, beyond_cells
 from parity.agreement import (
     Lists,
     Reference,
@@ -120,14 +120,12 @@ def config_for(w: Workload, selector: str | None) -> IndexerConfig:
     return dataclasses.replace(w.config, cells=True) if selector == "cells" else w.config
 
 
-def no_cells(w: Workload) -> str | None:
+def refused_by_cells(w: Workload) -> str | None:
     """Why "cells" cannot do a workload, or None."""
-    config = w.config
-    if w.T > 1:
-        return f"takes one query token, not T={w.T}"
-    if config.num_cells > MOST_CELLS:
-        return f"takes up to {MOST_CELLS} cells, not {config.num_centroids}**{config.num_subspaces}"
-    return None
+    config, reason = w.config, beyond_cells(w.config, w.T)
+    if not reason and config.num_cells > MOST_CELLS:
+        reason = f"up to {MOST_CELLS} cells, not {config.num_centroids}**{config.num_subspaces}"
+    return reason and f"takes {reason}"
 
 
 def shapes_of(w: Workload, config: IndexerConfig) -> tuple[Any, Any, Any, PQIndex]:

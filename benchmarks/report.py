@@ -550,7 +550,7 @@ AXES = {
 def pictures(results: Sequence[Results]) -> Pictures:
     """What can be drawn of the sweeps among results; nothing is drawn yet."""
     found = {}
-    for one in results if results else ():
+    for one in results:
         for sweep, (label, _) in AXES.items():
             rows = [row for row in one["rows"] if row.get("sweep") == sweep]
             if rows := [row for row in rows if time_of(row) is not None]:

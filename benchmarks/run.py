@@ -38,7 +38,7 @@ def _jax(name: str, implementation: str, selector: str | None) -> Implementation
         programs,
         needs_gpu=implementation == "triton",
         pipeline=implementation == "triton",
-        refuses=jax_steps.no_cells if selector == "cells" else lambda w: None,
+        refuses=jax_steps.refused_by_cells if selector == "cells" else lambda w: None,
     )
 
 
