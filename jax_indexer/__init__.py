@@ -2,6 +2,7 @@
 
 from jax_indexer.attend import sparse_attention
 from jax_indexer.config import IndexerConfig
+from jax_indexer.decode import decode_attention, empty_cache, prefill
 from jax_indexer.index import (
     append,
     build_index,
@@ -11,15 +12,19 @@ from jax_indexer.index import (
     with_cells,
 )
 from jax_indexer.select import indexer_next, select
-from jax_indexer.state import PQIndex, Selection
+from jax_indexer.state import DecodeCache, PQIndex, Selection
 
 __all__ = [
+    "DecodeCache",
     "IndexerConfig",
     "PQIndex",
     "Selection",
     "append",
     "build_index",
+    "decode_attention",
+    "empty_cache",
     "indexer_next",
+    "prefill",
     "rebuild",
     "rebuild_gain",
     "reset",

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, get_args, get_type_hints
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
 from jax_indexer.config import (
     FLOAT_DTYPES,
@@ -19,9 +20,14 @@ from jax_indexer.config import (
 )
 from jax_indexer.kernels import backend
 from jax_indexer.layout import KVLayout, key_letters
-from jax_indexer.state import Cells, PQIndex, Sealing, Selection
+from jax_indexer.state import Cells, DecodeCache, PQIndex, Sealing, Selection
 
-SEVERAL_LAYERS = "of an index for several layers take one at a time, by lax.scan or jax.vmap"
+SEVERAL_LAYERS = "of an index for several layers say which with layer=..."
+
+
+# The axis in front of all arrays of a state or a cache of several layers.
+LAYERS = "layers"
+NOT_STACKED = "leave layer= out for what has no axis of layers"
 
 
 class Expected(NamedTuple):
@@ -35,6 +41,10 @@ class Expected(NamedTuple):
     def letters(self) -> str:
         """The axes, separated by spaces."""
         return " ".join(self.axes)
+
+    def of(self, sizes: "Sizes") -> "Expected":
+        """What is expected of an array of the state, where it may have an axis of layers."""
+        return self._replace(axes=(LAYERS, *self.axes)) if sizes.stacked else self
 
 
 @functools.cache
@@ -58,9 +68,15 @@ ROWS = Expected(("B",), (np.dtype(bool),))
 
 
 class Sizes(dict[str, int]):
-    """Sizes of axes by letter, what each was learnt from, and how keys were understood."""
+    """Sizes of axes by letter, what each was learnt from, and how keys were understood.
 
-    def __init__(self):
+    Attributes:
+      source: by letter, the argument.
+      stacked: whether states and caches have an axis of layers in front.
+    """
+
+    def __init__(self, *, stacked: bool = False):
+        self.stacked = stacked
         self.source: dict[str, str] = {}
         self._understood: dict[str, str] = {}
         self._kv_layout = ""
@@ -75,6 +91,7 @@ class Sizes(dict[str, int]):
     ) -> None:
         """Remembers what a key's shape means, which the layout decides."""
         seen = ", ".join(f"{axis}={size}" for axis, size in zip(axes, shape, strict=True))
+        axes = [axis for axis in axes if axis != LAYERS]
         self._understood[name] = f"{name} understood as [{seen}]"
         (other,) = set(get_args(KVLayout)) - {kv_layout}
         swapped = " and ".join(axes[1:3])
@@ -126,6 +143,8 @@ def check_array(
     if len(shape) != len(axes):
         wanted_axes = "one axis" if len(axes) == 1 else f"{len(axes)} axes"
         fix = fixes.get(letters, f"reshape it to {wanted_axes} ({letters})")
+        if axes[0] == LAYERS and len(shape) == len(axes) - 1:
+            fix = NOT_STACKED
         if letters == "B" and not shape:
             fix = for_all_rows(name)
         raise ValueError(f"{name}: expected {wanted}, got {got}; {fix}")
@@ -203,10 +222,33 @@ def check_config(config: Any) -> None:
 def check_key(
     name: str, key: Any, tokens: str, kv_layout: Any, sizes: Sizes, *, head: str = "H"
 ) -> None:
-    """Checks a key or value array [B, tokens, K, head] in either layout."""
+    """Checks a key or value array [B, tokens, K, head] in either layout; S tokens are a cache."""
     check_choice("kv_layout", kv_layout, get_args(KVLayout))
     expected = Expected(tuple(key_letters(kv_layout, tokens, head).split()), FLOAT_DTYPES)
-    check_array(name, key, expected, sizes, kv_layout=kv_layout)
+    fixes = {}
+    if tokens == "S":
+        fixes = {expected.letters: "of a cache of several layers say which with layer=..."}
+        fixes = fixes if getattr(key, "ndim", 0) == 5 else {}
+        expected = expected.of(sizes)
+    check_array(name, key, expected, sizes, fixes, kv_layout)
+
+
+def check_layer(layer: Any) -> Array | None:
+    """The number of a layer as an int32 scalar on the device, or None; ValueError otherwise."""
+    if layer is None:
+        return None
+    if isinstance(layer, (jax.Array, np.ndarray)):
+        if not layer.ndim and layer.dtype == np.int32:
+            return jax.device_put(layer)
+    elif isinstance(layer, numbers.Integral) and not isinstance(layer, (bool, np.bool_)):
+        return jax.device_put(np.clip(int(layer), -(2**31), 2**31 - 1).astype(np.int32))
+    got = type(layer).__name__
+    if isinstance(layer, (jax.Array, np.ndarray)):
+        got = f"{layer.dtype.name}[{', '.join(map(str, layer.shape))}]"
+    raise ValueError(
+        f"layer: expected an int32 scalar, an int or None, got {got}; "
+        "pass the number of one layer, jnp.int32(...) if it is traced"
+    )
 
 
 def check_subspaces(name: str, config: IndexerConfig, sizes: Sizes) -> None:
@@ -241,7 +283,7 @@ def check_fields(
     for field, expected in annotated_arrays(type(state)).items():
         value = getattr(state, field)
         if value is not None or not expected.is_optional:
-            check_array(f"{name}.{field}", value, expected, sizes, fixes)
+            check_array(f"{name}.{field}", value, expected.of(sizes), sizes, fixes)
 
 
 def check_index_type(index: Any) -> None:
@@ -325,10 +367,10 @@ def check_seed(seed: Any) -> None:
         )
 
 
-def check_with_cache(index: Any, key: Any, config: Any, kv_layout: Any) -> Sizes:
+def check_with_cache(index: Any, key: Any, config: Any, kv_layout: Any, layer: Any) -> Sizes:
     """Checks an index and the cache it is of; returns the sizes of the axes."""
     check_config(config)
-    sizes = Sizes()
+    sizes = Sizes(stacked=layer is not None)
     check_key("key", key, "S", kv_layout, sizes)
     check_subspaces("key", config, sizes)
     check_index(index, config, sizes)
@@ -337,11 +379,17 @@ def check_with_cache(index: Any, key: Any, config: Any, kv_layout: Any) -> Sizes
 
 
 def check_append(
-    index: Any, key_new: Any, config: Any, counts: Any, kv_layout: Any, implementation: Any
+    index: Any,
+    key_new: Any,
+    config: Any,
+    counts: Any,
+    layer: Any,
+    kv_layout: Any,
+    implementation: Any,
 ) -> None:
     """Checks the arguments of `append`."""
     check_config(config)
-    sizes = Sizes()
+    sizes = Sizes(stacked=layer is not None)
     check_key("key_new", key_new, "t", kv_layout, sizes)
     check_subspaces("key_new", config, sizes)
     check_index(index, config, sizes)
@@ -361,13 +409,14 @@ def check_select(
     index: Any,
     config: Any,
     counts: Any,
+    layer: Any,
     return_weights: Any,
     implementation: Any,
     selector: Any,
 ) -> None:
     """Checks the arguments of `select`."""
     check_config(config)
-    sizes = Sizes()
+    sizes = Sizes(stacked=layer is not None)
     check_array("query", query, QUERY, sizes)
     check_subspaces("query", config, sizes)
     check_index(index, config, sizes)
@@ -417,3 +466,92 @@ def check_selection(selection: Any, sizes: Sizes) -> None:
         )
     lists = annotated_arrays(Selection)["indices"]
     check_array("selection.indices", selection.indices, lists, sizes)
+
+
+def check_decode(
+    query: Any, key_new: Any, value_new: Any, cache: Any, kv_layout: Any, layer: Any
+) -> None:
+    """Checks that a step's tokens and the caches that they go into fit together."""
+    check_step(query, key_new, kv_layout)
+    sizes = Sizes()
+    check_array("query", query, QUERY, sizes)
+    check_key("key_new", key_new, "T", kv_layout, sizes)
+    check_key("value_new", value_new, "T", kv_layout, sizes, head="H'")
+    check_cache(cache, sizes, kv_layout, layer)
+    check_dtypes({"key_new": key_new, "value_new": value_new}, cache)
+
+
+def check_prefill(
+    key: Any,
+    value: Any,
+    lengths: Any,
+    config: Any,
+    cache: Any,
+    rows: Any,
+    layer: Any,
+    kv_layout: Any,
+) -> None:
+    """Checks prompts, and that they fit into the cache that they go into."""
+    check_config(config)
+    sizes = Sizes()
+    check_key("key", key, "s", kv_layout, sizes)
+    check_subspaces("key", config, sizes)
+    check_key("value", value, "s", kv_layout, sizes, head="H'")
+    check_array("lengths", lengths, NUMBERS, sizes)
+    if cache is None:
+        for name, given in (("rows", rows), ("layer", layer)):
+            if given is not None:
+                raise ValueError(
+                    f"{name}: expected None without a cache, got {type(given).__name__}; "
+                    "pass cache=..., which empty_cache makes"
+                )
+        return
+    if rows is not None:
+        check_array("rows", rows, ROWS, sizes)
+    check_cache(cache, sizes, kv_layout, layer)
+    check_dtypes({"key": key, "value": value}, cache)
+    if sizes["s"] > sizes["S"]:
+        raise ValueError(
+            f"key: expected at most s=S={sizes['S']} tokens, as many as a row can hold, got "
+            f"s={sizes['s']}; make a larger cache{sizes.understood('key')}"
+        )
+    check_index(cache.index, config, sizes)
+
+
+def check_cache(cache: Any, sizes: Sizes, kv_layout: Any, layer: Any) -> None:
+    """Checks the arrays of a cache against each other."""
+    if not isinstance(cache, DecodeCache):
+        raise ValueError(
+            f"cache: expected a DecodeCache, got {type(cache).__name__}; "
+            "make one with empty_cache or prefill"
+        )
+    sizes.stacked = layer is not None
+    check_key("cache.key", cache.key, "S", kv_layout, sizes)
+    check_key("cache.value", cache.value, "S", kv_layout, sizes, head="H'")
+    check_index_type(cache.index)
+    codes = annotated_arrays(PQIndex)["codes"].of(sizes)
+    check_array("cache.index.codes", cache.index.codes, codes, sizes)
+
+
+def check_dtypes(new: Mapping[str, Any], cache: DecodeCache) -> None:
+    """Checks that keys and values that go into a cache have its dtypes."""
+    for (name, x), old in zip(new.items(), (cache.key, cache.value), strict=True):
+        if x.dtype != old.dtype:
+            raise ValueError(
+                f"{name}: expected {old.dtype.name}, as the cache has, got {x.dtype.name}; "
+                f"cast with .astype(jnp.{old.dtype.name})"
+            )
+
+
+def check_sizes(**given: Any) -> dict[str, int]:
+    """Checks that sizes are positive integers, and returns them as such."""
+    found = {}
+    for name, size in given.items():
+        is_number = isinstance(size, (int, np.integer)) and not isinstance(size, bool)
+        if not is_number or size < 1:
+            raise ValueError(
+                f"{name}: expected an integer of at least 1, got {size!r}; "
+                "pass a Python int, since it is static"
+            )
+        found[name] = int(size)
+    return found

@@ -3,18 +3,21 @@
 import contextlib
 import functools
 import numbers
-from typing import Any, get_args
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jaxtyping import Float
+from jaxtyping import Float, Int32
 
 from jax_indexer import _arguments, reference
 from jax_indexer.config import Implementation
+from jax_indexer.kernels import backend
+from jax_indexer.kernels.attend import launch_listed
 from jax_indexer.layout import KVLayout, key_letters
-from jax_indexer.sharding import Shard, by_shards
+from jax_indexer.reference import Caches, Logits
+from jax_indexer.sharding import by_shards
 from jax_indexer.state import Selection
 
 
@@ -25,75 +28,145 @@ def sparse_attention(
     selection: Selection,
     *,
     scale: float | Array | None = None,
+    logits_soft_cap: float | Array | None = None,
+    return_lse: bool = False,
+    layer: int | Int32[Array, ""] | None = None,
     kv_layout: KVLayout = "BSKH",
     implementation: Implementation | None = None,
-) -> Float[Array, "B T N H'"]:
+) -> Float[Array, "B T N H'"] | tuple[Float[Array, "B T N H'"], Float[Array, "B T N"]]:
     """Softmax attention of every query head over the tokens listed for it.
 
     Args:
       query: [B, T, N, H], float32, bfloat16 or float16.
-      key: [B, S, K, H] ("BSKH") or [B, K, S, H] ("BKSH"), the cache.
+      key: [B, S, K, H] ("BSKH") or [B, K, S, H] ("BKSH"), the cache; with `layer` behind an axis
+        of layers.
       value: like `key`, but with a head dimension H' of its own.
       selection: what `select` returned for an index of the cache's capacity S; only its indices
         are read.
       scale: of the logits; None for H**-0.5.
+      logits_soft_cap: logits become cap * tanh(logit / cap); None for as they are.
+      return_lse: whether to return the log of the sum of exponentials too.
+      layer: which layer of the caches, clipped to those there are; None for caches of one.
       kv_layout: order of the token and head axes of `key` and `value`.
-      implementation: "xla", or None for the best one there is.
+      implementation: "triton", "xla", or None: Triton on an NVIDIA GPU where it supports the
+        case, else XLA.
 
     Returns:
-      [B, T, N, H'] in the query's dtype, computed in float32; zeros where nothing is listed.
-      Gradients flow to query, key and value, whose gradients are 0 at tokens that are not listed.
+      [B, T, N, H'] in the query's dtype, computed in float32; zeros where nothing is listed. With
+      `return_lse` also float32[B, T, N], the log of the sum of the logits' exponentials, -inf where
+      nothing is listed, by which attention over parts of a context can be merged. Gradients (of
+      reverse mode; with "xla" forward mode too) flow to query, key, value, scale and cap; those of
+      tokens that are not listed are 0.
 
     Raises:
-      ValueError: for arguments of wrong type, shape or dtype.
+      ValueError: for arguments of wrong type, shape or dtype, and on meshes of Explicit axes for
+        caches that are split by tokens.
       NotImplementedError: for an implementation that is not there.
 
     Source: CONTRACT.md, section 4.
     """
-    _arguments.check_choice("implementation", implementation, (None, *get_args(Implementation)))
-    if implementation == "triton":
-        raise NotImplementedError('implementation: sparse_attention has "xla" only; use None')
-    sizes = _arguments.Sizes()
+    sizes = _arguments.Sizes(stacked=layer is not None)
     _arguments.check_key("key", key, "S", kv_layout, sizes)
     _arguments.check_array("query", query, _arguments.QUERY, sizes)
     _arguments.check_groups(sizes)
     _arguments.check_selection(selection, sizes)
     _arguments.check_key("value", value, "S", kv_layout, sizes, head="H'")
-    return _attend(
+    _arguments.check_choice("return_lse", return_lse, (True, False))
+    _arguments.check_implementation(implementation, query, key, value)
+    found = _attend(
         query,
         key,
         value,
         selection.indices,
-        jax.device_put(_scale(scale, sizes["H"])),
+        logits_of(scale, logits_soft_cap, sizes["H"]),
+        _arguments.check_layer(layer),
         kv_layout=kv_layout,
+        implementation=implementation,
     )
+    return tuple(found) if return_lse else found.out
 
 
-def _scale(scale: Any, head_dimension: int) -> Any:
-    """The scale of logits as a float or a floating array; ValueError for anything else."""
-    if scale is None:
-        return head_dimension**-0.5
-    if isinstance(scale, (jax.Array, np.ndarray)):
-        if not scale.ndim and jnp.issubdtype(scale.dtype, jnp.floating):
-            return scale
-    elif isinstance(scale, numbers.Real) and not isinstance(scale, bool):
+def logits_of(scale: Any, logits_soft_cap: Any, head_dimension: int) -> Logits:
+    """How logits are made, on the device; ValueError for what are no numbers."""
+    scale = head_dimension**-0.5 if scale is None else _number("scale", scale)
+    cap = None if logits_soft_cap is None else _number("logits_soft_cap", logits_soft_cap)
+    if isinstance(cap, float) and not cap > 0:
+        raise ValueError(f"logits_soft_cap: expected a positive number, got {cap}; or use None")
+
+    def on_device(x: Any) -> Array:
+        return jax.device_put(x if isinstance(x, jax.Array) else np.float32(x))
+
+    return Logits(on_device(scale), None if cap is None else on_device(cap))
+
+
+def _number(name: str, value: Any) -> Any:
+    """A float or a floating array; ValueError for anything else."""
+    if isinstance(value, (jax.Array, np.ndarray)):
+        if not value.ndim and jnp.issubdtype(value.dtype, jnp.floating):
+            return value
+    elif isinstance(value, numbers.Real) and not isinstance(value, bool):
         with contextlib.suppress(OverflowError):
-            return float(scale)
-    raise ValueError(f"scale: expected a real number, got {scale!r}; pass a float or None")
+            return float(value)
+    raise ValueError(f"{name}: expected a real number, got {value!r}; pass a float or None")
 
 
-@functools.partial(jax.jit, static_argnames=("kv_layout",))
-def _attend(query, key, value, indices, scale, *, kv_layout: KVLayout) -> Array:
-    def on_shard(shard: Shard, query, key, value, indices, scale) -> Array:
-        del shard
-        return reference.attend(query, key, value, indices, scale, kv_layout)
+@functools.partial(backend.jit, static_argnames=("kv_layout", "implementation"))
+def _attend(
+    query: Array,
+    key: Array,
+    value: Array,
+    indices: Array,
+    logits: Logits,
+    layer: Array | None,
+    *,
+    kv_layout: KVLayout,
+    implementation: Implementation | None,
+) -> reference.Attention:
+    def xla(query, key, value, indices, logits, layer):
+        return reference.attend(query, key, value, indices, logits, kv_layout, layer)
 
-    return by_shards(
-        on_shard,
-        has_gradients=True,
-        query=("B T N H", query),
-        key=(key_letters(kv_layout), key),
-        value=(key_letters(kv_layout, head="H'"), value),
-        selection=("B T N P", indices),
-        scale=("", jnp.asarray(scale, jnp.float32)),
-    )
+    def triton(query, key, value, indices, logits, layer):
+        caches = Caches(key, value)
+        ended = launch_listed(query, caches, indices, logits, layer, kv_layout)
+        return reference.Attention(*ended.output)
+
+    def on_shards(function, has_gradients):
+        def on_shard(shard, query, key, value, indices, scale, soft_cap, layer):
+            del shard
+            return tuple(function(query, key, value, indices, Logits(scale, soft_cap), layer))
+
+        def call(query, key, value, logits):
+            logits = jax.tree.map(lambda x: x.astype(jnp.float32), logits)
+            found = by_shards(
+                on_shard,
+                has_gradients=has_gradients,
+                results=("B T N H'", "B T N"),
+                query=("B T N H", query),
+                key=(key_letters(kv_layout), key),
+                value=(key_letters(kv_layout, head="H'"), value),
+                selection=("B T N P", indices),
+                scale=("", logits.scale),
+                logits_soft_cap=("", logits.soft_cap),
+                layer=("", layer),
+            )
+            return reference.Attention(*found)
+
+        return call
+
+    differentiable = on_shards(xla, has_gradients=True)
+    if implementation == "xla":
+        return differentiable(query, key, value, logits)
+
+    def dispatched(*arguments):
+        return backend.dispatch(xla, triton, *arguments, implementation=implementation)
+
+    attend = jax.custom_vjp(on_shards(dispatched, has_gradients=False))
+
+    def forward(*arguments):
+        return attend(*arguments), arguments
+
+    def backward(arguments, cotangents):
+        return jax.vjp(differentiable, *arguments)[1](cotangents)
+
+    attend.defvjp(forward, backward)
+    return attend(query, key, value, logits)

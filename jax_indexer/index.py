@@ -14,9 +14,9 @@ from jax_indexer.cells import empty_rows, no_cells, seal
 from jax_indexer.config import Implementation, IndexerConfig
 from jax_indexer.kernels import backend, centroid_sums, pipeline
 from jax_indexer.kernels.step import Step
-from jax_indexer.layout import KVLayout, head_major, key_letters, token_axis
+from jax_indexer.layout import KVLayout, head_axis, key_letters, token_axis
 from jax_indexer.sharding import Shard, by_shards
-from jax_indexer.state import PQIndex
+from jax_indexer.state import PQIndex, layer_of, put_layer
 
 
 def build_index(
@@ -87,6 +87,7 @@ def rebuild(
     *,
     lengths: Int32[Array, "B"] | None = None,
     seed: int = 0,
+    layer: int | Int32[Array, ""] | None = None,
     kv_layout: KVLayout = "BSKH",
     implementation: Implementation | None = None,
 ) -> PQIndex:
@@ -105,6 +106,8 @@ def rebuild(
       lengths: int32[B], the tokens these rows have from now on, clipped to 0..S; None for those
         they have.
       seed: of the random numbers.
+      layer: which layer of index and cache, clipped to those there are, where their arrays have
+        an axis of layers in front; None where they have none.
       kv_layout: order of the token and head axes of `key`.
       implementation: "triton", "xla", or None: Triton on an NVIDIA GPU where it supports the
         case, else XLA.
@@ -118,11 +121,9 @@ def rebuild(
 
     Source: CONTRACT.md, section 4.
     """
-    sizes = _arguments.check_with_cache(index, key, config, kv_layout)
+    sizes = _arguments.check_with_cache(index, key, config, kv_layout, layer)
     _arguments.check_array("rows", rows, _arguments.ROWS, sizes)
-    if lengths is None:
-        lengths = index.lengths
-    else:
+    if lengths is not None:
         _arguments.check_array("lengths", lengths, _arguments.NUMBERS, sizes)
     _arguments.check_seed(seed)
     _check_training(implementation, config, sizes, key, index)
@@ -132,6 +133,7 @@ def rebuild(
         lengths,
         rows,
         jax.device_put(np.uint32(seed)),
+        _arguments.check_layer(layer),
         config=config,
         kv_layout=kv_layout,
         implementation=implementation,
@@ -143,6 +145,7 @@ def rebuild_gain(
     key: Float[Array, "B _ _ H"],
     config: IndexerConfig,
     *,
+    layer: int | Int32[Array, ""] | None = None,
     kv_layout: KVLayout = "BSKH",
     implementation: Implementation | None = None,
 ) -> Float[Array, "B"]:
@@ -165,6 +168,8 @@ def rebuild_gain(
       index: the index.
       key: [B, S, K, H] ("BSKH") or [B, K, S, H] ("BKSH"), the cache.
       config: what the index was built with.
+      layer: which layer of index and cache, clipped to those there are, where their arrays have
+        an axis of layers in front; None where they have none.
       kv_layout: order of the token and head axes of `key`.
       implementation: "triton", "xla", or None: Triton on an NVIDIA GPU where it supports the
         case, else XLA.
@@ -179,19 +184,27 @@ def rebuild_gain(
 
     Source: CONTRACT.md, section 4.
     """
-    sizes = _arguments.check_with_cache(index, key, config, kv_layout)
+    sizes = _arguments.check_with_cache(index, key, config, kv_layout, layer)
     _check_training(implementation, config, sizes, key, index)
+    index, key = layer_of((index, key), _arguments.check_layer(layer))
     return _rebuild_gain(
         index, key, config=config, kv_layout=kv_layout, implementation=implementation
     )
 
 
-def reset(index: PQIndex, rows: Bool[Array, "B"]) -> PQIndex:
+def reset(
+    index: PQIndex,
+    rows: Bool[Array, "B"],
+    *,
+    layer: int | Int32[Array, ""] | None = None,
+) -> PQIndex:
     """Empties some rows: their length becomes 0, and their codebooks stay until rebuilt.
 
     Args:
       index: the index.
       rows: bool[B], the rows to empty.
+      layer: which layer of the index, clipped to those there are, where its arrays have an axis of
+        layers in front; None for all of them.
 
     Returns:
       A PQIndex of the same shapes.
@@ -202,16 +215,22 @@ def reset(index: PQIndex, rows: Bool[Array, "B"]) -> PQIndex:
     Source: CONTRACT.md, section 4.
     """
     _arguments.check_index_type(index)
-    sizes = _arguments.Sizes()
-    fixes = {"B": _arguments.SEVERAL_LAYERS}
-    _arguments.check_array("index.lengths", index.lengths, _arguments.NUMBERS, sizes, fixes)
+    stacked = layer is not None or getattr(index.lengths, "ndim", 1) == 2
+    sizes = _arguments.Sizes(stacked=stacked)
+    numbers = _arguments.NUMBERS.of(sizes)
+    _arguments.check_array("index.lengths", index.lengths, numbers, sizes)
     _arguments.check_array("rows", rows, _arguments.ROWS, sizes)
     if index.cells is not None:
         _arguments.check_cells(index.cells, sizes)
-    return _reset(index, rows)
+    return _reset(index, rows, _arguments.check_layer(layer))
 
 
-def with_cells(index: PQIndex, config: IndexerConfig) -> PQIndex:
+def with_cells(
+    index: PQIndex,
+    config: IndexerConfig,
+    *,
+    layer: int | Int32[Array, ""] | None = None,
+) -> PQIndex:
     """Makes the state of the "cells" selector for an index that was made without it.
 
     For an index from given codebooks and codes; `build_index` makes the state by itself, and all
@@ -220,6 +239,9 @@ def with_cells(index: PQIndex, config: IndexerConfig) -> PQIndex:
     Args:
       index: the index; a state that it has is made anew.
       config: with `cells=True`.
+      layer: which layer of the index, clipped to those there are, where its arrays have an axis of
+        layers in front and there is a state for the others; None for an index of one layer, or
+        for all layers.
 
     Returns:
       A PQIndex with `cells`.
@@ -233,21 +255,28 @@ def with_cells(index: PQIndex, config: IndexerConfig) -> PQIndex:
     _arguments.check_index_type(index)
     if not config.cells:
         raise ValueError("config.cells: expected True, got False; use dataclasses.replace")
-    sizes = _arguments.Sizes()
-    shape = getattr(index.codebooks, "shape", ())
-    if len(shape) == 5 and shape[2] != config.num_subspaces:
-        raise ValueError(
-            f"index.codebooks: expected M={config.num_subspaces} as in config, got M={shape[2]}; "
-            "use the config that the index was built with"
-        )
-    if len(shape) == 5:
+    shape = tuple(getattr(index.codebooks, "shape", ()))
+    stacked = layer is not None or len(shape) == 6
+    sizes = _arguments.Sizes(stacked=stacked)
+    if len(shape) == 5 + stacked:
+        if shape[-3] != config.num_subspaces:
+            raise ValueError(
+                f"index.codebooks: expected M={config.num_subspaces} as in config, got "
+                f"M={shape[-3]}; use the config that the index was built with"
+            )
         augmented = config.metric == "ip"
         sizes.learn("index.codebooks", H=(shape[-1] - augmented) * config.num_subspaces)
     else:
         sizes.learn("index.codebooks", H=config.num_subspaces)
-    index = dataclasses.replace(index, cells=None)
-    _arguments.check_quantizer(index, config, sizes)
-    return _with_cells(index, config=config)
+    _arguments.check_quantizer(dataclasses.replace(index, cells=None), config, sizes)
+    if layer is None:
+        make = functools.partial(_with_cells, config=config)
+        bare = dataclasses.replace(index, cells=None)
+        return jax.vmap(make)(bare) if stacked else make(bare)
+    _arguments.check_index(index, config, sizes)
+    layer = _arguments.check_layer(layer)
+    one = _with_cells(dataclasses.replace(layer_of(index, layer), cells=None), config=config)
+    return dataclasses.replace(index, cells=put_layer(index.cells, one.cells, layer))
 
 
 def append(
@@ -256,6 +285,7 @@ def append(
     config: IndexerConfig,
     *,
     counts: Int32[Array, "B"] | None = None,
+    layer: int | Int32[Array, ""] | None = None,
     kv_layout: KVLayout = "BSKH",
     implementation: Implementation | None = None,
 ) -> PQIndex:
@@ -269,6 +299,8 @@ def append(
       key_new: [B, t, K, H] ("BSKH") or [B, K, t, H] ("BKSH"), float32, bfloat16 or float16.
       config: what the index was built with.
       counts: int32[B], how many of the t tokens each row takes, clipped to 0..t; None for t.
+      layer: which layer of the index, clipped to those there are, where its arrays have an axis of
+        layers in front; None where they have none.
       kv_layout: order of the token and head axes of `key_new`.
       implementation: "triton", "xla", or None: Triton on an NVIDIA GPU where it supports the
         case, else XLA.
@@ -282,11 +314,12 @@ def append(
 
     Source: CONTRACT.md, section 4.
     """
-    _arguments.check_append(index, key_new, config, counts, kv_layout, implementation)
+    _arguments.check_append(index, key_new, config, counts, layer, kv_layout, implementation)
     return _append(
         index,
         key_new,
         counts,
+        _arguments.check_layer(layer),
         config=config,
         kv_layout=kv_layout,
         implementation=implementation,
@@ -301,7 +334,17 @@ def _check_training(implementation, config, sizes, *operands) -> None:
 
 
 @functools.partial(backend.jit, static_argnames=())
-def _reset(index: PQIndex, rows: Array) -> PQIndex:
+def _reset(index: PQIndex, rows: Array, layer: Array | None) -> PQIndex:
+    if index.lengths.ndim == 2:
+        layers = len(index.lengths)
+        number = jnp.arange(layers, dtype=jnp.int32)
+        chosen = True if layer is None else number == jnp.clip(layer, 0, layers - 1)
+        reset_one = lambda index, chosen: _emptied(index, rows & chosen)  # noqa: E731
+        return jax.vmap(reset_one)(index, jnp.broadcast_to(chosen, (layers,)))
+    return _emptied(index, rows)
+
+
+def _emptied(index: PQIndex, rows: Array) -> PQIndex:
     cells = None if index.cells is None else empty_rows(index.cells, rows)
     return dataclasses.replace(index, lengths=jnp.where(rows, 0, index.lengths), cells=cells)
 
@@ -319,6 +362,22 @@ def _with_cells(index: PQIndex, *, config: IndexerConfig) -> PQIndex:
     return by_shards(on_shard, index=(None, index))
 
 
+def empty_index(
+    config: IndexerConfig, batch: int, capacity: int, kv_heads: int, head_dim: int
+) -> PQIndex:
+    """An index of rows without tokens; its codebooks are zeros, float32."""
+    of_subspaces = (batch, kv_heads, config.num_subspaces)
+    augmented = config.metric == "ip"
+    size = head_dim // config.num_subspaces + augmented
+    return PQIndex(
+        codebooks=jnp.zeros((*of_subspaces, config.num_centroids, size), jnp.float32),
+        codes=jnp.zeros((*of_subspaces, capacity), jnp.uint8),
+        lengths=jnp.zeros(batch, jnp.int32),
+        phi=jnp.zeros(of_subspaces, jnp.float32) if augmented else None,
+        cells=no_cells(batch, kv_heads, capacity, config) if config.cells else None,
+    )
+
+
 @functools.partial(backend.jit, static_argnames=("config", "kv_layout", "implementation"))
 def _build(
     key: Array,
@@ -331,16 +390,8 @@ def _build(
 ) -> PQIndex:
     def on_shard(shard: Shard, key: Array, lengths: Array, seed: Array) -> PQIndex:
         batch, capacity = key.shape[0], key.shape[token_axis(kv_layout)]
-        kv_heads, augmented = head_major(key, kv_layout).shape[1], config.metric == "ip"
-        of_subspaces = (batch, kv_heads, config.num_subspaces)
-        size = key.shape[-1] // config.num_subspaces + augmented
-        empty = PQIndex(
-            codebooks=jnp.zeros((*of_subspaces, config.num_centroids, size), jnp.float32),
-            codes=jnp.zeros((*of_subspaces, capacity), jnp.uint8),
-            lengths=jnp.zeros(batch, jnp.int32),
-            phi=jnp.zeros(of_subspaces, jnp.float32) if augmented else None,
-            cells=no_cells(batch, kv_heads, capacity, config) if config.cells else None,
-        )
+        kv_heads = key.shape[head_axis(kv_layout)]
+        empty = empty_index(config, batch, capacity, kv_heads, key.shape[-1])
         every_row = jnp.ones(batch, bool)
         return _rebuilt(
             shard, empty, key, lengths, every_row, seed, config, kv_layout, implementation
@@ -355,24 +406,28 @@ def _build(
 def _rebuild(
     index: PQIndex,
     key: Array,
-    lengths: Array,
+    lengths: Array | None,
     rows: Array,
     seed: Array,
+    layer: Array | None,
     *,
     config: IndexerConfig,
     kv_layout: KVLayout,
     implementation: Implementation | None,
 ) -> PQIndex:
-    return by_shards(
+    one, key = layer_of((index, key), layer)
+    lengths = one.lengths if lengths is None else lengths
+    rebuilt = by_shards(
         functools.partial(
             _rebuilt, config=config, kv_layout=kv_layout, implementation=implementation
         ),
-        index=(None, index),
+        index=(None, one),
         key=(key_letters(kv_layout), key),
         lengths=("B", lengths),
         rows=("B", rows),
         seed=("", seed),
     )
+    return put_layer(index, rebuilt, layer)
 
 
 def _rebuilt(
@@ -436,20 +491,22 @@ def _append(
     index: PQIndex,
     key_new: Array,
     counts: Array | None,
+    layer: Array | None,
     *,
     config: IndexerConfig,
     kv_layout: KVLayout,
     implementation: Implementation | None,
 ) -> PQIndex:
-    def on_shard(shard: Shard, index: PQIndex, key_new: Array, counts: Array | None) -> PQIndex:
+    def on_shard(shard: Shard, index, key_new, counts, layer) -> PQIndex:
         del shard
-        return _appended(index, key_new, counts, config, kv_layout, implementation)
+        return _appended(index, key_new, counts, config, kv_layout, implementation, layer)
 
     return by_shards(
         on_shard,
         index=(None, index),
         key_new=(key_letters(kv_layout), key_new),
         counts=("B", counts),
+        layer=("", layer),
     )
 
 
@@ -460,15 +517,16 @@ def _appended(
     config: IndexerConfig,
     kv_layout: KVLayout,
     implementation: Implementation | None,
+    layer: Array | None = None,
 ) -> PQIndex:
     step = Step.of(index, config, T=key_new.shape[token_axis(kv_layout)], kv_layout=kv_layout)
-    room, lengths = reference.make_room(index.lengths, counts, step.T, step.S)
 
-    def xla(key_new, index, room, lengths):
-        return reference.append_tokens(key_new, index, room, lengths, config, kv_layout)
+    def xla(key_new, index, counts, layer):
+        room, lengths = reference.make_room(layer_of(index.lengths, layer), counts, step.T, step.S)
+        return reference.append_tokens(key_new, index, room, lengths, config, kv_layout, layer)
 
-    def triton(key_new, index, room, lengths):
-        return pipeline.launch_append(step, key_new, index, room, lengths)
+    def triton(key_new, index, counts, layer):
+        return pipeline.launch_append(step, key_new, index, counts, layer)
 
-    arguments = key_new, index, room, lengths
+    arguments = key_new, index, counts, layer
     return backend.dispatch(xla, triton, *arguments, implementation=implementation)

@@ -18,6 +18,11 @@ def token_axis(kv_layout: KVLayout) -> int:
     return kv_layout.index("S")
 
 
+def head_axis(kv_layout: KVLayout) -> int:
+    """The axis of keys and values that counts kv heads."""
+    return kv_layout.index("K")
+
+
 def key_letters(kv_layout: KVLayout, tokens: str = "S", head: str = "H") -> str:
     """The axes of keys or values, of which `tokens` names one and `head` the last."""
     return f"B {tokens} K {head}" if kv_layout == "BSKH" else f"B K {tokens} {head}"

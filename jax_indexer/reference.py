@@ -4,13 +4,13 @@ Letters are those of CONTRACT.md, section 2.
 """
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
-from jaxtyping import Bool, Float, Int32, UInt8
+from jaxtyping import Bool, Float, Int32, Shaped, UInt8
 
 from jax_indexer.cells import grow, seal
 from jax_indexer.config import IndexerConfig, Metric
@@ -22,7 +22,7 @@ from jax_indexer.layout import (
     subvectors,
     token_axis,
 )
-from jax_indexer.state import MOST_NEW, PQIndex, Selection
+from jax_indexer.state import MOST_NEW, PQIndex, Selection, layer_of, put_layer
 
 # Tokens encoded at once, in distances held in memory (tokens times K * M * C).
 DISTANCES_IN_MEMORY = 2**22
@@ -403,8 +403,8 @@ class Room(NamedTuple):
 
 
 def make_room(
-    lengths: Int32[Array, "B"], counts: Int32[Array, "B"] | None, num_new: int, capacity: int
-) -> tuple[Room, Int32[Array, "B"]]:
+    lengths: Int32[Array, "*B"], counts: Int32[Array, "*B"] | None, num_new: int, capacity: int
+) -> tuple[Room, Int32[Array, "*B"]]:
     """Room for each row's new tokens: all of them, or none where they would pass the capacity.
 
     Args:
@@ -429,67 +429,168 @@ def append_tokens(
     lengths: Int32[Array, "B"],
     config: IndexerConfig,
     kv_layout: KVLayout,
+    layer: Int32[Array, ""] | None = None,
 ) -> PQIndex:
-    """The index with each row's first `room.taken` new keys."""
+    """The index with each row's first `room.taken` new keys, in one layer if there are several."""
     key_new = head_major(key_new, kv_layout)
     phi = index.phi if config.metric == "ip" else None
-    new = encode_tokens(key_new, index.codebooks, phi, room.taken, config.metric)
-    codes, cells, after = write_codes(index.codes, new, room), index.cells, room.start + room.taken
-    if cells is not None and key_new.shape[2] <= MOST_NEW:
-        cells = grow(cells, codes, room.start, after, config)
-    elif cells is not None:
-        cells = seal(cells, codes, after, room.taken > 0, config)
+    codebooks, phi = layer_of((index.codebooks, phi), layer)
+    new = encode_tokens(key_new, codebooks, phi, room.taken, config.metric)
+    codes, cells, after = index.codes, index.cells, room.start + room.taken
+    codes = write_tokens(codes, new, room, codes.ndim - 1, layer)
+    if cells is not None:
+        one, its_codes = layer_of((cells, codes), layer)
+        if key_new.shape[2] <= MOST_NEW:
+            one = grow(one, its_codes, room.start, after, config)
+        else:
+            one = seal(one, its_codes, after, room.taken > 0, config)
+        cells = put_layer(cells, one, layer)
+    lengths = put_layer(index.lengths, lengths, layer)
     return dataclasses.replace(index, codes=codes, lengths=lengths, cells=cells)
 
 
-def write_codes(
-    codes: UInt8[Array, "B K M S"],
-    new: UInt8[Array, "B K M t"],
+def write_tokens(
+    cache: Shaped[Array, "..."],
+    new: Shaped[Array, "B ..."],
     room: Room,
-) -> UInt8[Array, "B K M S"]:
-    """Puts each row's first `room.taken` new codes in their place; the others have no effect."""
-    token = np.arange(new.shape[-1], dtype=np.int32)[None]
+    token_axis: int,
+    layer: Int32[Array, ""] | None,
+) -> Shaped[Array, "..."]:
+    """Puts what belongs to each row's first `room.taken` new tokens in its place.
+
+    Args:
+      cache: of B rows, behind an axis of layers if there is one.
+      new: likewise, for some tokens of one layer.
+      room: where they go; the others have no effect.
+      token_axis: of the cache.
+      layer: None where the cache has no such axis.
+
+    Returns:
+      The cache after.
+    """
+    tokens_first = jnp.moveaxis(new, token_axis - cache.ndim, 1)
+    token = np.arange(tokens_first.shape[1], dtype=np.int32)[None]
     is_taken = token < room.taken[:, None]
-    place = jnp.where(is_taken, room.start[:, None] + token, codes.shape[-1])
+    place = jnp.where(is_taken, room.start[:, None] + token, np.int32(cache.shape[token_axis]))
+    if layer is None:
 
-    def write(row: UInt8[Array, "K M S"], new: UInt8[Array, "K M t"], place: Int32[Array, "t"]):
-        return row.at[:, :, place].set(new, mode="drop")
+        def write(row, new, place):
+            index = (slice(None),) * (token_axis - 1)
+            return row.at[(*index, place)].set(jnp.moveaxis(new, 0, token_axis - 1), mode="drop")
 
-    return jax.vmap(write)(codes, new, place)
+        return jax.vmap(write)(cache, tokens_first, place)
+    # One scatter into all layers, or the compiler would copy this one.
+    row = np.arange(cache.shape[1], dtype=np.int32)[:, None]
+    layer = jnp.clip(layer, 0, cache.shape[0] - 1)
+    between = (slice(None),) * (token_axis - 2)
+    return cache.at[(layer, row, *between, place)].set(tokens_first, mode="drop")
+
+
+def read_tokens(
+    cache: Float[Array, "*layers B _ _ H"],
+    place: Int32[Array, "B K n"],
+    kv_layout: KVLayout,
+    layer: Int32[Array, ""] | None,
+) -> Float[Array, "B K n H"]:
+    """Keys or values at some positions of each kv head, of one layer if there are several."""
+    if layer is None:
+        # The lists follow the cache's layout, so that the cache itself is never transposed.
+        flat = place if kv_layout == "BKSH" else place.swapaxes(1, 2)
+        taken = jnp.take_along_axis(cache, flat[..., None], axis=token_axis(kv_layout))
+        return taken if kv_layout == "BKSH" else taken.swapaxes(1, 2)
+    batch, kv_heads, _ = place.shape
+    layer = jnp.clip(layer, 0, cache.shape[0] - 1)
+    row = np.arange(batch, dtype=np.int32)[:, None, None]
+    head = np.arange(kv_heads, dtype=np.int32)[:, None][None]
+    index = (head, place) if kv_layout == "BKSH" else (place, head)
+    return cache.at[(layer, row, *index)].get(mode="clip")
+
+
+class Logits(NamedTuple):
+    """How logits are made: what inner products are multiplied by, and the soft cap or None."""
+
+    scale: Any  # f32[]
+    soft_cap: Any
+
+
+class Attention(NamedTuple):
+    """The output of an attention, and the log of the sum of the logits' exponentials."""
+
+    out: Float[Array, "B T N H_"]
+    lse: Float[Array, "B T N"]
 
 
 def attend(
     query: Float[Array, "B T N H"],
-    key: Float[Array, "B _ _ H"],
-    value: Float[Array, "B _ _ H_"],
+    key: Float[Array, "*layers B _ _ H"],
+    value: Float[Array, "*layers B _ _ H_"],
     indices: Int32[Array, "B T N P"],
-    scale: float | Float[Array, ""],
+    logits_of: Logits,
     kv_layout: KVLayout,
-) -> Float[Array, "B T N H_"]:
+    layer: Int32[Array, ""] | None = None,
+) -> Attention:
     """Softmax attention over the listed tokens, in float32 (CONTRACT.md, section 4)."""
-    token_axis, head_axis = (1, 2) if kv_layout == "BSKH" else (2, 1)
-    capacity, kv_heads = key.shape[token_axis], key.shape[head_axis]
+    capacity, kv_heads = (key.shape[kv_layout.index(x) - 4] for x in "SK")
     listed = by_kv_head((indices >= 0) & (indices < capacity), kv_heads)  # [B, K, TG, P]
     place = by_kv_head(jnp.clip(indices, 0, capacity - 1), kv_heads)
     batch, _, group, list_size = place.shape
 
     def gather(cache):
-        # The lists follow the cache's layout, so that the cache itself is never transposed.
-        flat = place.reshape(batch, kv_heads, -1)
-        flat = flat if kv_layout == "BKSH" else flat.swapaxes(1, 2)
-        taken = jnp.take_along_axis(cache, flat[..., None], axis=token_axis)
-        taken = taken if kv_layout == "BKSH" else taken.swapaxes(1, 2)
+        taken = read_tokens(cache, place.reshape(batch, kv_heads, -1), kv_layout, layer)
         taken = taken.reshape(batch, kv_heads, group, list_size, -1).astype(jnp.float32)
         # What is not listed is 0, since 0 times its NaN would be NaN, in gradients too.
         return jnp.where(listed[..., None], taken, 0)
 
     grouped = by_kv_head(query.astype(jnp.float32), kv_heads)
     highest = lax.Precision.HIGHEST
-    logits = jnp.einsum("bkgh,bkgph->bkgp", grouped, gather(key), precision=highest) * scale
+    logits = jnp.einsum("bkgh,bkgph->bkgp", grouped, gather(key), precision=highest)
+    logits = logits * logits_of.scale
+    if logits_of.soft_cap is not None:
+        logits = logits_of.soft_cap * jnp.tanh(logits / logits_of.soft_cap)
     logits = jnp.where(listed, logits, -jnp.inf)
     largest = jnp.max(logits, axis=-1, keepdims=True, initial=-jnp.inf)
-    weights = jnp.exp(logits - jnp.where(jnp.isneginf(largest), 0, largest))
+    largest = jnp.where(jnp.isneginf(largest), 0, largest)
+    weights = jnp.exp(logits - largest)
     total = jnp.sum(weights, axis=-1, keepdims=True)
-    weights = weights / jnp.where(total == 0, 1, total)
+    nothing = total == 0
+    total = jnp.where(nothing, 1, total)
+    weights = weights / total
     out = jnp.einsum("bkgp,bkgph->bkgh", weights, gather(value), precision=highest)
-    return by_query_head(out, query.shape[1]).astype(query.dtype)
+    lse = jnp.where(nothing, -jnp.inf, largest + jnp.log(total))[..., 0]
+    num_tokens = query.shape[1]
+    out = by_query_head(out, num_tokens).astype(query.dtype)
+    return Attention(out, by_query_head(lse, num_tokens))
+
+
+class Caches(NamedTuple):
+    """Keys [*layers, B, S, K, H] or head-major, and values likewise, or what stands for them."""
+
+    key: Any
+    value: Any
+
+
+def decode(
+    query: Float[Array, "B T N H"],
+    new: Caches,
+    caches: Caches,
+    index: PQIndex,
+    room: Room,
+    lengths: Int32[Array, "B"],
+    taken: Int32[Array, "B"] | None,
+    logits_of: Logits,
+    config: IndexerConfig,
+    kv_layout: KVLayout,
+    layer: Int32[Array, ""] | None = None,
+) -> tuple[Float[Array, "B T N H_"], Caches, PQIndex]:
+    """A layer's decode step: new keys and values are written, then the selected are attended to."""
+    axis = token_axis(kv_layout) - 4
+    caches = Caches(
+        *(
+            write_tokens(cache, x, room, cache.ndim + axis, layer)
+            for cache, x in zip(caches, new, strict=True)
+        )
+    )
+    index = append_tokens(new.key, index, room, lengths, config, kv_layout, layer)
+    selection = select_tokens(query, layer_of(index, layer), config, taken, None)
+    indices = selection.indices
+    return attend(query, *caches, indices, logits_of, kv_layout, layer).out, caches, index

@@ -11,7 +11,7 @@ from jax_indexer.kernels import backend, pipeline
 from jax_indexer.kernels.step import Step
 from jax_indexer.layout import KVLayout, key_letters
 from jax_indexer.sharding import Shard, by_shards
-from jax_indexer.state import PQIndex, Selection
+from jax_indexer.state import PQIndex, Selection, layer_of
 
 
 def select(
@@ -20,6 +20,7 @@ def select(
     config: IndexerConfig,
     *,
     counts: Int32[Array, "B"] | None = None,
+    layer: int | Int32[Array, ""] | None = None,
     return_weights: bool = False,
     implementation: Implementation | None = None,
     selector: Selector | None = None,
@@ -34,6 +35,8 @@ def select(
       counts: how many tokens of the step each row has taken, clipped to 0..T: its first query
         tokens belong to them, of which the last sees all tokens; the others are padding, with
         empty lists. None for T.
+      layer: which layer of the index, clipped to those there are, where its arrays have an axis of
+        layers in front; None where they have none.
       return_weights: whether to write the dense weights too.
       implementation: "triton", "xla", or None: Triton on an NVIDIA GPU where it supports the
         case, else XLA.
@@ -49,11 +52,14 @@ def select(
 
     Source: CONTRACT.md, section 3.
     """
-    _arguments.check_select(query, index, config, counts, return_weights, implementation, selector)
+    _arguments.check_select(
+        query, index, config, counts, layer, return_weights, implementation, selector
+    )
     return _select(
         query,
         index,
         counts,
+        _arguments.check_layer(layer),
         config=config,
         return_weights=return_weights,
         implementation=implementation,
@@ -68,6 +74,7 @@ def indexer_next(
     config: IndexerConfig,
     *,
     counts: Int32[Array, "B"] | None = None,
+    layer: int | Int32[Array, ""] | None = None,
     return_weights: bool = False,
     implementation: Implementation | None = None,
     selector: Selector | None = None,
@@ -83,6 +90,7 @@ def indexer_next(
       counts: how many of the T tokens each row takes, as in `append`: the first ones, with the
         query tokens of the same numbers. The others are padding, and so are all of a row that
         would pass the capacity. None for T.
+      layer: as in `select`.
       return_weights: as in `select`.
       implementation: as in `select`, of both.
       selector: as in `select`.
@@ -98,13 +106,16 @@ def indexer_next(
     Source: CONTRACT.md, section 4.
     """
     _arguments.check_step(query, key_new, kv_layout)
-    _arguments.check_append(index, key_new, config, counts, kv_layout, implementation)
-    _arguments.check_select(query, index, config, counts, return_weights, implementation, selector)
+    _arguments.check_append(index, key_new, config, counts, layer, kv_layout, implementation)
+    _arguments.check_select(
+        query, index, config, counts, layer, return_weights, implementation, selector
+    )
     return _step(
         query,
         key_new,
         index,
         counts,
+        _arguments.check_layer(layer),
         config=config,
         return_weights=return_weights,
         implementation=implementation,
@@ -120,6 +131,7 @@ def _select(
     query: Array,
     index: PQIndex,
     counts: Array | None,
+    layer: Array | None,
     *,
     config: IndexerConfig,
     return_weights: bool,
@@ -128,21 +140,29 @@ def _select(
 ) -> Selection:
     weights_dtype = query.dtype if return_weights else None
 
-    def on_shard(shard: Shard, query, index, counts) -> Selection:
+    def on_shard(shard: Shard, query, index, counts, layer) -> Selection:
         del shard
         T, N = query.shape[1:3]
         step = Step.of(index, config, T=T, N=N, weights_dtype=weights_dtype)
         chosen = selector or default_selector(config, step.S, T)
 
-        def xla(query, index, counts):
+        def xla(query, index, counts, layer):
+            index = layer_of(index, layer)
             return reference.select_tokens(query, index, config, counts, weights_dtype)
 
-        def triton(query, index, counts):
-            return pipeline.launch_select(step, query, index, counts, chosen)
+        def triton(query, index, counts, layer):
+            return pipeline.launch_select(step, query, index, counts, chosen, layer)
 
-        return backend.dispatch(xla, triton, query, index, counts, implementation=implementation)
+        arguments = query, index, counts, layer
+        return backend.dispatch(xla, triton, *arguments, implementation=implementation)
 
-    return by_shards(on_shard, query=("B T N H", query), index=(None, index), counts=("B", counts))
+    return by_shards(
+        on_shard,
+        query=("B T N H", query),
+        index=(None, index),
+        counts=("B", counts),
+        layer=("", layer),
+    )
 
 
 @functools.partial(
@@ -154,6 +174,7 @@ def _step(
     key_new: Array,
     index: PQIndex,
     counts: Array | None,
+    layer: Array | None,
     *,
     config: IndexerConfig,
     return_weights: bool,
@@ -163,22 +184,24 @@ def _step(
 ) -> tuple[Selection, PQIndex]:
     weights_dtype = query.dtype if return_weights else None
 
-    def on_shard(shard: Shard, query, key_new, index, counts) -> tuple[Selection, PQIndex]:
+    def on_shard(shard: Shard, query, key_new, index, counts, layer) -> tuple[Selection, PQIndex]:
         del shard
         T, N = query.shape[1:3]
         step = Step.of(index, config, T=T, N=N, kv_layout=kv_layout, weights_dtype=weights_dtype)
         chosen = selector or default_selector(config, step.S, T)
-        room, lengths = reference.make_room(index.lengths, counts, T, step.S)
-        taken = None if counts is None else room.taken
 
-        def xla(query, key_new, index, room, lengths, taken):
-            index = reference.append_tokens(key_new, index, room, lengths, config, kv_layout)
-            return reference.select_tokens(query, index, config, taken, weights_dtype), index
+        def xla(query, key_new, index, counts, layer):
+            before = layer_of(index.lengths, layer)
+            room, lengths = reference.make_room(before, counts, T, step.S)
+            taken = None if counts is None else room.taken
+            index = reference.append_tokens(key_new, index, room, lengths, config, kv_layout, layer)
+            one = layer_of(index, layer)
+            return reference.select_tokens(query, one, config, taken, weights_dtype), index
 
-        def triton(query, key_new, index, room, lengths, taken):
-            return pipeline.launch_step(step, query, key_new, index, room, lengths, taken, chosen)
+        def triton(query, key_new, index, counts, layer):
+            return pipeline.launch_step(step, query, key_new, index, counts, chosen, layer)
 
-        arguments = query, key_new, index, room, lengths, taken
+        arguments = query, key_new, index, counts, layer
         return backend.dispatch(xla, triton, *arguments, implementation=implementation)
 
     return by_shards(
@@ -187,4 +210,5 @@ def _step(
         key_new=(key_letters(kv_layout, "T"), key_new),
         index=(None, index),
         counts=("B", counts),
+        layer=("", layer),
     )

@@ -24,7 +24,7 @@ from jax.experimental.custom_partitioning import (
 )
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from jax_indexer._arguments import annotated_arrays
+from jax_indexer._arguments import LAYERS, annotated_arrays
 
 HEADS = ("K", "N")
 # Axes of a mesh that an axis of an array is split over.
@@ -59,14 +59,16 @@ def by_shards(
     function: Callable[..., Any],
     *,
     has_gradients: bool = False,
+    results: Sequence[str | None] | None = None,
     **arguments: tuple[str | None, Any],
 ) -> Any:
     """Calls function(shard, *arguments) on each device for the rows and heads that are there.
 
     Args:
-      function: its results are states, or arrays [B] or [B, T, N, H].
+      function: its results are states, or arrays [B] or [B, T, N, H] unless `results` says others.
       has_gradients: whether gradients flow through it: then it is all jnp, which the compiler
         splits by itself on a mesh of Auto axes.
+      results: for each of several results the letters of its axes, None for a state.
       **arguments: by name, in the order that the function takes them: the letters of an array's
         axes, and the array; or None, and a state, whose letters are known. What is None stays so.
 
@@ -86,12 +88,12 @@ def by_shards(
     ]
     meshes = [jax.typeof(x.array).sharding.mesh for x in named]
     if explicit := [mesh for mesh in meshes if AxisType.Explicit in mesh.axis_types]:
-        return _by_type(function, values, named, explicit[0])
+        return _by_type(function, values, named, explicit[0], results)
     # A rule holds for a whole mesh only: of Auto axes beside Manual ones arrays are gathered.
     is_manual = AxisType.Manual in jax.sharding.get_abstract_mesh().axis_types
     if has_gradients or is_manual or jax.device_count() == 1:
         return function(Shard(), *values)
-    return _by_rule(function, values, named)
+    return _by_rule(function, values, named, results)
 
 
 def _named(name: str, letters: str | None, value: Any) -> Iterator[Named]:
@@ -99,7 +101,9 @@ def _named(name: str, letters: str | None, value: Any) -> Iterator[Named]:
     if value is None:
         return
     if letters is not None:
-        yield Named(name, letters.split(), value)
+        axes = letters.split()
+        # An array of a state may have an axis of layers in front.
+        yield Named(name, [LAYERS] * (jnp.ndim(value) - len(axes)) + axes, value)
         return
     fields = annotated_arrays(type(value))
     for field in dataclasses.fields(value):
@@ -109,16 +113,19 @@ def _named(name: str, letters: str | None, value: Any) -> Iterator[Named]:
             yield from _named(f"{name}.{field.name}", of_field, inner)
 
 
-def _named_results(results: Any) -> list[Named]:
+def _named_results(results: Any, letters: Sequence[str | None] | None) -> list[Named]:
     """Those of a function's results."""
 
-    def letters(result: Any) -> str | None:
+    def usual(result: Any) -> str | None:
         if dataclasses.is_dataclass(result):
             return None
         return "B" if result.ndim == 1 else "B T N H"
 
     results = results if isinstance(results, tuple) else (results,)
-    return [x for result in results for x in _named("", letters(result), result)]
+    letters = letters or [usual(result) for result in results]
+    return [
+        x for axes, result in zip(letters, results, strict=True) for x in _named("", axes, result)
+    ]
 
 
 def _spec(letters: Sequence[str], rows: Axes, heads: Axes) -> PartitionSpec:
@@ -155,7 +162,13 @@ def _split_axes(named: Iterable[Named], specs: Iterable[Any]) -> tuple[Axes, Axe
     return rows, heads
 
 
-def _by_type(function: Callable, values: tuple, named: Sequence[Named], mesh: Any) -> Any:
+def _by_type(
+    function: Callable,
+    values: tuple,
+    named: Sequence[Named],
+    mesh: Any,
+    letters: Sequence[str | None] | None,
+) -> Any:
     """In a shard_map over the Explicit axes of the mesh."""
     rows, heads = _split_axes(named, (jax.typeof(x.array).sharding.spec for x in named))
     _check_divisible(named, mesh, rows, heads)
@@ -169,7 +182,7 @@ def _by_type(function: Callable, values: tuple, named: Sequence[Named], mesh: An
     values = jax.tree.unflatten(structure, leaves)
     whole = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), values)
     results = jax.eval_shape(lambda *values: function(Shard(), *values), *whole)
-    out_specs = (_spec(x.letters, rows, heads) for x in _named_results(results))
+    out_specs = (_spec(x.letters, rows, heads) for x in _named_results(results, letters))
     mapped = jax.shard_map(
         lambda *values: function(Shard(heads), *values),
         mesh=mesh,
@@ -197,7 +210,12 @@ def _check_divisible(named: Sequence[Named], mesh: Any, rows: Axes, heads: Axes)
                 )
 
 
-def _by_rule(function: Callable, values: tuple, named: Sequence[Named]) -> Any:
+def _by_rule(
+    function: Callable,
+    values: tuple,
+    named: Sequence[Named],
+    letters: Sequence[str | None] | None,
+) -> Any:
     """With a rule for the compiler, which alone knows how arrays on a mesh of Auto axes are split.
 
     A rule has no axis for `vmap`: what is mapped goes without it.
@@ -211,7 +229,7 @@ def _by_rule(function: Callable, values: tuple, named: Sequence[Named]) -> Any:
     on_one = functools.partial(function, Shard())
     jaxpr, results = jax.make_jaxpr(on_one, return_shape=True)(*values)
     inputs = [*named, *(Named("", ["constant"] * jnp.ndim(x), x) for x in jaxpr.consts)]
-    outputs = _named_results(results)
+    outputs = _named_results(results, letters)
 
     def whole(*leaves_and_constants):
         own, constants = leaves_and_constants[: len(leaves)], leaves_and_constants[len(leaves) :]

@@ -1,7 +1,7 @@
 """The state of an index and what a step returns: the ground floor, on which all else stands."""
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -145,6 +145,22 @@ class PQIndex:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class DecodeCache:
+    """What a layer of attention decodes with: a pytree whose shapes never change.
+
+    Attributes:
+      key: [B, S, K, H] or [B, K, S, H], as `kv_layout` says.
+      value: likewise, with a head dimension of its own.
+      index: of the keys.
+    """
+
+    key: Float[Array, "B _ _ H"]
+    value: Float[Array, "B _ _ H'"]
+    index: PQIndex
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class Selection:
     """The tokens to attend to: a pytree, of which one spec of B, T and N does for all arrays.
 
@@ -159,6 +175,29 @@ class Selection:
     counts: Int32[Array, "B T N"]
     weights: Float[Array, "B T N S"] | None = None
     capacity: int | None = dataclasses.field(default=None, metadata={"static": True})
+
+
+def layer_of(state: Any, layer: Array | None) -> Any:
+    """One layer of a pytree whose arrays have an axis of layers, or all of it for None."""
+    if layer is None:
+        return state
+
+    def one(x: Array) -> Array:
+        return lax.dynamic_index_in_dim(x, jnp.clip(layer, 0, x.shape[0] - 1), keepdims=False)
+
+    return jax.tree.map(one, state)
+
+
+def put_layer(state: Any, of_layer: Any, layer: Array | None) -> Any:
+    """The pytree with one layer replaced, or `of_layer` itself for None."""
+    if layer is None:
+        return of_layer
+
+    def put(x: Array, one: Array) -> Array:
+        place = jnp.clip(layer, 0, x.shape[0] - 1)
+        return lax.dynamic_update_index_in_dim(x, one, place, axis=0)
+
+    return jax.tree.map(put, state, of_layer)
 
 
 class Progress(NamedTuple):

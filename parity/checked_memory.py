@@ -249,10 +249,15 @@ def _launch(
         for memory in memories:
             memory.barriers += 1
 
+    layer = None if what.layer is None else what.layer.reshape(1)
     arguments = (
-        jax.tree.unflatten(inputs_tree, inputs.values()),
-        jax.tree.unflatten(outputs_tree, outputs.values()),
+        backend.one_layer(what, jax.tree.unflatten(tree, seen.values()), like, layer)
+        for tree, seen, like in (
+            (inputs_tree, inputs, what.inputs),
+            (outputs_tree, outputs, what.outputs),
+        )
     )
+    arguments = tuple(arguments)
     for program in order.permutation(what.programs):
         for memory in memories:
             memory.program = int(program)
@@ -337,7 +342,15 @@ def poisoned() -> Iterator[list[jax.Array]]:
 
         on_poison.__name__ = backend.name_of(what.kernel)
         made = real_launch(
-            backend.Launch(on_poison, given | poison, taller, what.programs, tuple(names)),
+            backend.Launch(
+                on_poison,
+                given | poison,
+                taller,
+                what.programs,
+                tuple(names),
+                what.state,
+                what.layer,
+            ),
             num_warps=num_warps,
         )
         canaries.extend(made[name][-1] for name in poison)

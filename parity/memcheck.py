@@ -21,7 +21,7 @@ import numpy as np
 from jax_indexer import IndexerConfig, PQIndex, reference, with_cells
 from jax_indexer.config import MOST_CELLS
 from jax_indexer.kernels import backend, centroid_sums, pipeline
-from jax_indexer.kernels.step import Step
+from jax_indexer.kernels.step import Lengths, Step
 from jax_indexer.state import MOST_NEW, RATE
 from parity.checked_memory import check_canaries, poisoned
 
@@ -84,7 +84,7 @@ def check_step(index, query, key_new, config, *, with_none):
     room, lengths = reference.make_room(index.lengths, None, T, step.S)
     alone = pipeline.launch_append(step, key_new, index, room, lengths)
     for selector in ("threshold", "top_k"):
-        inputs = query, key_new, index, room, lengths, None
+        inputs = query, key_new, index, room, Lengths(lengths, None)
         lists, after = pipeline.launch_step(step, *inputs, selector)
         np.testing.assert_array_equal(after.codes, alone.codes)
         np.testing.assert_array_equal((np.asarray(lists.indices) >= 0).sum(-1), lists.counts)
@@ -137,7 +137,7 @@ def check_cells(index, query, key_new, config, lists) -> None:
         now = dataclasses.replace(index, cells=with_cells(before, config).cells)
         for first in (start - 1, start):  # what is due in both steps is done in one or the other
             room = reference.Room(jnp.maximum(first, 0), jnp.ones_like(start))
-            inputs = query, key_new, now, room, room.start + 1, None
+            inputs = query, key_new, now, room, Lengths(room.start + 1, None)
             got, now = pipeline.launch_step(step, *inputs, "cells")
         if number == 0:
             np.testing.assert_array_equal(got.indices, lists.indices)

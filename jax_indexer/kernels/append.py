@@ -8,19 +8,18 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 from jax.experimental import pallas as pl
-from jaxtyping import Float
+from jaxtyping import Float, Int32
 
 from jax_indexer.kernels import backend
 from jax_indexer.kernels.codebook import dimension_tiles, tiles
-from jax_indexer.kernels.step import Step
-from jax_indexer.reference import Room
+from jax_indexer.kernels.step import Lengths, Step, room_in
 from jax_indexer.state import PQIndex
 
 
 class Inputs(NamedTuple):
     """New keys, and what they are encoded by."""
 
-    room: Room  # i32[B] each
+    before: Lengths  # the step
     key: Any  # [B, t, K, H] or [B, K, t, H]
     codebooks: Any  # [R, M, C, D']
     phi: Any  # f32[R, M] for the inner-product metric, else None
@@ -28,9 +27,10 @@ class Inputs(NamedTuple):
 
 
 class Outputs(NamedTuple):
-    """u8[R, M, S] codes, in the memory of those before."""
+    """u8[R, M, S] codes, in the memory of those before, and lengths after the step."""
 
     codes: Any
+    after: Lengths
 
 
 def append_kernel(program, inputs: Inputs, outputs: Outputs, *, step: Step, at_once: int):
@@ -41,6 +41,13 @@ def append_kernel(program, inputs: Inputs, outputs: Outputs, *, step: Step, at_o
     subspace = program // num_blocks % num_subspaces
     kv_row = program // (num_blocks * num_subspaces)
     row, kv_head = kv_row // step.K, kv_row % step.K
+    room, length = room_in(step, inputs.before, row)
+
+    @pl.when((first_token == 0) & (subspace == 0) & (kv_head == 0))
+    def _():
+        outputs.after.lengths[row] = length
+        if outputs.after.counts is not None:
+            outputs.after.counts[row] = room.taken
 
     centroid = jnp.arange(num_centroids, dtype=jnp.int32)
     one_tile = len(dimension_tiles(num_centroids, dimensions, step.tuning)) == 1
@@ -74,17 +81,21 @@ def append_kernel(program, inputs: Inputs, outputs: Outputs, *, step: Step, at_o
         distance = jnp.where(distance == distance, distance, jnp.inf)
         nearest = jnp.min(jnp.where(distance == jnp.min(distance), centroid, num_centroids))
         code = jnp.where(not_finite > 0, 0, nearest).astype(jnp.uint8)
-        outputs.codes[kv_row, subspace, inputs.room.start[row] + token] = code
+        outputs.codes[kv_row, subspace, room.start + token] = code
         return carry
 
-    tokens = jnp.minimum(inputs.room.taken[row] - first_token, at_once)
+    tokens = jnp.minimum(room.taken - first_token, at_once)
     lax.fori_loop(0, tokens, encode, 0)
 
 
 def append_launch(
-    step: Step, key_new: Float[Array, "B _ _ H"], index: PQIndex, room: Room
+    step: Step,
+    key_new: Float[Array, "B _ _ H"],
+    index: PQIndex,
+    counts: Int32[Array, "B"] | None,
+    layer: Array | None = None,
 ) -> backend.Launch:
-    """The launch that encodes each row's first `room.taken` new keys and writes their codes.
+    """The launch that encodes the new keys that each row takes and writes their codes.
 
     A token's distances are added in an order that depends on the codebook's shape alone, so its
     code is the same whether it comes alone or with a whole prompt.
@@ -93,21 +104,26 @@ def append_launch(
     """
     at_once = 1 if step.T <= 8 else step.tuning.tokens_per_encoder
     num_subspaces, phi = step.config.num_subspaces, index.phi
-    if phi is not None and step.config.metric == "ip":
-        phi = phi.reshape(step.R, num_subspaces)
-    else:
+    if step.config.metric != "ip":
         phi = None  # which is not read
-    shape = step.R, num_subspaces, step.S
+    phi = None if phi is None else step.by_rows(phi)
+    codes = step.by_rows(index.codes)
+    of_rows = jax.ShapeDtypeStruct((step.B,), np.int32)
     return backend.Launch(
         functools.partial(append_kernel, step=step, at_once=at_once),
         Inputs(
-            room,
+            Lengths(index.lengths, counts),
             key_new,
-            index.codebooks.reshape(step.R, *index.codebooks.shape[2:]),
+            step.by_rows(index.codebooks),
             phi,
-            index.codes.reshape(shape),
+            codes,
         ),
-        Outputs(jax.ShapeDtypeStruct(shape, np.uint8)),
+        Outputs(
+            jax.ShapeDtypeStruct(codes.shape, np.uint8),
+            Lengths(of_rows, None if counts is None else of_rows),
+        ),
         programs=step.R * num_subspaces * pl.cdiv(step.T, at_once),
         in_place=("codes",),
+        state=("before.lengths", "codebooks", "phi", "codes"),
+        layer=layer,
     )

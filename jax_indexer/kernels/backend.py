@@ -108,6 +108,8 @@ class Launch(NamedTuple):
       outputs: likewise, of shapes.
       programs: how many programs.
       in_place: fields that inputs and outputs share, and their memory with them.
+      state: fields of which every layer has one, in one array; the kernel sees its layer's.
+      layer: int32, clipped to the layers there are, or None where `state` has no such axis.
     """
 
     kernel: Callable[..., None]
@@ -115,6 +117,8 @@ class Launch(NamedTuple):
     outputs: Any
     programs: int
     in_place: tuple[str, ...] = ()
+    state: tuple[str, ...] = ()
+    layer: Any = None
 
 
 def names_of(tree: Any) -> list[str]:
@@ -126,6 +130,51 @@ def names_of(tree: Any) -> list[str]:
 def name_of(kernel: Callable[..., None]) -> str:
     """The name of a kernel function, as a profile shows it."""
     return (kernel.func if isinstance(kernel, functools.partial) else kernel).__name__
+
+
+class OneLayer:
+    """A reference to one layer of an array: like one to an array without the first axis."""
+
+    def __init__(self, ref: Any, layer: Any):
+        self._ref, self._layer = ref, layer
+        self.shape, self.dtype = ref.shape[1:], ref.dtype
+
+    @property
+    def at(self) -> "_LayerAt":
+        return _LayerAt(self._ref, self._layer)
+
+    def __getitem__(self, index):
+        return self._ref[_of_layer(self._layer, index)]
+
+    def __setitem__(self, index, value):
+        self._ref[_of_layer(self._layer, index)] = value
+
+
+class _LayerAt:
+    """What `OneLayer.at` is: it waits for an index."""
+
+    def __init__(self, ref: Any, layer: Any):
+        self._ref, self._layer = ref, layer
+
+    def __getitem__(self, index):
+        return self._ref.at[_of_layer(self._layer, index)]
+
+
+def _of_layer(layer: Any, index: Any) -> tuple[Any, ...]:
+    return (layer, *(index if isinstance(index, tuple) else (index,)))
+
+
+def one_layer(what: Launch, references: Any, like: Any, layer: Any) -> Any:
+    """References as the kernel sees them, of inputs or outputs that look like `like`."""
+    if what.layer is None:
+        return references
+    leaves, structure = jax.tree.flatten(references)
+    seen = []
+    for name, ref in zip(names_of(like), leaves, strict=True):
+        if name in what.state:
+            ref = OneLayer(ref, jnp.clip(layer[0], 0, ref.shape[0] - 1))
+        seen.append(ref)
+    return jax.tree.unflatten(structure, seen)
 
 
 def _varying_axes(x: jax.Array) -> frozenset:
@@ -146,15 +195,19 @@ def launch(what: Launch, *, num_warps: int) -> Any:
     Returns:
       The outputs, by name as in `what.outputs`.
     """
+    layer = None if what.layer is None else what.layer.reshape(1)
+    operands = what.inputs, layer
     # Under shard_map an output varies over every mesh axis that an operand varies over.
-    varying = frozenset().union(*(_varying_axes(x) for x in jax.tree.leaves(what.inputs)))
+    varying = frozenset().union(*(_varying_axes(x) for x in jax.tree.leaves(operands)))
     varies = ManualAxisType(varying=varying)
 
     def varied(x: jax.Array) -> jax.Array:
         missing = tuple(varying - _varying_axes(x))
         return lax.pcast(x, missing, to="varying") if missing else x
 
-    def kernel(inputs, outputs):
+    def kernel(inputs, layer, outputs):
+        inputs = one_layer(what, inputs, what.inputs, layer)
+        outputs = one_layer(what, outputs, what.outputs, layer)
         what.kernel(pl.program_id(0), inputs, outputs)
 
     def shape(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
@@ -170,7 +223,7 @@ def launch(what: Launch, *, num_warps: int) -> Any:
     call = pl.pallas_call(
         kernel,
         grid=(what.programs,),
-        in_specs=(jax.tree.map(lambda _: anywhere, what.inputs),),
+        in_specs=jax.tree.map(lambda _: anywhere, operands),
         # In a tuple of one, or Pallas would take the fields of a NamedTuple for several outputs.
         out_specs=(jax.tree.map(lambda _: anywhere, what.outputs),),
         out_shape=(jax.tree.map(shape, what.outputs),),
@@ -180,7 +233,7 @@ def launch(what: Launch, *, num_warps: int) -> Any:
         name=name_of(what.kernel),
     )
     with jax.enable_x64(False):  # or Python's integers in a kernel would be 64 bits wide
-        (outputs,) = call(jax.tree.map(varied, what.inputs))
+        (outputs,) = call(*jax.tree.map(varied, operands))
     return outputs
 
 
@@ -224,6 +277,8 @@ def launch_together(launches: Mapping[str, Launch], *, num_warps: int) -> dict[s
         {name: part.outputs for name, part in launches.items()},
         sum(part.programs for part in launches.values()),
         tuple(f"{name}.{field}" for name, part in launches.items() for field in part.in_place),
+        tuple(f"{name}.{field}" for name, part in launches.items() for field in part.state),
+        next((part.layer for part in launches.values() if part.layer is not None), None),
     )
     return launch(everything, num_warps=num_warps)
 

@@ -8,7 +8,7 @@ Source: CONTRACT.md, section 3; the inverted multi-index of Babenko and Lempitsk
 """
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -20,6 +20,22 @@ from jaxtyping import Float, UInt8
 
 from jax_indexer.config import LARGEST_BUDGET_OF_CELLS
 from jax_indexer.kernels import backend
+from jax_indexer.kernels.attend import (
+    Ended,
+    Output,
+    Parts,
+    attend,
+    block_of,
+    merge_two,
+    read_logits,
+    read_parts,
+    read_query,
+    read_rows,
+    shapes_of_end,
+    vectors,
+    write_length,
+    write_output,
+)
 from jax_indexer.kernels.best import (
     HIGHEST,
     PAIRS_AT_ONCE,
@@ -33,8 +49,8 @@ from jax_indexer.kernels.lookup_table import Tables
 from jax_indexer.kernels.output import Lists, Writer, list_shapes
 from jax_indexer.kernels.step import Lengths, QueryPlan, Step, plan_query
 from jax_indexer.layout import power_of_2_from
-from jax_indexer.reference import NOT_A_CANDIDATE, ordered
-from jax_indexer.state import Cells, Progress, Sealing, progress, sealed_at
+from jax_indexer.reference import NOT_A_CANDIDATE, Caches, Logits, ordered
+from jax_indexer.state import Cells, PQIndex, Progress, Sealing, progress, sealed_at
 
 # Counts of tokens and of cells share an integer, and so do a cell and a place.
 FIRST_BITS = 15
@@ -170,13 +186,10 @@ class Search(NamedTuple):
         rank = self.rank_of(code.astype(jnp.int32) & (config.num_centroids - 1) for code in codes)
         return jnp.where(exists, rank, NOT_A_CANDIDATE)
 
-    def prepare(self) -> None:
-        """Fills the list, so that no place in it is left as it was, and clears scratch."""
+    def prepare(self, put: Callable[[Array, Array, Array], None]) -> None:
+        """Fills the winners, so that no place is left as it was, and clears scratch."""
         plan, place, outputs = self.plan, self.place, self.outputs
-        exists = place < plan.num_heavy
-        slot = jnp.where(exists, plan.num_sink + place, self.step.P)
-        into = outputs.indices.at[self.kv_row, self.query, slot]
-        backend.store(into, plan.first + place, mask=exists)
+        put(plan.first + place, place, place < plan.num_heavy)
         into = outputs.begins.at[self.kv_row, self.query, place]
         backend.store(into, jnp.zeros_like(place), mask=place < self.step.budget)
         if outputs.bits is not None:
@@ -370,7 +383,9 @@ class Search(NamedTuple):
         words = lax.div(end + 31, 32) - first
         lax.fori_loop(0, lax.div(words + (at_once - 1), at_once), some, carry)
 
-    def list_tail(self, tail: Tail, taken: Taken, count: Array, writer: Writer) -> None:
+    def put_tail(
+        self, tail: Tail, taken: Taken, count: Array, put: Callable[[Array, Array, Array], None]
+    ) -> None:
         """Puts the winners of the tail, which lie behind all that is sealed, in its order."""
         cut = taken.cut
         ties_left = cut.ties - taken.at_cut
@@ -379,24 +394,43 @@ class Search(NamedTuple):
         ties = until & 0xFFFF
         best = (mark > 1) | ((mark == 1) & (ties <= ties_left))
         place = count + (until >> 16) + jnp.minimum(ties, ties_left) - 1
-        writer.put(tail.position, place, best & (place >= 0) & (place < self.plan.num_heavy))
+        put(tail.position, place, best & (place >= 0) & (place < self.plan.num_heavy))
+
+    def put_in_scratch(self, position: Array, place: Array, mask: Array) -> None:
+        """Winners in no order."""
+        scratch = self.outputs.positions
+        place = jnp.where(mask, place, scratch.shape[2])
+        backend.store(scratch.at[self.kv_row, self.query, place], position, mask=mask)
+
+
+def search_for(
+    step: Step,
+    sealing: Sealing,
+    num_warps: int,
+    inputs: Inputs,
+    outputs: Outputs,
+    kv_row: Array,
+    query: Array,
+    plan: QueryPlan,
+) -> Search:
+    """A program's search."""
+    row = kv_row // step.K
+    length = inputs.lengths.lengths[row]
+    sealed = sealed_at(length, inputs.base[row], sealing, step.S)
+    state = progress(length, sealed, sealing, step.S)
+    place = jnp.arange(max(power_of_2_from(step.budget), 32 * num_warps), dtype=jnp.int32)
+    return Search(step, sealing, inputs, outputs, kv_row, query, plan, sealed, state, place)
 
 
 def cells_select_kernel(
     program, inputs: Inputs, outputs: Outputs, *, step: Step, sealing: Sealing, num_warps: int
 ):
     kv_row, query = program // step.Q, program % step.Q
-    row = kv_row // step.K
     plan = plan_query(step, inputs.lengths, kv_row, 0)
     writer = Writer(Lists(outputs.indices, outputs.counts, outputs.weights), kv_row, query, plan)
     writer.settle()
-
-    length = inputs.lengths.lengths[row]
-    sealed = sealed_at(length, inputs.base[row], sealing, step.S)
-    state = progress(length, sealed, sealing, step.S)
-    place = jnp.arange(max(power_of_2_from(step.budget), 32 * num_warps), dtype=jnp.int32)
-    search = Search(step, sealing, inputs, outputs, kv_row, query, plan, sealed, state, place)
-    fits = search.state_fits()
+    search = search_for(step, sealing, num_warps, inputs, outputs, kv_row, query, plan)
+    place, fits = search.place, search.state_fits()
 
     @pl.when((plan.num_heavy > 0) & ~fits)
     def _():
@@ -404,22 +438,98 @@ def cells_select_kernel(
 
     @pl.when((plan.num_heavy > 0) & fits)
     def _():
-        search.prepare()
+        search.prepare(writer.put)
         parts, tail = search.score_all()
         taken = search.take(parts, search.find_cut(parts, tail))
         search.read_lists(taken)
         count = search.look_for_tied(taken)
         search.list_sealed(count, writer)
-        search.list_tail(tail, taken, count, writer)
+        search.put_tail(tail, taken, count, writer.put)
+
+
+class AttendInputs(NamedTuple):
+    """What is attended to by the winners of a search, and the parts that are known already."""
+
+    search: Inputs
+    query: Any  # [B, 1, N, H]
+    key: Any
+    value: Any
+    logits: Logits
+    known: Parts
+    lengths: Any  # not read
+
+
+class AttendOutputs(NamedTuple):
+    """The scratch of a search, which has no lists, and what ends a step."""
+
+    search: Outputs
+    output: Output
+    lengths: Any
+
+
+def cells_attend_kernel(
+    program,
+    inputs: AttendInputs,
+    outputs: AttendOutputs,
+    *,
+    step: Step,
+    sealing: Sealing,
+    num_warps: int,
+    block: int,
+):
+    """Searches, and attends to the winners as they are found: a sum needs them in no order."""
+    kv_row, query = program // step.Q, program % step.Q
+    row, kv_head, token = kv_row // step.K, kv_row % step.K, jnp.int32(0)
+    head = kv_head * step.G + query
+    plan = plan_query(step, inputs.search.lengths, kv_row, 0)
+    search = search_for(
+        step, sealing, num_warps, inputs.search, outputs.search, kv_row, query, plan
+    )
+    place, fits = search.place, search.state_fits()
+    write_length(inputs.search.lengths, outputs.lengths, row, (kv_head == 0) & (query == 0))
+
+    @pl.when((plan.num_heavy > 0) & ~fits)
+    def _():
+        search.put_in_scratch(plan.first + place, place, place < plan.num_heavy)
+
+    @pl.when((plan.num_heavy > 0) & fits)
+    def _():
+        search.prepare(search.put_in_scratch)
+        parts, tail = search.score_all()
+        taken = search.take(parts, search.find_cut(parts, tail))
+        search.read_lists(taken)
+        count = search.look_for_tied(taken)
+        search.put_tail(tail, taken, count, search.put_in_scratch)
+
+    backend.barrier()
+    # Not before the search, which needs the registers.
+    vector, logits = read_query(inputs.query, row, token, head), read_logits(inputs.logits)
+    found = read_parts(inputs.known, row, token, head)
+    num_listed = plan.num_listed - sum(plan.always(step.config))
+    for first in range(0, step.num_middle, block):
+        slot = first + jnp.arange(block, dtype=jnp.int32)
+        at = search.outputs.positions.at[kv_row, query, slot]
+        heavy = backend.load(at, mask=slot < plan.num_heavy, other=0)
+        # Of a short context there is no heavy token: all of it is listed.
+        position = jnp.where(plan.num_heavy > 0, heavy, step.config.sink_size + slot)
+        live = slot < num_listed
+        position = jnp.where(live, jnp.clip(position, 0, step.S - 1), 0)
+        key, value = (
+            read_rows(cache, step.kv_layout, row, kv_head, position, live)
+            for cache in (inputs.key, inputs.value)
+        )
+        found = merge_two(found, attend(vector, key, value, live, logits))
+    write_output(outputs.output, row, token, head, found)
 
 
 def select_cells(
     step: Step,
     tables: Tables,
-    codes: UInt8[Array, "R M S"],
+    codes: UInt8[Array, "*layers R M S"],
     lengths: Lengths,
     cells: Cells,
     weights: Float[Array, "R Q S"] | None,
+    layer: Array | None = None,
 ) -> Lists:
     """Everything of a selection that follows the tables, in one kernel, for one query token.
 
@@ -427,6 +537,21 @@ def select_cells(
 
     Source: CONTRACT.md, section 3.
     """
+    search, num_warps = search_launch(step, tables, codes, lengths, cells, weights, layer)
+    outputs = backend.launch(search, num_warps=num_warps)
+    return Lists(outputs.indices, outputs.counts, outputs.weights)
+
+
+def search_launch(
+    step: Step,
+    tables: Tables,
+    codes: UInt8[Array, "*layers R M S"],
+    lengths: Lengths,
+    cells: Cells,
+    weights: Float[Array, "R Q S"] | None,
+    layer: Array | None,
+) -> tuple[backend.Launch, int]:
+    """The launch of `cells_select_kernel`, and its warps."""
     budget = step.budget
     num_warps = step.tuning.warps_for_cells(step.config.num_cells, budget)
     num_words = pl.cdiv(step.S, 32) if budget > step.tuning.most_paired else None
@@ -443,8 +568,8 @@ def select_cells(
             cells.base,
             tables.by_query,
             codes,
-            cells.starts.reshape(step.R, *cells.starts.shape[2:]),
-            cells.order.reshape(step.R, step.S),
+            step.by_rows(cells.starts),
+            step.by_rows(cells.order),
             weights,
         ),
         Outputs(
@@ -457,6 +582,64 @@ def select_cells(
         ),
         programs=step.R * step.Q,
         in_place=("weights",),
+        state=("base", "codes", "starts", "order"),
+        layer=layer,
     )
-    outputs = backend.launch(what, num_warps=num_warps)
-    return Lists(outputs.indices, outputs.counts, outputs.weights)
+    return what, num_warps
+
+
+def attend_cells(
+    step: Step,
+    tables: Tables,
+    index: PQIndex,
+    after: Lengths,
+    query: Float[Array, "B T N H"],
+    caches: Caches,
+    logits: Logits,
+    known: Parts,
+    lengths: Array,
+    layer: Array | None,
+) -> Ended:
+    """Selects for one query token and attends to what is selected, in one kernel.
+
+    Args:
+      step: the step.
+      tables: look-up tables.
+      index: after the step.
+      after: the lengths after it.
+      query: the queries.
+      caches: keys and values, of all layers if there are any.
+      logits: how to make logits.
+      known: the parts of sink and window.
+      lengths: of all layers, in which those of this one are replaced.
+      layer: of index and caches.
+
+    Returns:
+      The output, and the lengths.
+
+    Source: CONTRACT.md, sections 3 and 4.
+    """
+    assert index.cells is not None
+    codes = step.by_rows(index.codes)
+    search, num_warps = search_launch(step, tables, codes, after, index.cells, None, layer)
+    scratch = dict.fromkeys(("indices", "counts", "bits", "bits_before"))
+    value_size = caches.value.shape[-1]
+    what = backend.Launch(
+        functools.partial(
+            cells_attend_kernel,
+            step=step,
+            sealing=index.cells.sealing,
+            num_warps=num_warps,
+            block=block_of(query.shape[3], value_size, step.tuning.attended_tile, step.tuning),
+        ),
+        AttendInputs(search.inputs, query, *caches, vectors(logits), known, lengths),
+        AttendOutputs(
+            search.outputs._replace(**scratch), *shapes_of_end(query, value_size, lengths)
+        ),
+        programs=search.programs,
+        in_place=("lengths",),
+        state=(*(f"search.{name}" for name in search.state), *Caches._fields, "lengths"),
+        layer=layer,
+    )
+    ended = backend.launch(what, num_warps=num_warps)
+    return Ended(ended.output, ended.lengths)

@@ -58,9 +58,10 @@ def _write_maxima(maxima_ref: Any, tile: Tile, ranks: list[Array], group: int) -
 def group_maxima(
     step: Step,
     tables: Tables,
-    codes: UInt8[Array, "R M S"],
+    codes: UInt8[Array, "*layers R M S"],
     lengths: Lengths,
     groups: tuple[int, ...],
+    layer: Array | None = None,
 ) -> tuple[Int32[Array, "R Q _"], ...]:
     """The largest rank of the candidates in every group of neighbours, for some sizes of groups.
 
@@ -70,6 +71,7 @@ def group_maxima(
       codes: of all tokens; only their low bits count.
       lengths: of the rows.
       groups: sizes of groups, powers of two that divide a block.
+      layer: of the codes, None where they have no axis of layers.
 
     Returns:
       For each size maxima of the groups that hold a candidate, and NOT_A_CANDIDATE for the others
@@ -85,5 +87,7 @@ def group_maxima(
         Inputs(lengths, tables.by_lane, codes),
         Outputs(tuple(shapes)),
         programs=step.R * share.lane_groups * share.parts,
+        state=("codes",),
+        layer=layer,
     )
     return backend.launch(what, num_warps=share.warps).maxima

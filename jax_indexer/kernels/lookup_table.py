@@ -77,7 +77,10 @@ def lookup_table_kernel(program, inputs: Inputs, tables: Tables, *, tuning: Tuni
 
 
 def tables_launch(
-    step: Step, query: Float[Array, "B T N H"], codebooks: Float[Array, "B K M C D_"]
+    step: Step,
+    query: Float[Array, "B T N H"],
+    codebooks: Float[Array, "*layers B K M C D_"],
+    layer: Array | None = None,
 ) -> backend.Launch:
     """The launch that makes `Tables` of all queries against the codebooks of their kv heads.
 
@@ -92,14 +95,14 @@ def tables_launch(
     groups = pl.cdiv(step.Q, lanes)
     return backend.Launch(
         functools.partial(lookup_table_kernel, tuning=step.tuning),
-        Inputs(
-            parts.reshape(step.R, *parts.shape[2:]), codebooks.reshape(step.R, *codebooks.shape[2:])
-        ),
+        Inputs(parts.reshape(step.R, *parts.shape[2:]), step.by_rows(codebooks)),
         Tables(
             jax.ShapeDtypeStruct((step.R, groups, entries, lanes), dtype),
             jax.ShapeDtypeStruct((step.R, step.Q, entries), dtype),
         ),
         programs=step.R * groups * config.num_subspaces,
+        state=("codebooks",),
+        layer=layer,
     )
 
 

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int32, Shaped
 
@@ -11,7 +12,8 @@ from jax_indexer.cells import seal
 from jax_indexer.config import Selector
 from jax_indexer.kernels import backend
 from jax_indexer.kernels.append import append_launch
-from jax_indexer.kernels.cells_select import select_cells
+from jax_indexer.kernels.attend import Middle, always_launch, launch_listed, write_launch
+from jax_indexer.kernels.cells_select import attend_cells, select_cells
 from jax_indexer.kernels.lookup_table import Tables, tables_launch
 from jax_indexer.kernels.output import Lists, weights_launch
 from jax_indexer.kernels.seal import seal_launch
@@ -19,26 +21,34 @@ from jax_indexer.kernels.step import Lengths, Step
 from jax_indexer.kernels.threshold import select_threshold
 from jax_indexer.kernels.top_k import select_top_k
 from jax_indexer.layout import by_query_head
-from jax_indexer.reference import Room
-from jax_indexer.state import MOST_NEW, PQIndex, Selection
+from jax_indexer.reference import Caches, Logits, make_room
+from jax_indexer.state import MOST_NEW, PQIndex, Selection, layer_of, put_layer
 
 
 def append_launches(
-    step: Step, key_new: Float[Array, "B _ _ H"], index: PQIndex, room: Room
+    step: Step,
+    key_new: Float[Array, "B _ _ H"],
+    index: PQIndex,
+    counts: Int32[Array, "B"] | None,
+    layer: Array | None = None,
 ) -> dict[str, backend.Launch]:
     """The launches that append: codes, and what falls due in cells for a few tokens."""
-    launches = {"codes": append_launch(step, key_new, index, room)}
+    launches = {"codes": append_launch(step, key_new, index, counts, layer)}
     if index.cells is not None and step.T <= MOST_NEW:
-        codes = backend.OutputOf("codes", "codes")
-        launches["cells"] = seal_launch(step, index.cells, room, codes)
+        before, codes = Lengths(index.lengths, counts), backend.OutputOf("codes", "codes")
+        launches["cells"] = seal_launch(step, index.cells, before, codes, layer)
     return launches
 
 
 def query_launches(
-    step: Step, query: Float[Array, "B T N H"], index: PQIndex, lengths: Lengths
+    step: Step,
+    query: Float[Array, "B T N H"],
+    index: PQIndex,
+    lengths: Lengths,
+    layer: Array | None = None,
 ) -> dict[str, backend.Launch]:
     """The launches that a selection begins with: tables, and weights if they are asked for."""
-    launches = {"tables": tables_launch(step, query, index.codebooks)}
+    launches = {"tables": tables_launch(step, query, index.codebooks, layer)}
     if step.weights_dtype is not None:
         launches["weights"] = weights_launch(step, lengths)
     return launches
@@ -50,30 +60,35 @@ def launched(step: Step, launches: Mapping[str, backend.Launch]) -> dict[str, An
 
 
 def appended(
-    step: Step, index: PQIndex, room: Room, lengths: Int32[Array, "B"], made: dict[str, Any]
-) -> PQIndex:
-    """The index after an append; cells of many tokens at once are sorted by XLA."""
-    codes, cells = made["codes"].codes.reshape(index.codes.shape), index.cells
+    step: Step, index: PQIndex, made: dict[str, Any], layer: Array | None = None
+) -> tuple[PQIndex, Lengths]:
+    """The index after an append, and its layer's lengths; XLA sorts cells of many new tokens."""
+    codes, after, cells = made["codes"].codes, made["codes"].after, index.cells
+    codes = codes.reshape(index.codes.shape)
     if "cells" in made:
         state = made["cells"]._asdict()
         assert cells is not None
         state = {name: x.reshape(getattr(cells, name).shape) for name, x in state.items()}
         cells = dataclasses.replace(cells, **state)
     elif cells is not None:
-        cells = seal(cells, codes, room.start + room.taken, room.taken > 0, step.config)
-    return dataclasses.replace(index, codes=codes, lengths=lengths, cells=cells)
+        one, its_codes, before = layer_of((cells, codes, index.lengths), layer)
+        has_grown = after.lengths > jnp.clip(before, 0, step.S)
+        one = seal(one, its_codes, after.lengths, has_grown, step.config)
+        cells = put_layer(cells, one, layer)
+    lengths = put_layer(index.lengths, after.lengths, layer)
+    return dataclasses.replace(index, codes=codes, lengths=lengths, cells=cells), after
 
 
 def launch_append(
     step: Step,
     key_new: Float[Array, "B _ _ H"],
     index: PQIndex,
-    room: Room,
-    lengths: Int32[Array, "B"],
+    counts: Int32[Array, "B"] | None,
+    layer: Array | None = None,
 ) -> PQIndex:
-    """What `reference.append_tokens` does, in one launch."""
-    made = launched(step, append_launches(step, key_new, index, room))
-    return appended(step, index, room, lengths, made)
+    """What `reference.append_tokens` does, in one launch, to one layer."""
+    made = launched(step, append_launches(step, key_new, index, counts, layer))
+    return appended(step, index, made, layer)[0]
 
 
 def launch_select(
@@ -82,11 +97,12 @@ def launch_select(
     index: PQIndex,
     counts: Int32[Array, "B"] | None,
     selector: Selector,
+    layer: Array | None = None,
 ) -> Selection:
-    """What `reference.select_tokens` does."""
-    lengths = Lengths(index.lengths, counts)
-    made = launched(step, query_launches(step, query, index, lengths))
-    return selected(step, made, index, lengths, selector)
+    """What `reference.select_tokens` does, in one layer."""
+    lengths = Lengths(layer_of(index.lengths, layer), counts)
+    made = launched(step, query_launches(step, query, index, lengths, layer))
+    return selected(step, made, index, lengths, selector, layer)
 
 
 def launch_step(
@@ -94,27 +110,81 @@ def launch_step(
     query: Float[Array, "B T N H"],
     key_new: Float[Array, "B _ _ H"],
     index: PQIndex,
-    room: Room,
-    lengths: Int32[Array, "B"],
     counts: Int32[Array, "B"] | None,
     selector: Selector,
+    layer: Array | None = None,
 ) -> tuple[Selection, PQIndex]:
     """Both, with all that does not depend on a selection in one launch."""
-    after = Lengths(lengths, counts)
     # The longest programs last: they would hold up what comes behind them.
-    others = append_launches(step, key_new, index, room)
+    others = append_launches(step, key_new, index, counts, layer)
     first = {"codes": others.pop("codes")}
-    made = launched(step, first | query_launches(step, query, index, after) | others)
-    index = appended(step, index, room, lengths, made)
-    return selected(step, made, index, after, selector), index
+    # Lengths after the step are known there only: for weights the compiler computes them too.
+    room, lengths = make_room(layer_of(index.lengths, layer), counts, step.T, step.S)
+    after = Lengths(lengths, None if counts is None else room.taken)
+    made = launched(step, first | query_launches(step, query, index, after, layer) | others)
+    index, after = appended(step, index, made, layer)
+    return selected(step, made, index, after, selector, layer), index
+
+
+def launch_decode(
+    step: Step,
+    query: Float[Array, "B T N H"],
+    new: Caches,
+    caches: Caches,
+    index: PQIndex,
+    counts: Int32[Array, "B"] | None,
+    logits: Logits,
+    selector: Selector,
+    layer: Array | None = None,
+) -> tuple[Float[Array, "B T N H_"], Caches, PQIndex]:
+    """What `reference.decode` does: the step's tokens into the caches, and attention over them.
+
+    What is always attended needs no selection: it goes beside what a selection begins with.
+    """
+    before = Lengths(index.lengths, counts)
+    others = append_launches(step, new.key, index, counts, layer)
+    written = Caches(*(backend.OutputOf("caches", field) for field in Caches._fields))
+    first = {
+        "caches": write_launch(step, new, caches, before, layer),
+        "always": always_launch(step, query, new, written, before, logits, layer),
+        "codes": others.pop("codes"),
+        "tables": tables_launch(step, query, index.codebooks, layer),
+    }
+    made = launched(step, first | others)
+    caches, always = made["caches"], made["always"]
+    lengths = index.lengths
+    index, after = appended(step, index, made, layer)
+    if selector == "cells" and step.num_middle <= step.tuning.attended_at_once:
+        assert index.cells is not None
+        ended = attend_cells(
+            step, made["tables"], index, after, query, caches, logits, always, lengths, layer
+        )
+    else:
+        indices = selected(step, made, index, after, selector, layer).indices
+        ended = launch_listed(
+            query,
+            caches,
+            indices,
+            logits,
+            layer,
+            step.kv_layout,
+            middle=Middle(step, after, always, lengths),
+            tuning=step.tuning,
+        )
+    return ended.output.out, caches, dataclasses.replace(index, lengths=ended.lengths)
 
 
 def selected(
-    step: Step, made: dict[str, Any], index: PQIndex, lengths: Lengths, selector: Selector
+    step: Step,
+    made: dict[str, Any],
+    index: PQIndex,
+    lengths: Lengths,
+    selector: Selector,
+    layer: Array | None = None,
 ) -> Selection:
     """Everything of a selection that follows the first launch."""
     weights = made["weights"].weights if "weights" in made else None
-    return from_tables(step, made["tables"], index, lengths, weights, selector)
+    return from_tables(step, made["tables"], index, lengths, weights, selector, layer)
 
 
 def from_tables(
@@ -124,16 +194,16 @@ def from_tables(
     lengths: Lengths,
     weights: Float[Array, "R Q S"] | None,
     selector: Selector,
+    layer: Array | None = None,
 ) -> Selection:
     """Everything of a selection that follows the tables."""
-    codes = index.codes.reshape(step.R, *index.codes.shape[2:])
-    arguments = step, tables, codes, lengths
+    arguments = step, tables, step.by_rows(index.codes), lengths
     if selector == "cells":
         assert index.cells is not None
-        lists = select_cells(*arguments, index.cells, weights)
+        lists = select_cells(*arguments, index.cells, weights, layer)
     else:
         lists = {"threshold": select_threshold, "top_k": select_top_k}[selector](
-            *arguments, weights
+            *arguments, weights, layer
         )
     return selection_of(step, lists)
 

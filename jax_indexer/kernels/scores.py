@@ -277,7 +277,11 @@ def score_kernel(program, inputs: Inputs, outputs: Outputs, *, step: Step, share
 
 
 def rankable_scores(
-    step: Step, tables: Tables, codes: UInt8[Array, "R M S"], lengths: Lengths
+    step: Step,
+    tables: Tables,
+    codes: UInt8[Array, "*layers R M S"],
+    lengths: Lengths,
+    layer: Array | None = None,
 ) -> Float[Array, "R Q S"]:
     """Scores of the candidates in the form that `rankable` gives them; -inf elsewhere.
 
@@ -289,5 +293,7 @@ def rankable_scores(
         Inputs(lengths, tables.by_lane, codes),
         Outputs(jax.ShapeDtypeStruct((step.R, step.Q, step.S), np.float32)),
         programs=step.R * share.lane_groups * share.parts,
+        state=("codes",),
+        layer=layer,
     )
     return backend.launch(what, num_warps=share.warps).scores

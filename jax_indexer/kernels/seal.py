@@ -10,8 +10,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 
 from jax_indexer.kernels import backend
-from jax_indexer.kernels.step import Step
-from jax_indexer.reference import Room
+from jax_indexer.kernels.step import Lengths, Step, room_in
 from jax_indexer.state import MOST_NEW, RATE, Cells, Progress, Sealing, progress, sealed_at
 
 # Tokens that are counted at once: all of a step.
@@ -30,7 +29,7 @@ class State(NamedTuple):
 class Inputs(NamedTuple):
     """What an append does, and the state before it, which is not read by these names."""
 
-    room: Room  # i32[B] each
+    before: Lengths  # the step
     base: Any  # i32[B]
     codes: Any  # u8[R, M, S]; tokens that are being appended are not read
     starts: Any
@@ -188,8 +187,8 @@ def seal_kernel(program, inputs: Inputs, outputs: State, *, step: Step, sealing:
     parts = parts_of(step, sealing)[1]
     kv_row, job = program // (1 + 2 * parts), program % (1 + 2 * parts)
     row = kv_row // step.K
-    before = inputs.room.start[row]
-    after = before + inputs.room.taken[row]
+    room, _ = room_in(step, inputs.before, row)
+    before, after = room.start, room.start + room.taken
     sealed = sealed_at(before, inputs.base[row], sealing, step.S)
     was = progress(before, sealed, sealing, step.S)
     now = progress(after, sealed, sealing, step.S)
@@ -225,25 +224,30 @@ def parts_of(step: Step, sealing: Sealing) -> tuple[int, int]:
     return at_once, sealing.block // at_once
 
 
-def seal_launch(step: Step, cells: Cells, room: Room, codes: backend.OutputOf) -> backend.Launch:
+def seal_launch(
+    step: Step, cells: Cells, before: Lengths, codes: backend.OutputOf, layer: Array | None = None
+) -> backend.Launch:
     """The launch that does what falls due in the cells for an append; see `cells.grow`.
 
     Args:
       step: of which at most MOST_NEW tokens are new.
       cells: the state before.
-      room: where the new tokens go.
+      before: lengths before the step, and how many tokens rows are to take.
       codes: the codes that a launch beside this one writes.
+      layer: of the state.
 
     Returns:
       A launch with outputs `State`, in the memory of the state before.
     """
     state = State(cells.starts, cells.order, cells.earlier, cells.ring)
-    state = State(*(x.reshape(step.R, *x.shape[2:]) for x in state))
+    state = State(*(step.by_rows(x) for x in state))
     parts = parts_of(step, cells.sealing)[1]
     return backend.Launch(
         functools.partial(seal_kernel, step=step, sealing=cells.sealing),
-        Inputs(room, cells.base, codes, *state),
+        Inputs(before, cells.base, codes, *state),
         State(*(jax.ShapeDtypeStruct(x.shape, np.int32) for x in state)),
         programs=step.R * (1 + 2 * parts),
         in_place=State._fields,
+        state=("before.lengths", "base", *State._fields),
+        layer=layer,
     )

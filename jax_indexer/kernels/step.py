@@ -6,11 +6,12 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jaxtyping import Int32
+from jaxtyping import Int32, Shaped
 
 from jax_indexer.config import IndexerConfig
 from jax_indexer.kernels.tuning import H100, Tuning
 from jax_indexer.layout import KVLayout
+from jax_indexer.reference import Room, make_room
 from jax_indexer.state import PQIndex
 
 
@@ -20,6 +21,7 @@ class Step:
 
     Attributes:
       config: what the index was built with.
+      layers: of the index, None where it has no axis of layers.
       B, K, S: of the index.
       T: tokens of the step, of the query and of the new keys.
       N: query heads.
@@ -32,6 +34,7 @@ class Step:
     B: int
     K: int
     S: int
+    layers: int | None = None
     T: int = 1
     N: int = 0
     kv_layout: KVLayout = "BSKH"
@@ -41,8 +44,13 @@ class Step:
     @classmethod
     def of(cls, index: PQIndex, config: IndexerConfig, **sizes: Any) -> "Step":
         """A step of this index."""
-        B, K, _, S = index.codes.shape
-        return cls(config=config, B=B, K=K, S=S, **sizes)
+        *layers, B, K, _, S = index.codes.shape
+        return cls(config=config, B=B, K=K, S=S, layers=layers[0] if layers else None, **sizes)
+
+    def by_rows(self, x: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
+        """An array of the state with axes B and K in one, behind that of layers if there is one."""
+        first = 0 if self.layers is None else 1
+        return x.reshape(*x.shape[:first], self.R, *x.shape[first + 2 :])
 
     @property
     def R(self) -> int:
@@ -65,13 +73,21 @@ class Step:
         return self.config.max_selected(self.T)
 
     @property
+    def num_middle(self) -> int:
+        """Entries of a list between the sink and the window, at the most."""
+        return self.P - self.config.sink_size - self.config.window_size
+
+    @property
     def budget(self) -> int:
         """Heavy tokens that a list can hold, 1 if it holds none: no array is empty."""
         return max(min(self.config.heavy_size, self.S), 1)
 
 
 class Lengths(NamedTuple):
-    """Of each row: i32[B] tokens in the cache, and i32[B] new tokens among them, None for T."""
+    """Of each row: i32[B] tokens in the cache, and i32[B] new tokens among them, None for T.
+
+    Before a step the new tokens are not among them, and `counts` is what is asked for.
+    """
 
     lengths: Any
     counts: Any
@@ -97,6 +113,14 @@ class QueryPlan(NamedTuple):
     num_heavy: Int32[Array, "*queries"]
     num_listed: Int32[Array, "*queries"]
 
+    def always(self, config: IndexerConfig) -> tuple[Array, Array]:
+        """How many of the first and of the last tokens are attended to whatever the scores are.
+
+        The entries of a list between these begin at `sink_size` if there are any.
+        """
+        num_first = jnp.minimum(config.sink_size, self.visible)
+        return num_first, jnp.minimum(config.window_size, self.visible - num_first)
+
     def always_attends(self, position: Array, config: IndexerConfig) -> Array:
         """Which positions are in the list whatever the scores are (rules 1 and 5)."""
         window = (position < self.visible) & (position >= self.visible - config.window_size)
@@ -108,11 +132,30 @@ def plan_query(
 ) -> QueryPlan:
     """Rules 1, 2, 4 and 5 of the contract for query token `token` of a kv row."""
     row = kv_row // step.K
-    length = jnp.minimum(jnp.maximum(lengths.lengths[row], 0), step.S)
-    if lengths.counts is None:
+    count = None if lengths.counts is None else lengths.counts[row]
+    return _plan(step, lengths.lengths[row], count, token)
+
+
+def room_in(step: Step, before: Lengths, row: Array) -> tuple[Room, Int32[Array, ""]]:
+    """Room for a row's new tokens, and its length after them."""
+    count = None if before.counts is None else before.counts[row]
+    return make_room(before.lengths[row], count, step.T, step.S)
+
+
+def plan_after(
+    step: Step, before: Lengths, kv_row: Array, token: Int32[Array, "*queries"] | int
+) -> QueryPlan:
+    """As `plan_query`, for the lengths after the step, from those before it."""
+    room, length = room_in(step, before, kv_row // step.K)
+    return _plan(step, length, None if before.counts is None else room.taken, token)
+
+
+def _plan(step: Step, length: Array, count: Array | None, token: Array | int) -> QueryPlan:
+    length = jnp.minimum(jnp.maximum(length, 0), step.S)
+    if count is None:
         visible = jnp.maximum(length - (step.T - 1 - token), 0)
     else:
-        count = jnp.minimum(jnp.maximum(lengths.counts[row], 0), step.T)
+        count = jnp.minimum(jnp.maximum(count, 0), step.T)
         visible = jnp.maximum(length - (count - 1 - token), 0)
         visible = jnp.where((token >= 0) & (token < count), visible, 0)
 

@@ -305,9 +305,10 @@ def threshold_select_kernel(
 def select_threshold(
     step: Step,
     tables: Tables,
-    codes: UInt8[Array, "R M S"],
+    codes: UInt8[Array, "*layers R M S"],
     lengths: Lengths,
     weights: Float[Array, "R Q S"] | None,
+    layer: Array | None = None,
 ) -> Lists:
     """Everything of a selection that follows the tables, in two kernels.
 
@@ -317,6 +318,7 @@ def select_threshold(
       codes: of all tokens; only their low bits count.
       lengths: of the rows.
       weights: begun by `weights_launch`, or None; written in place.
+      layer: of the codes, None where they have no axis of layers.
 
     Returns:
       Lists, counts, and weights or None.
@@ -324,7 +326,7 @@ def select_threshold(
     Source: CONTRACT.md, section 3.
     """
     groups = group_sizes(step.S, step.budget, step.tuning)
-    maxima = group_maxima(step, tables, codes, lengths, groups)
+    maxima = group_maxima(step, tables, codes, lengths, groups, layer)
     num_warps = step.tuning.warps_for_groups(maxima[0].shape[2], step.R * step.Q)
     # Rows of scratch start at a multiple of 16 bytes, or threads would hold scattered numbers.
     most_chosen = pl.cdiv(step.budget + slack_of(step.budget), 16) * 16
@@ -346,6 +348,8 @@ def select_threshold(
         ),
         programs=step.R * step.Q,
         in_place=("weights",),
+        state=("codes",),
+        layer=layer,
     )
     outputs = backend.launch(what, num_warps=num_warps)
     return Lists(outputs.indices, outputs.counts, outputs.weights)

@@ -21,9 +21,10 @@ UNSTABLE = {"is_stable": False} if "is_stable" in inspect.signature(lax.top_k).p
 def select_top_k(
     step: Step,
     tables: Tables,
-    codes: UInt8[Array, "R M S"],
+    codes: UInt8[Array, "*layers R M S"],
     lengths: Lengths,
     weights: Float[Array, "R Q S"] | None,
+    layer: Array | None = None,
 ) -> Lists:
     """Everything of a selection that follows the tables, around a library's top-k.
 
@@ -31,7 +32,7 @@ def select_top_k(
 
     Source: CONTRACT.md, section 3.
     """
-    scores = rankable_scores(step, tables, codes, lengths)
+    scores = rankable_scores(step, tables, codes, lengths, layer)
     if step.config.heavy_size:
         cut, _ = lax.top_k(scores, step.budget, **UNSTABLE)
     else:

@@ -47,6 +47,11 @@ class Tuning:
       weights_block: positions whose weights a program writes.
       starts_at_once, filled_at_once, moved_at_once: starts of cells that are added up at once,
         tokens that are put into lists, entries of a block that a program moves.
+      attended_tile, always_tile, most_attended: elements of the keys or values that a program
+        attends to, for one query head and for those that share them, and the most tokens. The bits
+        of an output depend on them.
+      attended_at_once: tokens that a program attends to behind its own search, at the most.
+      attended_warps, merged_warps: of programs that attend to a block of a list, that merge.
       tokens_per_part, sums_block: k-means: tokens that one program sums, and sums that one adds
         up. The bits of a codebook depend on the first, and memory: C / 4096 floats for each
         dimension of a key.
@@ -76,6 +81,12 @@ class Tuning:
     starts_at_once: int = 1024
     filled_at_once: int = 512
     moved_at_once: int = 256
+    attended_tile: int = 16384
+    always_tile: int = 8192
+    most_attended: int = 128
+    attended_at_once: int = 256
+    attended_warps: int = 8
+    merged_warps: int = 4
     tokens_per_part: int = 4096
     sums_block: int = 1024
 

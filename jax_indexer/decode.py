@@ -1,0 +1,317 @@
+"""decode_attention: a whole attention layer's decode step, and the life of its cache."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jaxtyping import Bool, Float, Int32
+
+from jax_indexer import _arguments, reference
+from jax_indexer.attend import logits_of
+from jax_indexer.config import (
+    FLOAT_DTYPES,
+    Implementation,
+    IndexerConfig,
+    Selector,
+    default_selector,
+)
+from jax_indexer.index import build_index, empty_index, rebuild
+from jax_indexer.kernels import backend, pipeline
+from jax_indexer.kernels.step import Step
+from jax_indexer.layout import KVLayout, key_letters, token_axis
+from jax_indexer.reference import Caches, Logits
+from jax_indexer.sharding import Shard, by_shards
+from jax_indexer.state import DecodeCache, PQIndex, layer_of
+
+
+def decode_attention(
+    query: Float[Array, "B T N H"],
+    key_new: Float[Array, "B _ _ H"],
+    value_new: Float[Array, "B _ _ H'"],
+    cache: DecodeCache,
+    config: IndexerConfig,
+    *,
+    counts: Int32[Array, "B"] | None = None,
+    layer: int | Int32[Array, ""] | None = None,
+    scale: float | Array | None = None,
+    logits_soft_cap: float | Array | None = None,
+    implementation: Implementation | None = None,
+    selector: Selector | None = None,
+    kv_layout: KVLayout = "BSKH",
+) -> tuple[Float[Array, "B T N H'"], DecodeCache]:
+    """A whole attention layer of a decode step.
+
+    Each row's new keys and values are written at its length, their codes appended, tokens selected
+    for its queries and attended to. A row takes all of its new tokens or none: one that would pass
+    the capacity keeps its cache, and its unchanged length is the report.
+
+    Args:
+      query: float32, bfloat16 or float16, the step's query tokens.
+      key_new: [B, T, K, H] ("BSKH") or [B, K, T, H] ("BKSH"), their keys, in the cache's dtype.
+      value_new: likewise, their values, with the head dimension H' of the cache's values.
+      cache: before the step; donate it, or carry it through a scan, to have it updated in place.
+      config: what the index was built with.
+      counts: int32[B], how many of the T tokens each row takes, as in `indexer_next`; the output of
+        query tokens that are padding is 0. None for T.
+      layer: which layer of the cache, clipped to those there are, where its arrays have an axis of
+        layers in front; None where they have none.
+      scale: of the logits; None for H**-0.5.
+      logits_soft_cap: logits become cap * tanh(logit / cap); None for as they are.
+      implementation: "triton", "xla", or None: Triton on an NVIDIA GPU where it supports the
+        case, else XLA.
+      selector: as in `select`.
+      kv_layout: order of the token and head axes of new and cached keys and values.
+
+    Returns:
+      [B, T, N, H'] in the query's dtype, computed in float32, and the cache after the step. No
+      gradients flow through it: `sparse_attention` is for that.
+
+    Raises:
+      ValueError: for arguments of wrong type, shape or dtype, before anything is updated.
+      NotImplementedError: for an implementation or a selector that is not there.
+
+    Source: CONTRACT.md, section 4.
+    """
+    _arguments.check_decode(query, key_new, value_new, cache, kv_layout, layer)
+    index = cache.index
+    _arguments.check_append(index, key_new, config, counts, layer, kv_layout, implementation)
+    _arguments.check_select(query, index, config, counts, layer, False, implementation, selector)
+    _arguments.check_implementation(implementation, cache)
+    return _decode(
+        query,
+        key_new,
+        value_new,
+        cache,
+        counts,
+        logits_of(scale, logits_soft_cap, query.shape[3]),
+        _arguments.check_layer(layer),
+        config=config,
+        implementation=implementation,
+        selector=selector,
+        kv_layout=kv_layout,
+    )
+
+
+@functools.partial(
+    backend.jit, static_argnames=("config", "implementation", "selector", "kv_layout")
+)
+def _decode(
+    query: Array,
+    key_new: Array,
+    value_new: Array,
+    cache: DecodeCache,
+    counts: Array | None,
+    logits: Logits,
+    layer: Array | None,
+    *,
+    config: IndexerConfig,
+    implementation: Implementation | None,
+    selector: Selector | None,
+    kv_layout: KVLayout,
+) -> tuple[Array, DecodeCache]:
+    def on_shard(
+        shard: Shard, query, key_new, value_new, key, value, index, counts, scale, soft_cap, layer
+    ) -> tuple[Array, Array, Array, PQIndex]:
+        del shard
+        T, N = query.shape[1:3]
+        step = Step.of(index, config, T=T, N=N, kv_layout=kv_layout)
+        chosen = selector or default_selector(config, step.S, T)
+
+        def xla(query, new, caches, index, counts, logits, layer):
+            before = layer_of(index.lengths, layer)
+            room, lengths = reference.make_room(before, counts, T, step.S)
+            taken = None if counts is None else room.taken
+            return reference.decode(
+                query,
+                new,
+                caches,
+                index,
+                room,
+                lengths,
+                taken,
+                logits,
+                config,
+                kv_layout,
+                layer,
+            )
+
+        def triton(query, new, caches, index, counts, logits, layer):
+            return pipeline.launch_decode(
+                step, query, new, caches, index, counts, logits, chosen, layer
+            )
+
+        new, caches = Caches(key_new, value_new), Caches(key, value)
+        logits = Logits(scale.astype(jnp.float32), soft_cap)
+        arguments = query, new, caches, index, counts, logits, layer
+        out, caches, index = backend.dispatch(
+            xla, triton, *arguments, implementation=implementation
+        )
+        return out, *caches, index
+
+    of_cache = key_letters(kv_layout), key_letters(kv_layout, head="H'")
+    soft_cap = logits.soft_cap
+    out, key, value, index = by_shards(
+        on_shard,
+        results=("B T N H'", *of_cache, None),
+        query=("B T N H", query),
+        key_new=(key_letters(kv_layout, "T"), key_new),
+        value_new=(key_letters(kv_layout, "T", "H'"), value_new),
+        key=(of_cache[0], cache.key),
+        value=(of_cache[1], cache.value),
+        index=(None, cache.index),
+        counts=("B", counts),
+        scale=("", logits.scale),
+        logits_soft_cap=("", None if soft_cap is None else soft_cap.astype(jnp.float32)),
+        layer=("", layer),
+    )
+    return out, DecodeCache(key, value, index)
+
+
+def empty_cache(
+    config: IndexerConfig,
+    batch: int,
+    capacity: int,
+    kv_heads: int,
+    head_dim: int,
+    *,
+    value_head_dim: int | None = None,
+    dtype: Any = jnp.bfloat16,
+    layers: int | None = None,
+    kv_layout: KVLayout = "BSKH",
+) -> DecodeCache:
+    """A cache without tokens, with all the state that the config needs; `prefill` puts prompts in.
+
+    Its codebooks are zeros: tokens may be appended, but `prefill` or `rebuild` must train before
+    their scores mean anything.
+
+    Args:
+      config: static parameters.
+      batch: B, rows.
+      capacity: S, tokens of a row.
+      kv_heads: K.
+      head_dim: H.
+      value_head_dim: H', of the values; None for H.
+      dtype: of keys and values: float32, bfloat16 or float16.
+      layers: how many layers share the arrays, along an axis in front of all of them; None for one
+        layer without such an axis.
+      kv_layout: order of the token and head axes of keys and values.
+
+    Returns:
+      A DecodeCache.
+
+    Raises:
+      ValueError: for a size or dtype that is none.
+
+    Source: CONTRACT.md, section 4.
+    """
+    _arguments.check_config(config)
+    _arguments.check_choice("kv_layout", kv_layout, ("BSKH", "BKSH"))
+    sizes = _arguments.check_sizes(
+        batch=batch,
+        capacity=capacity,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        value_head_dim=head_dim if value_head_dim is None else value_head_dim,
+        layers=1 if layers is None else layers,
+    )
+    try:
+        dtype = np.dtype(dtype)
+    except TypeError:
+        dtype = None
+    if dtype not in FLOAT_DTYPES:
+        raise ValueError(
+            f"dtype: expected float32, bfloat16 or float16, got {dtype}; use jnp.bfloat16"
+        )
+    B, S, K, H, of_value = (
+        sizes[name] for name in ("batch", "capacity", "kv_heads", "head_dim", "value_head_dim")
+    )
+    if H % config.num_subspaces:
+        raise ValueError(
+            f"head_dim: expected a number divisible by num_subspaces={config.num_subspaces}, "
+            f"got {H}; choose num_subspaces among its divisors"
+        )
+
+    def cache(head_dim: int) -> Array:
+        shape = (B, S, K, head_dim) if kv_layout == "BSKH" else (B, K, S, head_dim)
+        return jnp.zeros(shape, dtype)
+
+    def empty() -> DecodeCache:
+        one = DecodeCache(cache(H), cache(of_value), empty_index(config, B, S, K, H))
+        if layers is None:
+            return one
+        return jax.tree.map(lambda x: jnp.broadcast_to(x, (layers, *x.shape)), one)
+
+    return jax.jit(empty)()
+
+
+def prefill(
+    key: Float[Array, "B _ _ H"],
+    value: Float[Array, "B _ _ H'"],
+    lengths: Int32[Array, "B"],
+    config: IndexerConfig,
+    *,
+    cache: DecodeCache | None = None,
+    rows: Bool[Array, "B"] | None = None,
+    layer: int | Int32[Array, ""] | None = None,
+    seed: int = 0,
+    kv_layout: KVLayout = "BSKH",
+    implementation: Implementation | None = None,
+) -> DecodeCache:
+    """Puts prompts into a cache: their keys and values, codebooks trained on them, their codes.
+
+    Args:
+      key: [B, s, K, H] ("BSKH") or [B, K, s, H] ("BKSH"), keys of prompts of up to s tokens, in the
+        cache's dtype; what lies past a row's length is garbage.
+      value: likewise, their values.
+      lengths: int32[B], tokens of each row's prompt; clipped to 0..s.
+      config: static parameters.
+      cache: what the prompts go into, of a capacity of s or more; donate it to have it updated in
+        place. None to make `key` and `value` themselves the cache, with room for s tokens.
+      rows: bool[B], the rows that get a prompt; the others keep what they have. None for all.
+      layer: which layer of the cache, clipped to those there are, where its arrays have an axis of
+        layers in front; None where they have none.
+      seed: of the random numbers of training.
+      kv_layout: order of the token and head axes of keys and values.
+      implementation: "triton", "xla", or None: Triton on an NVIDIA GPU where it supports the
+        case, else XLA.
+
+    Returns:
+      A DecodeCache, with the index that `build_index` makes of each row that got a prompt.
+
+    Raises:
+      ValueError: for arguments of wrong type, shape or dtype, before anything is updated.
+      NotImplementedError: for an implementation that is not there.
+
+    Source: CONTRACT.md, section 4.
+    """
+    _arguments.check_prefill(key, value, lengths, config, cache, rows, layer, kv_layout)
+    options = {"seed": seed, "kv_layout": kv_layout, "implementation": implementation}
+    if cache is None:
+        return DecodeCache(key, value, build_index(key, lengths, config, **options))
+    layer = _arguments.check_layer(layer)
+    if rows is None:
+        rows = jnp.ones(lengths.shape, bool)
+    caches = _put_prompts(Caches(cache.key, cache.value), Caches(key, value), rows, layer)
+    lengths = jnp.clip(lengths, 0, key.shape[token_axis(kv_layout)])
+    index = rebuild(cache.index, caches.key, config, rows, lengths=lengths, layer=layer, **options)
+    return DecodeCache(*caches, index)
+
+
+@jax.jit
+def _put_prompts(caches: Caches, prompts: Caches, rows: Array, layer: Array | None) -> Caches:
+    """The caches with prompts at the start of some rows of a layer."""
+
+    def put(cache: Array, prompt: Array) -> Array:
+        start = [jnp.int32(0)] * cache.ndim
+        size = prompt.shape
+        if layer is not None:
+            start[0] = jnp.clip(layer, 0, cache.shape[0] - 1)
+            size = (1, *size)
+        old = lax.dynamic_slice(cache, start, size).reshape(prompt.shape)
+        new = jnp.where(jnp.expand_dims(rows, (1, 2, 3)), prompt, old)
+        return lax.dynamic_update_slice(cache, new.reshape(size), start)
+
+    return Caches(put(caches.key, prompts.key), put(caches.value, prompts.value))

@@ -1,0 +1,544 @@
+"""Attention over listed tokens: parts of a list side by side, then merged.
+
+A program attends to one block of tokens and leaves what softmax needs of it: the largest logit, the
+sum of the exponentials relative to it, and the values weighted by them. How tokens are cut into
+blocks depends on the length of lists and the head dimensions alone, and parts are merged in their
+order, so the bits of a row do not depend on the batch.
+
+Query heads that share a kv head list different tokens, so each has a program that multiplies
+element by element. Sink and window they have in common: these are read once, for all of them, and
+multiplied by tensor cores.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jax.experimental import pallas as pl
+from jaxtyping import Float, Int32
+
+from jax_indexer.kernels import backend
+from jax_indexer.kernels.step import Lengths, Step, plan_after, plan_query, room_in
+from jax_indexer.kernels.tuning import H100, Tuning
+from jax_indexer.layout import KVLayout, head_axis, power_of_2_from, token_axis
+from jax_indexer.reference import Caches, Logits
+
+# Queries that share what they attend to, at the most: what a tensor core takes at the least.
+ROWS = 16
+# Parts that are merged at once.
+MERGED_AT_ONCE = 16
+
+
+class Parts(NamedTuple):
+    """What is known of each part of a softmax.
+
+    Attributes:
+      largest: f32[B, T, N, parts], the largest logit.
+      total: likewise, the sum of exp(logit - largest).
+      values: f32[B, T, N, parts, H'], values with these weights.
+    """
+
+    largest: Any
+    total: Any
+    values: Any
+
+
+class Output(NamedTuple):
+    """[B, T, N, H'], and f32[B, T, N]: the log of the sum of exponentials."""
+
+    out: Any
+    lse: Any
+
+
+class Softmax(NamedTuple):
+    """A part of one query, or of several, in registers: f32[] and f32[H'], or f32[16] and so on."""
+
+    largest: Array
+    total: Array
+    values: Array
+
+
+def padded(head_dim: int) -> int:
+    """Elements that a key or value takes in registers."""
+    return max(power_of_2_from(head_dim), ROWS)
+
+
+def block_of(key_size: int, value_size: int, tile: int, tuning: Tuning) -> int:
+    """Tokens that a program attends to at once, which depends on the head dimensions alone."""
+    tokens = tile // padded(max(key_size, value_size))
+    return min(max(tokens, ROWS), tuning.most_attended)
+
+
+def read_rows(
+    cache: Any, kv_layout: KVLayout, row: Array, kv_head: Array, token: Array, wanted: Array
+) -> Float[Array, "block H"]:
+    """Some tokens' keys or values; 0 for those that are not wanted."""
+    size = cache.shape[3]
+    d = jnp.arange(padded(size), dtype=jnp.int32)[None, :]
+    mask = jnp.broadcast_to(wanted[:, None] & (d < size), (wanted.shape[0], d.size))
+    place = (token[:, None], kv_head) if kv_layout == "BSKH" else (kv_head, token[:, None])
+    return backend.load(cache.at[(row, *place, d)], mask=mask, other=0)
+
+
+def read_query(query: Any, row: Array, token: Array, head: Array) -> Float[Array, "H"]:
+    """One query, as float32."""
+    size = query.shape[3]
+    d = jnp.arange(padded(size), dtype=jnp.int32)
+    found = backend.load(query.at[row, token, head, d], mask=d < size, other=0)
+    return found.astype(jnp.float32)
+
+
+def read_logits(logits: Logits) -> Logits:
+    """Scale and cap, read before all that waits for memory: what is read later waits again."""
+    return jax.tree.map(lambda ref: ref[0], logits)
+
+
+def _logits(products: Array, live: Array, logits: Logits) -> Array:
+    products = products * logits.scale
+    if logits.soft_cap is not None:
+        products = logits.soft_cap * jnp.tanh(products / logits.soft_cap)
+    return jnp.where(live, products, -jnp.inf)
+
+
+def _finite(largest: Array) -> Array:
+    """What to subtract from logits: where none is above -inf, nothing."""
+    return jnp.where(largest == -jnp.inf, 0, largest)
+
+
+def attend(
+    query: Float[Array, "H"],
+    key: Float[Array, "block H"],
+    value: Float[Array, "block H_"],
+    live: Array,
+    logits: Logits,
+) -> Softmax:
+    """Softmax of one query over a block of tokens, of those that are live."""
+    products = jnp.sum(key.astype(jnp.float32) * query[None, :], axis=1)
+    logit = _logits(products, live, logits)
+    largest = jnp.max(logit)
+    weight = jnp.where(live, jnp.exp(logit - _finite(largest)), 0)
+    values = jnp.sum(weight[:, None] * value.astype(jnp.float32), axis=0)
+    return Softmax(largest, jnp.sum(weight), values)
+
+
+def attend_together(
+    query: Float[Array, "16 H"],
+    key: Float[Array, "block H"],
+    value: Float[Array, "block H_"],
+    live: Array,
+    logits: Logits,
+) -> Softmax:
+    """Softmax of several queries over a block of tokens, of those that are live."""
+    if len({query.dtype, key.dtype, value.dtype}) > 1 or query.dtype == jnp.float32:
+        query, key, value = (x.astype(jnp.float32) for x in (query, key, value))
+    multiply = functools.partial(
+        lax.dot_general,
+        precision=lax.Precision.HIGHEST if query.dtype == jnp.float32 else None,
+        preferred_element_type=jnp.float32,
+    )
+    logit = _logits(multiply(query, key, (((1,), (1,)), ((), ()))), live[None, :], logits)
+    largest = jnp.max(logit, axis=1)
+    weight = jnp.where(live[None, :], jnp.exp(logit - _finite(largest)[:, None]), 0)
+    # Tensor cores take weights of the values' dtype: in two parts these are good to float32.
+    high = weight.astype(value.dtype)
+    values = multiply(high, value, (((1,), (0,)), ((), ())))
+    if value.dtype != jnp.float32:
+        low = (weight - high.astype(jnp.float32)).astype(value.dtype)
+        values += multiply(low, value, (((1,), (0,)), ((), ())))
+    return Softmax(largest, jnp.sum(weight, axis=1), values)
+
+
+def merge_two(one: Softmax, other: Softmax) -> Softmax:
+    """Two parts of one query in one."""
+    largest = jnp.maximum(one.largest, other.largest)
+    of_one, of_other = (jnp.exp(x.largest - _finite(largest)) for x in (one, other))
+    return Softmax(
+        largest,
+        one.total * of_one + other.total * of_other,
+        one.values * of_one + other.values * of_other,
+    )
+
+
+def read_queries(
+    query: Any, row: Array, token: Array, head: Array, num_heads: int
+) -> Float[Array, "16 H"]:
+    """Queries of some heads from `head` on, and zeros behind them."""
+    size = query.shape[3]
+    number = jnp.arange(ROWS, dtype=jnp.int32)
+    exists = number < num_heads
+    heads = (head + jnp.where(exists, number, 0))[:, None]
+    d = jnp.arange(padded(size), dtype=jnp.int32)[None, :]
+    mask = jnp.broadcast_to(exists[:, None] & (d < size), (ROWS, d.size))
+    return backend.load(query.at[row, token, heads, d], mask=mask, other=0)
+
+
+def write_parts(
+    parts: Parts,
+    row: Array,
+    token: Array,
+    head: Array,
+    num_heads: int,
+    part: Array,
+    found: Softmax,
+) -> None:
+    """Writes a part of some heads from `head` on."""
+    number = jnp.arange(ROWS, dtype=jnp.int32)
+    exists = number < num_heads
+    # What is not written lies outside: the interpreter writes back what it read there.
+    heads = jnp.where(exists, head + number, parts.largest.shape[2])
+    backend.store(parts.largest.at[row, token, heads, part], found.largest, mask=exists)
+    backend.store(parts.total.at[row, token, heads, part], found.total, mask=exists)
+    d = jnp.arange(found.values.shape[1], dtype=jnp.int32)[None, :]
+    mask = jnp.broadcast_to(exists[:, None] & (d < parts.values.shape[4]), found.values.shape)
+    backend.store(parts.values.at[row, token, heads[:, None], part, d], found.values, mask=mask)
+
+
+def read_parts(parts: Parts, row: Array, token: Array, head: Array) -> Softmax:
+    """All parts of a query in one, in their order."""
+    num_parts, size = parts.values.shape[3:]
+    at_once = min(power_of_2_from(num_parts), MERGED_AT_ONCE)
+    d = jnp.arange(padded(size), dtype=jnp.int32)
+
+    def read(i) -> Softmax:
+        part = i * at_once + jnp.arange(at_once, dtype=jnp.int32)
+        exists = part < num_parts
+        at = row, token, head, part
+        largest_of = backend.load(parts.largest.at[at], mask=exists, other=-jnp.inf)
+        total_of = backend.load(parts.total.at[at], mask=exists, other=0)
+        values_of = backend.load(
+            parts.values.at[row, token, head, part[:, None], d[None, :]],
+            mask=exists[:, None] & (d < size)[None, :],
+            other=0,
+        )
+        largest = jnp.max(largest_of)
+        weight = jnp.where(exists, jnp.exp(largest_of - _finite(largest)), 0)
+        values = jnp.sum(values_of * weight[:, None], axis=0)
+        return Softmax(largest, jnp.sum(total_of * weight), values)
+
+    if at_once >= num_parts:
+        return read(0)
+    turns = pl.cdiv(num_parts, at_once)
+    return lax.fori_loop(1, turns, lambda i, so_far: merge_two(so_far, read(i)), read(0))
+
+
+def write_output(output: Output, row: Array, token: Array, head: Array, found: Softmax) -> None:
+    """Writes the attention of one query: zeros if it attends to nothing."""
+    d = jnp.arange(found.values.shape[0], dtype=jnp.int32)
+    total = jnp.where(found.total == 0, 1, found.total)
+    values = (found.values / total).astype(output.out.dtype)
+    backend.store(output.out.at[row, token, head, d], values, mask=d < output.out.shape[3])
+    lse = _finite(found.largest) + jnp.log(total)
+    output.lse[row, token, head] = jnp.where(found.total == 0, -jnp.inf, lse)
+
+
+# What is listed for each query head
+
+
+class ListedInputs(NamedTuple):
+    """Lists i32[B, T, N, P]; what is no position of the caches is left out."""
+
+    query: Any  # [B, T, N, H]
+    key: Any
+    value: Any
+    indices: Any
+    logits: Logits
+    after: Lengths | None  # the step that made the lists
+
+
+def listed_kernel(
+    program,
+    inputs: ListedInputs,
+    parts: Parts,
+    *,
+    kv_layout: KVLayout,
+    block: int,
+    step: Step | None,
+):
+    """A block of the list of one query head, or of its middle for the lists of a step."""
+    _, num_tokens, num_heads, list_size = inputs.indices.shape
+    kv_heads = inputs.key.shape[head_axis(kv_layout)]
+    num_parts = parts.largest.shape[3]
+    part, head = program % num_parts, program // num_parts % num_heads
+    token = program // (num_parts * num_heads) % num_tokens
+    row = program // (num_parts * num_heads * num_tokens)
+    kv_head = head // (num_heads // kv_heads)
+
+    logits = read_logits(inputs.logits)
+    slot = part * block + jnp.arange(block, dtype=jnp.int32)
+    entry = slot if step is None else step.config.sink_size + slot
+    exists = entry < list_size
+    at = inputs.indices.at[row, token, head, jnp.where(exists, entry, 0)]
+    position = backend.load(at, mask=exists, other=-1)
+    query = read_query(inputs.query, row, token, head)
+    if step is not None:
+        assert inputs.after is not None
+        plan = plan_query(step, inputs.after, row * kv_heads + kv_head, token)
+        exists &= slot < plan.num_listed - sum(plan.always(step.config))
+    live = exists & (position >= 0) & (position < inputs.key.shape[token_axis(kv_layout)])
+    position = jnp.where(live, position, 0)
+    key, value = (
+        read_rows(cache, kv_layout, row, kv_head, position, live)
+        for cache in (inputs.key, inputs.value)
+    )
+    found = attend(query, key, value, live, logits)
+    d = jnp.arange(found.values.shape[0], dtype=jnp.int32)
+    mask = d < parts.values.shape[4]
+    backend.store(parts.values.at[row, token, head, part, d], found.values, mask=mask)
+    parts.largest[row, token, head, part] = found.largest
+    parts.total[row, token, head, part] = found.total
+
+
+class MergeInputs(NamedTuple):
+    """Parts, in the order they are added, and what a step leaves to its last kernel."""
+
+    parts: tuple[Parts, ...]
+    after: Lengths | None
+    lengths: Any  # not read
+
+
+class Ended(NamedTuple):
+    """An output, and i32[B] lengths in the memory of those before a step, if it is one."""
+
+    output: Output
+    lengths: Any
+
+
+def write_length(after: Lengths | None, lengths: Any, row: Array, is_first: Array) -> None:
+    """A step's first kernel reads what its last one replaces."""
+    if after is not None:
+
+        @pl.when(is_first)
+        def _():
+            lengths[row] = after.lengths[row]
+
+
+def merge_kernel(program, inputs: MergeInputs, outputs: Ended):
+    _, num_tokens, num_heads, _ = outputs.output.out.shape
+    head, token = program % num_heads, program // num_heads % num_tokens
+    row = program // (num_heads * num_tokens)
+    found = [read_parts(parts, row, token, head) for parts in inputs.parts]
+    write_output(outputs.output, row, token, head, functools.reduce(merge_two, found))
+    write_length(inputs.after, outputs.lengths, row, (token == 0) & (head == 0))
+
+
+# What a decode step does beside its append
+
+
+class WriteInputs(NamedTuple):
+    """Keys and values of the step's tokens, and the caches, which are not read."""
+
+    before: Lengths  # the step
+    key_new: Any  # [B, T, K, H], or head-major
+    value_new: Any
+    key: Any
+    value: Any
+
+
+def write_kernel(program, inputs: WriteInputs, outputs: Caches, *, step: Step):
+    """One new token of one kv head goes into the caches, if its row takes it."""
+    token, kv_head = program % step.T, program // step.T % step.K
+    row = program // (step.T * step.K)
+    room, _ = room_in(step, inputs.before, row)
+
+    @pl.when(token < room.taken)
+    def _():
+        for new, cache in ((inputs.key_new, outputs.key), (inputs.value_new, outputs.value)):
+            size = cache.shape[3]
+            d = jnp.arange(power_of_2_from(size), dtype=jnp.int32)
+            of_new, of_cache = (
+                (x, kv_head) if step.kv_layout == "BSKH" else (kv_head, x)
+                for x in (token, room.start + token)
+            )
+            found = backend.load(new.at[(row, *of_new, d)], mask=d < size, other=0)
+            backend.store(cache.at[(row, *of_cache, d)], found, mask=d < size)
+
+
+class AlwaysInputs(NamedTuple):
+    """What is always attended lies in the caches; the step's own tokens are read from `*_new`."""
+
+    before: Lengths  # the step
+    query: Any
+    key_new: Any
+    value_new: Any
+    key: Any
+    value: Any
+    logits: Logits
+
+
+def always_kernel(program, inputs: AlwaysInputs, parts: Parts, *, step: Step, block: int):
+    """A block of sink and window, for query heads that share them, of one query token."""
+    num_parts, together = parts.largest.shape[3], sharing(step.G)
+    groups = step.N // together
+    part, group = program % num_parts, program // num_parts % groups
+    token = program // (num_parts * groups) % step.T
+    row, head = program // (num_parts * groups * step.T), group * together
+    kv_head = head // step.G
+
+    logits = read_logits(inputs.logits)
+    query = read_queries(inputs.query, row, token, head, together)
+
+    plan = plan_after(step, inputs.before, row * step.K + kv_head, token)
+    num_first, num_last = plan.always(step.config)
+    slot = part * block + jnp.arange(block, dtype=jnp.int32)
+    live = slot < num_first + num_last
+    position = jnp.where(slot < num_first, slot, plan.visible - (num_first + num_last) + slot)
+    position = jnp.where(live, position, 0)
+    room, _ = room_in(step, inputs.before, row)
+    new = position - room.start
+    is_new = live & (new >= 0) & (new < room.taken)
+    new = jnp.where(is_new, new, 0)
+
+    def read(cache, new_ones):
+        old = read_rows(cache, step.kv_layout, row, kv_head, position, live & ~is_new)
+        own = read_rows(new_ones, step.kv_layout, row, kv_head, new, is_new)
+        return jnp.where(is_new[:, None], own, old)
+
+    key, value = read(inputs.key, inputs.key_new), read(inputs.value, inputs.value_new)
+    found = attend_together(query, key, value, live, logits)
+    write_parts(parts, row, token, head, together, part, found)
+
+
+def sharing(group: int) -> int:
+    """How many of the query heads of a kv head are attended for together."""
+    return max(number for number in range(1, ROWS + 1) if group % number == 0)
+
+
+# Launches
+
+
+def vectors(logits: Logits) -> Logits:
+    """Scalars as kernels take them."""
+    return jax.tree.map(lambda x: x.reshape(1), logits)
+
+
+def shapes_of_parts(query: Any, value_size: int, num_parts: int) -> Parts:
+    """The outputs of a launch that attends in parts."""
+    of_part = *query.shape[:3], num_parts
+    return Parts(
+        jax.ShapeDtypeStruct(of_part, np.float32),
+        jax.ShapeDtypeStruct(of_part, np.float32),
+        jax.ShapeDtypeStruct((*of_part, value_size), np.float32),
+    )
+
+
+def shapes_of_end(query: Any, value_size: int, lengths: Any) -> Ended:
+    """The outputs of a launch that ends an attention, and a step if there are lengths."""
+    out = jax.ShapeDtypeStruct((*query.shape[:3], value_size), query.dtype)
+    output = Output(out, jax.ShapeDtypeStruct(query.shape[:3], np.float32))
+    lengths = None if lengths is None else jax.ShapeDtypeStruct(lengths.shape, np.int32)
+    return Ended(output, lengths)
+
+
+def write_launch(
+    step: Step, new: Caches, caches: Caches, before: Lengths, layer: Array | None
+) -> backend.Launch:
+    """The launch that writes the keys and values that each row takes into the caches."""
+    return backend.Launch(
+        functools.partial(write_kernel, step=step),
+        WriteInputs(before, *new, *caches),
+        Caches(*(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in caches)),
+        programs=step.B * step.K * step.T,
+        in_place=Caches._fields,
+        state=("before.lengths", *Caches._fields),
+        layer=layer,
+    )
+
+
+def always_launch(
+    step: Step,
+    query: Float[Array, "B T N H"],
+    new: Caches,
+    caches: Caches,
+    before: Lengths,
+    logits: Logits,
+    layer: Array | None,
+) -> backend.Launch:
+    """The launch that attends to sink and window, which the query heads of a kv head share.
+
+    It needs nothing of a selection, and the caches may be written beside it.
+    """
+    value_size = new.value.shape[3]
+    block = block_of(query.shape[3], value_size, step.tuning.always_tile, step.tuning)
+    most = min(step.config.sink_size + step.config.window_size, step.S)
+    num_parts = max(pl.cdiv(most, block), 1)
+    return backend.Launch(
+        functools.partial(always_kernel, step=step, block=block),
+        AlwaysInputs(before, query, *new, *caches, vectors(logits)),
+        shapes_of_parts(query, value_size, num_parts),
+        programs=step.B * step.T * (step.N // sharing(step.G)) * num_parts,
+        state=("before.lengths", *Caches._fields),
+        layer=layer,
+    )
+
+
+class Middle(NamedTuple):
+    """Lists whose sink and window are attended to already.
+
+    Attributes:
+      step: that made the lists.
+      after: lengths after it.
+      known: parts of sink and window.
+      lengths: of all layers, in which those of this one are replaced.
+    """
+
+    step: Step
+    after: Lengths
+    known: Parts
+    lengths: Array
+
+
+def launch_listed(
+    query: Float[Array, "B T N H"],
+    caches: Caches,
+    indices: Int32[Array, "B T N P"],
+    logits: Logits,
+    layer: Array | None,
+    kv_layout: KVLayout,
+    *,
+    middle: Middle | None = None,
+    tuning: Tuning = H100,
+) -> Ended:
+    """Attends to lists.
+
+    Args:
+      query: the queries.
+      caches: keys and values, of all layers if there are any.
+      indices: the lists; what is not a position of the caches is left out.
+      logits: how to make logits.
+      layer: of the caches.
+      kv_layout: of the caches.
+      middle: what else is known, where sink and window are attended to already.
+      tuning: block sizes.
+
+    Returns:
+      The output, and lengths for those of `middle`.
+
+    Source: CONTRACT.md, section 4.
+    """
+    step, after, known, lengths = middle or (None, None, None, None)
+    value_size = caches.value.shape[-1]
+    block = block_of(query.shape[3], value_size, tuning.attended_tile, tuning)
+    entries = indices.shape[3] if step is None else step.num_middle
+    num_parts = max(pl.cdiv(entries, block), 1)
+    listed = backend.Launch(
+        functools.partial(listed_kernel, kv_layout=kv_layout, block=block, step=step),
+        ListedInputs(query, *caches, indices, vectors(logits), after),
+        shapes_of_parts(query, value_size, num_parts),
+        programs=query.shape[0] * query.shape[1] * query.shape[2] * num_parts,
+        state=Caches._fields,
+        layer=layer,
+    )
+    found = backend.launch(listed, num_warps=tuning.attended_warps)
+    merge = backend.Launch(
+        merge_kernel,
+        MergeInputs((found,) if known is None else (known, found), after, lengths),
+        shapes_of_end(query, value_size, lengths),
+        programs=query.shape[0] * query.shape[1] * query.shape[2],
+        in_place=("lengths",),
+        state=("lengths",),
+        layer=layer,
+    )
+    return backend.launch(merge, num_warps=tuning.merged_warps)
