@@ -268,12 +268,14 @@ def summary(samples: Sequence[float]) -> dict[str, float]:
 # kernel, and differ in what it is instantiated with.
 STAGES = {
     "torch": (
+        ("full attention", r"flash|fmha|sdpa"),
         ("top-k", r"top_?k|radixfind|devicescan|blockwise"),
         ("index generation", r"sparse_ind|scatter_fill|scatter_gather_internal_kernel<true"),
         ("score", r"score_kernel|gemm|gemv|cutlass|gather"),
         ("sort", r"sort"),
     ),
     "jax": (
+        ("full attention", r"flash|fmha|sdpa"),
         ("append, look-up table", r"append_kernel|lookup_table_kernel"),
         ("cells", r"always_attended_kernel|seal_kernel"),
         ("cells select", r"cells_select_kernel"),
