@@ -12,10 +12,17 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks import build, decode, quality, report, results, run
+from benchmarks import build, decode, layer, quality, report, results, run
 from benchmarks.measure import say
 
-COMMANDS = {"run": run, "build": build, "decode": decode, "quality": quality, "report": report}
+COMMANDS = {
+    "run": run,
+    "layer": layer,
+    "build": build,
+    "decode": decode,
+    "quality": quality,
+    "report": report,
+}
 
 
 def make_parser() -> argparse.ArgumentParser:

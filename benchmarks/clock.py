@@ -268,18 +268,22 @@ def summary(samples: Sequence[float]) -> dict[str, float]:
 # kernel, and differ in what it is instantiated with.
 STAGES = {
     "torch": (
+        ("full attention", r"flash|fmha|sdpa"),
         ("top-k", r"top_?k|radixfind|devicescan|blockwise"),
         ("index generation", r"sparse_ind|scatter_fill|scatter_gather_internal_kernel<true"),
         ("score", r"score_kernel|gemm|gemv|cutlass|gather"),
         ("sort", r"sort"),
     ),
     "jax": (
-        ("append, look-up table", r"append_kernel|lookup_table_kernel"),
+        ("full attention", r"flash|fmha|sdpa"),
+        ("append, look-up table", r"append_kernel|lookup_table_kernel|write_kernel"),
         ("cells", r"always_attended_kernel|seal_kernel"),
         ("cells select", r"cells_select_kernel"),
         ("group maxima", r"group_maxima_kernel"),
         ("threshold select", r"threshold_select_kernel"),
         ("scores", r"score_kernel"),
+        ("cells select, attention", r"cells_attend_kernel"),
+        ("attention", r"listed_kernel|merge_kernel|always_kernel"),
         ("sparse index", r"count_kernel|verify_cut_kernel|sparse_index_kernel"),
         ("k-means", r"centroid_sums_kernel|add_parts_kernel"),
         ("top-k", r"sort|top_?k|radix|raft|select_k"),

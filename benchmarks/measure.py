@@ -300,6 +300,7 @@ def measure(rows: Sequence[Row], settings: Settings, advance: Callable[[str], No
             time_chains(ready, reference, settings.repetitions)
     for row in rows:
         row.step, row.programs, row.done = None, {}, True
+    del reference, ready  # what they have on the device is needed for the next
     gc.collect()
     if "torch" in sys.modules:
         torch_steps.release()

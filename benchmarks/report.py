@@ -13,6 +13,11 @@ RESULTS = Path(__file__).parent / "results"
 README = ROOT / "README.md"
 BEGIN, END = "<!-- speed:begin -->", "<!-- speed:end -->"
 IN_README = ("seed", "llama-32k", "llama-128k-b4", "wide", "million")
+NOT_IN_README = (
+    *("p99", "floor", "ours / floor", "in one jit", "graph replay"),
+    *("ours by XLA", "its attention alone", "the original's alone"),
+)
+LAYERS_IN_README = ("llama-32k", "llama-128k-b4 --B 1", "llama-128k-b4", "wide", "million")
 NOTHING = "-"
 
 Table = tuple[list[str], list[list[str]]]  # heads, cells
@@ -44,6 +49,20 @@ ABOUT_KERNELS = (
     'and one launch; "cells" does not read them all, and may lie below it. The last two columns '
     "are wall-clock times: a step of ours among 20 in one `jit`, which uses up its lists there, "
     "and a replay of the fastest PyTorch form that was captured as a CUDA graph."
+)
+ABOUT_LAYERS = (
+    "Median kernel times of a whole layer's decode step in microseconds, with an emptied L2 cache: "
+    "keys and values written, tokens selected and attended to. Outputs were checked first"
+)
+ABOUT_FULL = (
+    "*Full attention* is the fastest of `jax.nn.dot_product_attention` with cuDNN or XLA and "
+    "`scaled_dot_product_attention`, as they are and with query heads of a kv head *folded* into "
+    "query tokens; the *original* is its indexer and its attention, eager."
+)
+ABOUT_SCANS = (
+    "Microseconds a layer, many in one jit: by the wall clock, calls in a row, and of its kernels. "
+    "`layers` are 32 stacked ones of one step, `steps` 64 steps of one layer. Full attention in a "
+    "scan copies a layer's cache out of the stack; *unrolled*, each layer has arrays of its own."
 )
 ABOUT_CALLS = "There was no GPU: times are wall-clock times of one call, in microseconds."
 ABOUT_SEED = (
@@ -131,7 +150,7 @@ def report(arguments: argparse.Namespace) -> int:
 # Which rows are compared
 
 
-def latest(results: Sequence[Results]) -> Latest:
+def latest(results: Sequence[Results], kind: str = "named") -> Latest:
     """For each workload the latest run of it: rows are compared within one run only.
 
     One that measured nothing of it, because it was skipped or interrupted, hides no earlier one.
@@ -139,7 +158,9 @@ def latest(results: Sequence[Results]) -> Latest:
     found: Latest = {}
     for one in results:
         rows: dict[str, list[Row]] = {}
-        for row in one["rows"] if one["kind"] == "named" else ():
+        for row in one["rows"] if one["kind"] == kind else ():
+            if row.get("sweep"):
+                continue
             rows.setdefault(row["workload"], []).append(row)
         for name, of_name in rows.items():
             if name not in found or any(row["status"] == "ok" for row in of_name):
@@ -153,11 +174,22 @@ def of_kind(results: Sequence[Results], kind: str) -> list[Results]:
     return [one for one in results if one["kind"] == kind][-1:]
 
 
-def time_of(row: Row | None) -> float | None:
-    """What a row is compared by, in microseconds: warm kernels; a call where there is no GPU."""
+def layers_and_scans(results: Sequence[Results]) -> tuple[Latest, Latest]:
+    """The latest runs of whole layers, and of scans through them."""
+    found = latest(results, "layer")
+    layers, scans = {}, {}
+    for name, (one, rows) in found.items():
+        shape = one["workloads"][name]
+        (scans if shape["layers"] or shape["steps"] > 1 else layers)[name] = one, rows
+    return layers, scans
+
+
+def time_of(row: Row | None, cache: str = "warm") -> float | None:
+    """What a row is compared by, in microseconds: its kernels; a call where there is no GPU."""
     if row is None or row["status"] != "ok":
         return None
-    return median(row, "warm") or (None if row.get("floor") else median(row, "call"))
+    kernels = median(row, cache) or median(row, "cold")
+    return kernels or (None if row.get("floor") else median(row, "call"))
 
 
 def fastest(rows: Iterable[Row], framework: str) -> Row | None:
@@ -222,9 +254,9 @@ def mebibytes(row: Row) -> str | None:
     return None if memory is None else f"{memory / 2**20:.1f}"
 
 
-def short(row: Row | None) -> str | None:
+def short(row: Row | None, cache: str = "warm") -> str | None:
     """The time of an implementation, and its name without the framework."""
-    return row and f"{us(time_of(row))} `{row['implementation'].partition(':')[2]}`"
+    return row and f"{us(time_of(row, cache))} `{row['implementation'].partition(':')[2]}`"
 
 
 def measured(row: Row) -> tuple[Row, str | None]:
@@ -242,6 +274,7 @@ def sizes(workload: str, shape: dict[str, Any]) -> str:
         words.append(f"budget {shape['config']['heavy_size']}")
     if shape["weights"]:
         words.append("dense weights")
+    words += [f"{shape[many]} {many}" for many in ("layers", "steps") if (shape.get(many) or 1) > 1]
     return f"`{workload}`: {', '.join(words)}"
 
 
@@ -281,6 +314,59 @@ def summary(workloads: Latest, names: Iterable[str]) -> list[dict[str, str | Non
     return lines
 
 
+def layer_summary(workloads: Latest, names: Iterable[str]) -> list[dict[str, str | None]]:
+    """A line a workload: full attention, the original, ours, and attention to given lists."""
+    lines = []
+    for name in names:
+        one, rows = workloads.get(name, (None, []))
+        timed = {row["implementation"]: row for row in rows if time_of(row) is not None}
+
+        def of(*prefixes: str, timed: dict[str, Row] = timed) -> Row | None:
+            found = [row for name, row in timed.items() if name.startswith(prefixes)]
+            return min(found, key=lambda row: time_of(row, "cold") or 0.0, default=None)
+
+        whole, original = of("jax:full", "torch:sdpa"), of("torch:original")
+        ours = of("jax:cells", "jax:threshold") or of("jax:xla")
+        times = [time_of(row, "cold") for row in (whole, original, ours)]
+        lines.append(
+            {
+                "workload": sizes(name, one["workloads"][name]) if one else f"`{name}`",
+                "full attention": short(whole, "cold"),
+                "the original": us(times[1]),
+                "ours": short(ours, "cold"),
+                "speed-up over full": ratio(times[0], times[2], "**"),
+                "over the original": ratio(times[1], times[2], "**"),
+                "ours by XLA": us(time_of(of("jax:xla"), "cold")),
+                "its attention alone": us(time_of(of("jax.sparse"), "cold")),
+                "the original's alone": us(time_of(of("torch.sparse"), "cold")),
+            }
+        )
+    return lines
+
+
+def scan_table(workloads: Latest) -> Table:
+    """Times a layer in scans, in microseconds."""
+    lines = []
+    for name, (one, rows) in workloads.items():
+        shape = one["workloads"][name]
+        count = shape["layers"] or shape["steps"]
+        for full in rows:
+            row, note = measured(full)
+            wall, kernels = median(row, "amortised"), median(row, "warm")
+            launches = row.get("launches")
+            lines.append(
+                {
+                    "workload": sizes(name, shape),
+                    "implementation": f"`{full['implementation']}`",
+                    "wall clock": us(wall and wall / count),
+                    "kernels": us(kernels and kernels / count),
+                    "launches": launches and f"{launches / count:.1f}",
+                    "note": note,
+                }
+            )
+    return table(lines)
+
+
 def detail_table(rows: Sequence[Row]) -> Table:
     """All that was measured of one workload, in microseconds."""
     lines = []
@@ -305,6 +391,7 @@ def detail_table(rows: Sequence[Row]) -> Table:
                 "in one jit": us(median(row, "in_jit")),
                 "MiB": mebibytes(row),
                 "compile, s": us(row.get("compile_seconds")),
+                "form": row.get("form"),
                 "note": note,
             }
         )
@@ -404,12 +491,20 @@ def all_tables(results: Sequence[Results]) -> dict[str, Table]:
         f"{name}, microseconds, median (p20..p80)": detail_table(rows)
         for name, (_, rows) in workloads.items()
     }
-    for one in of_kind(results, "sweep"):
+    layers, scans = layers_and_scans(results)
+    for name, (_, rows) in (layers | scans).items():
+        tables[f"layer: {name}, microseconds, median (p20..p80)"] = detail_table(rows)
+    swept = [one for one in results if any(row.get("sweep") for row in one["rows"])]
+    for one in {one["kind"]: one for one in swept}.values():
         for name in dict.fromkeys(row["workload"] for row in one["rows"]):
             rows = [row for row in one["rows"] if row["workload"] == name]
             tables[f"{name}, microseconds"] = detail_table(rows)
     if workloads:
         tables["all workloads, microseconds"] = table(summary(workloads, workloads))
+    if layers:
+        tables["whole layers, microseconds"] = table(layer_summary(layers, layers))
+    if scans:
+        tables["a layer in a scan, microseconds"] = scan_table(scans)
     for one in of_kind(results, "build"):
         tables["build_index, milliseconds"] = build_table(one["rows"])
     for one in of_kind(results, "decode"):
@@ -468,14 +563,21 @@ def provenance(one: Results, folder: str = "") -> str:
 
 
 def readme_section(results: Sequence[Results]) -> str:
-    """The README's section, without its markers: one table, and where it comes from."""
-    workloads = latest(results)
-    used = {one["file"]: one for name, (one, _) in workloads.items() if name in IN_README}
-    about = [f"- {provenance(one, 'benchmarks/results/')}" for one in used.values()]
-    left_out = ("p99", "floor", "ours / floor", "in one jit", "graph replay")
-    lines = summary(workloads, IN_README)
-    lines = [{head: line[head] for head in line if head not in left_out} for line in lines]
-    return "\n\n".join([markdown(table(lines)), f"{ABOUT_README}:", "\n".join(about)])
+    """The README's section, without its markers: one table, and where it comes from.
+
+    It is about whole layers, or about selection where no layer was measured.
+    """
+    layers, _ = layers_and_scans(results)
+    if any(name in layers for name in LAYERS_IN_README):
+        workloads, names, about = layers, LAYERS_IN_README, ABOUT_LAYERS
+        lines = layer_summary(workloads, names)
+    else:
+        workloads, names, about = latest(results), IN_README, ABOUT_README
+        lines = summary(workloads, names)
+    lines = [{head: line[head] for head in line if head not in NOT_IN_README} for line in lines]
+    used = {one["file"]: one for name, (one, _) in workloads.items() if name in names}
+    sources = [f"- {provenance(one, 'benchmarks/results/')}" for one in used.values()]
+    return "\n\n".join([markdown(table(lines)), f"{about}:", "\n".join(sources)])
 
 
 def rewritten(readme: str, section: str) -> str:
@@ -504,12 +606,25 @@ def document(results: Sequence[Results], pictures: Pictures) -> str:
     gpu = any(one["machine"]["gpu"] for one in results)
     used = {one["file"]: one for one, _ in workloads.values()}
     blocks = ["# What was measured", "`python -m benchmarks report` makes this of the files here."]
+    layers, scans = layers_and_scans(results)
+    for title, about, found, made in (
+        (
+            "Whole layers",
+            f"{ABOUT_LAYERS}. {ABOUT_FULL}",
+            layers,
+            table(layer_summary(layers, layers)),
+        ),
+        ("Layers in scans", ABOUT_SCANS, scans, scan_table(scans)),
+    ):
+        if found:
+            blocks += [f"## {title}", about, markdown(made)]
+            blocks += map(provenance, {one["file"]: one for one, _ in found.values()}.values())
     if workloads:
-        blocks += ["## Decode steps", ABOUT_KERNELS if gpu else ABOUT_CALLS]
+        blocks += ["## Selection in a decode step", ABOUT_KERNELS if gpu else ABOUT_CALLS]
         blocks += [markdown(table(summary(workloads, workloads))), *map(provenance, used.values())]
     for file, (caption, _) in pictures.items():
         blocks += [f"![{caption}]({file})"]
-    blocks += map(provenance, of_kind(results, "sweep"))
+    blocks += [provenance(one) for one in results if any(row.get("sweep") for row in one["rows"])]
     if "seed" in workloads and named(workloads["seed"][1], "torch:iteration4"):
         blocks += ["## The four iterations of the original, as reported and here", ABOUT_SEED]
         blocks += [markdown(seed_table(workloads["seed"][1]))]
@@ -524,10 +639,11 @@ def document(results: Sequence[Results], pictures: Pictures) -> str:
         blocks += ["## Quality of lists", ABOUT_QUALITY, provenance(one)]
         for name, found in quality_tables(one["rows"]).items():
             blocks += [f"### {name}", markdown(found)]
-    blocks += ["## Decode steps in detail", ABOUT_DETAILS] if workloads and gpu else []
-    for name, (one, rows) in workloads.items():
-        title = sizes(name, one["workloads"][name])
-        blocks += [f"### {title}", markdown(detail_table(rows)), commands(one, rows)]
+    blocks += ["## Decode steps in detail", ABOUT_DETAILS] if (workloads or layers) and gpu else []
+    for what, found in (("", workloads), ("A whole layer: ", layers), ("A scan: ", scans)):
+        for name, (one, rows) in found.items():
+            title = f"{what}{sizes(name, one['workloads'][name])}"
+            blocks += [f"### {title}", markdown(detail_table(rows)), commands(one, rows)]
     return "\n\n".join(blocks) + "\n"
 
 
@@ -537,10 +653,13 @@ def document(results: Sequence[Results], pictures: Pictures) -> str:
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
 MARKERS = "osD^vPX*"
 
+# Of a sweep: its picture, the label of its axis, and the size along it.
 AXES = {
-    "length": ("tokens in the cache, L", lambda shape: shape["L"]),
-    "batch": ("batch rows, B", lambda shape: shape["B"]),
+    "length": ("time-against-length", "tokens in the cache, L", lambda shape: shape["L"]),
+    "batch": ("time-against-batch", "batch rows, B", lambda shape: shape["B"]),
+    "layer": ("layer-against-length", "tokens in the cache, L", lambda shape: shape["L"]),
     "subspaces": (
+        "time-against-subspaces",
         "look-ups a key, M, and bits a code",
         lambda shape: (shape["config"]["num_subspaces"], shape["config"]["num_bits"]),
     ),
@@ -551,11 +670,12 @@ def pictures(results: Sequence[Results]) -> Pictures:
     """What can be drawn of the sweeps among results; nothing is drawn yet."""
     found = {}
     for one in results:
-        for sweep, (label, _) in AXES.items():
+        for sweep, (file, label, _) in AXES.items():
             rows = [row for row in one["rows"] if row.get("sweep") == sweep]
             if rows := [row for row in rows if time_of(row) is not None]:
                 draw = functools.partial(draw_sweep, rows, one["workloads"], sweep)
-                found[f"time-against-{sweep}.png"] = f"Time of a step against {label}", draw
+                what = "a whole layer" if sweep == "layer" else "a step"
+                found[f"{file}.png"] = f"Time of {what} against {label}", draw
     return found
 
 
@@ -566,7 +686,7 @@ def draw_sweep(rows: Sequence[Row], shapes: dict[str, Any], sweep: str, path: Pa
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, LogLocator
 
-    label, size_of = AXES[sweep]
+    _, label, size_of = AXES[sweep]
     figure = Figure(figsize=(7.5, 5), layout="constrained")
     FigureCanvasAgg(figure)
     ax = figure.subplots()
@@ -576,11 +696,16 @@ def draw_sweep(rows: Sequence[Row], shapes: dict[str, Any], sweep: str, path: Pa
     pairs = sweep == "subspaces"
     places = [all_sizes.index(size) if pairs else size for size in of_rows]
     names = list(dict.fromkeys(row["implementation"] for row in rows))
-    for number, name in enumerate(names):
-        of_name = zip(places, rows, strict=True)
-        points = sorted((x, time_of(row)) for x, row in of_name if row["implementation"] == name)
-        colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
-        ax.plot(*zip(*points, strict=True), color=colour, marker=marker, markersize=5, label=name)
+    lines: dict[tuple[str, int | None], list[tuple[Any, float | None]]] = {}
+    for place, row in zip(places, rows, strict=True):
+        batch = shapes[row["workload"]]["B"] if sweep == "layer" else None
+        lines.setdefault((row["implementation"], batch), []).append((place, time_of(row)))
+    for (name, batch), points in lines.items():
+        number = names.index(name)
+        look = {"color": COLOURS[number % len(COLOURS)], "marker": MARKERS[number % len(MARKERS)]}
+        look |= {"label": f"{name}, B={batch}" if batch else name}
+        look |= {"linestyle": "--" if batch and batch > 1 else "-", "markersize": 5}
+        ax.plot(*zip(*sorted(points), strict=True), **look)
     floors = {
         place: row["floor"]["us"]
         for place, row in zip(places, rows, strict=True)
@@ -599,7 +724,8 @@ def draw_sweep(rows: Sequence[Row], shapes: dict[str, Any], sweep: str, path: Pa
         ax.set_xticks(all_sizes, [tokens_of(size) for size in all_sizes])
         ax.minorticks_off()
     ax.set_xlabel(label)
-    what = "kernel time, warm L2" if rows[0].get("warm") else "wall-clock time a call"
+    found = next((kind for kind in ("warm", "cold") if rows[0].get(kind)), None)
+    what = f"kernel time, {found} L2" if found else "wall-clock time a call"
     ax.set_ylabel(f"{what}, µs")
     ax.grid(alpha=0.3)
     figure.legend(loc="outside lower center", ncols=3, fontsize=9)

@@ -20,7 +20,7 @@ from parity.inputs import Workload
 
 ROOT = Path(__file__).parent.parent
 LOCAL = Path(__file__).parent / "local"  # not committed
-KINDS = ("named", "sweep", "build", "decode", "quality")
+KINDS = ("named", "sweep", "layer", "build", "decode", "quality")
 KEYS = {"time", "command", "commit", "dirty", "machine", "quick", "seconds", "rows"}
 
 Results = dict[str, Any]  # one file
@@ -139,10 +139,9 @@ def is_indexer(implementation: str) -> bool:
 
 def command_of(kind: str, workload: str, implementation: str) -> str:
     """The command that repeats a row: a workload's name is what the command line takes."""
-    if kind in ("named", "sweep"):
-        names = f"--workload {workload} --implementation {implementation}"
-        return f"python -m benchmarks run {names}"
-    return f"python -m benchmarks {kind} --workload {workload}"
+    command = {"named": "run", "sweep": "run"}.get(kind, kind)
+    which = f" --implementation {implementation}" * (command in ("run", "layer"))
+    return f"python -m benchmarks {command} --workload {workload}{which}"
 
 
 def repeatable(argv: Sequence[str]) -> str:

@@ -4,7 +4,7 @@ import argparse
 import dataclasses
 import functools
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 from benchmarks import jax_steps, results, torch_steps
@@ -124,18 +124,7 @@ QUICK = Repetitions(pipeline=20, warm=10, cold=5, calls=8, amortised=20, rounds=
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command line of `run`."""
-    parser.add_argument(
-        "--workload",
-        nargs="+",
-        metavar="NAME",
-        help=f"default: all of {', '.join(WORKLOADS)}; also {', '.join(SMALL)}",
-    )
-    parser.add_argument(
-        "--implementation",
-        nargs="+",
-        metavar="NAME",
-        help=f"default: all that run here of {', '.join(IMPLEMENTATIONS)}",
-    )
+    add_names(parser, WORKLOADS, SMALL, IMPLEMENTATIONS)
     parser.add_argument(
         "--sweep",
         nargs="?",
@@ -143,6 +132,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=["all", *SWEEPS],
         help=f"vary a size, or each in turn, of {SWEEP_BASE} by default; kernel times only",
     )
+    add_sizes(parser)
+
+
+def add_names(
+    parser: argparse.ArgumentParser,
+    default: Iterable[str],
+    others: Iterable[str],
+    implementations: Iterable[str],
+) -> None:
+    """The flags that name workloads and implementations."""
+    parser.add_argument(
+        "--workload",
+        nargs="+",
+        metavar="NAME",
+        help=f"default: {', '.join(default)}; also {', '.join(others)}",
+    )
+    parser.add_argument(
+        "--implementation",
+        nargs="+",
+        metavar="NAME",
+        help=f"default: all that run here of {', '.join(implementations)}",
+    )
+
+
+def add_sizes(parser: argparse.ArgumentParser) -> None:
+    """The flags that change workloads."""
     sizes = parser.add_argument_group("change the workloads")
     for flag, (_, kind, meaning) in (WORKLOAD_FLAGS | CONFIG_FLAGS).items():
         values: dict[str, Any] = {"choices": kind} if isinstance(kind, tuple) else {"type": kind}
@@ -168,12 +183,8 @@ def chosen_points(arguments: argparse.Namespace) -> list[Point]:
       ValueError: for unknown names, and for sizes that contradict each other.
     """
     default = [SWEEP_BASE] if arguments.sweep else WORKLOADS
-    names = _known("--workload", arguments.workload or default, KNOWN)
-    changes = {
-        flag: value
-        for flag in (*WORKLOAD_FLAGS, *CONFIG_FLAGS, "weights")
-        if (value := getattr(arguments, flag.replace("-", "_"))) is not None
-    }
+    names = known("--workload", arguments.workload or default, KNOWN)
+    changes = changes_of(arguments)
     if not arguments.sweep:
         return [Point(changed(KNOWN[name], changes)) for name in names]
     sweeps = list(SWEEPS) if arguments.sweep == "all" else [arguments.sweep]
@@ -191,10 +202,19 @@ def chosen_points(arguments: argparse.Namespace) -> list[Point]:
     ]
 
 
-def _known(flag: str, names: Any, known: dict[str, Any]) -> list[str]:
+def changes_of(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What a command line says of sizes, by flag."""
+    return {
+        flag: value
+        for flag in (*WORKLOAD_FLAGS, *CONFIG_FLAGS, "weights")
+        if (value := getattr(arguments, flag.replace("-", "_"))) is not None
+    }
+
+
+def known(flag: str, names: Any, table: dict[str, Any]) -> list[str]:
     """Names that were given, each once; ValueError if one is not known."""
-    if unknown := [name for name in names if name not in known]:
-        raise ValueError(f"{flag}: expected names of {', '.join(known)}, got {', '.join(unknown)}")
+    if unknown := [name for name in names if name not in table]:
+        raise ValueError(f"{flag}: expected names of {', '.join(table)}, got {', '.join(unknown)}")
     return list(dict.fromkeys(names))
 
 
@@ -240,7 +260,7 @@ def chosen_implementations(arguments: argparse.Namespace) -> list[Implementation
       ValueError: for unknown names.
     """
     if arguments.implementation:
-        names = _known("--implementation", arguments.implementation, IMPLEMENTATIONS)
+        names = known("--implementation", arguments.implementation, IMPLEMENTATIONS)
         return [IMPLEMENTATIONS[name] for name in names]
     gpu = results.has_gpu()
     names = SWEEP_IMPLEMENTATIONS if arguments.sweep and gpu else IMPLEMENTATIONS

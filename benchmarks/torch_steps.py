@@ -2,7 +2,7 @@
 
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -42,7 +42,7 @@ def memory_of(call: Callable[[], Any]) -> int | None:
     return torch.cuda.max_memory_allocated() - before
 
 
-def _tensor(array: np.ndarray) -> Any:
+def tensor(array: np.ndarray) -> Any:
     """A numpy array on torch's device; torch does not know numpy's bfloat16."""
     import torch
 
@@ -70,11 +70,15 @@ class Call(NamedTuple):
 
 
 @functools.lru_cache(maxsize=1)  # All iterations read the same tensors.
-def calls_of(reference: Reference) -> list[Call]:
+def calls_of(reference: Any, cache: Any = None) -> list[Call]:
     """The calls that make one step: one, or one a row where lengths differ.
 
-    The original has one length for all rows of a batch. It reads no keys but the new ones, so the
-    old ones are zeros.
+    The original has one length for all rows of a batch. Its indexer reads no keys but the new ones,
+    so the old ones are zeros, unless there is a cache of all keys [B, K, S, H].
+
+    Args:
+      reference: what has a `workload` and its `inputs`.
+      cache: of keys, which gets the new ones; the calls read it where it is.
     """
     import torch
 
@@ -84,17 +88,19 @@ def calls_of(reference: Reference) -> list[Call]:
     calls = []
     for rows in groups:
         batch, length = slice(rows.start, rows.stop), w.lengths[rows.start]
-        key_new = _tensor(inputs.key_new[batch].transpose(0, 2, 1, 3))
-        keys = torch.zeros(
-            (len(rows), w.K, length, w.H), dtype=key_new.dtype, device=key_new.device
-        )
+        key_new = tensor(inputs.key_new[batch].transpose(0, 2, 1, 3))
+        if cache is None:
+            shape = (len(rows), w.K, length, w.H)
+            keys = torch.zeros(shape, dtype=key_new.dtype, device=key_new.device)
+        else:
+            keys = cache[batch, :, :length]
         keys[:, :, length - w.T :] = key_new
         quantized = inputs.codes[batch, :, :, config.first_trained : max(length - w.T, 0)]
         arguments = (
-            _tensor(inputs.query[batch].transpose(0, 2, 1, 3)),
+            tensor(inputs.query[batch].transpose(0, 2, 1, 3)),
             keys,
-            _tensor(inputs.codebooks[batch]),
-            _tensor(quantized).transpose(2, 3).long().contiguous(),
+            tensor(inputs.codebooks[batch]),
+            tensor(quantized).transpose(2, 3).long().contiguous(),
         )
         options = {
             "sink_size": config.sink_size,
@@ -102,11 +108,27 @@ def calls_of(reference: Reference) -> list[Call]:
             "heavy_size": config.heavy_size,
             "init_offset": config.first_trained,
             "metric": config.metric,
-            "ip2l2_phi": None if inputs.phi is None else _tensor(inputs.phi[batch]),
+            "ip2l2_phi": None if inputs.phi is None else tensor(inputs.phi[batch]),
             "check_values": False,
         }
         calls.append(Call(rows, arguments, options))
     return calls
+
+
+def lists_of(calls: Sequence[Call], found: Sequence[tuple], b: int) -> Lists:
+    """The lists of a batch row, from what each call found: lists, lengths and perhaps weights."""
+    (number,) = (i for i, call in enumerate(calls) if b in call.rows)
+    row = b - calls[number].rows.start
+    sparse_list, sparse_len, *weight_list = found[number][:3]
+    indices = sparse_list[row].cpu().numpy()
+    counts = sparse_len[row].cpu().numpy()
+    # What lies past a list's length has no meaning in the original.
+    past = np.arange(indices.shape[-1]) >= counts[:, None]
+    return Lists(
+        indices=np.where(past, -1, indices)[None],
+        counts=counts[None],
+        weights=weight_list[0][row].float().cpu().numpy().swapaxes(0, 1) if weight_list else None,
+    )
 
 
 class TorchStep(Step):
@@ -126,21 +148,7 @@ class TorchStep(Step):
         synchronize()
 
     def check(self, reference):
-        def lists(b: int) -> Lists:
-            (number,) = (i for i, call in enumerate(self._calls) if b in call.rows)
-            row = b - self._calls[number].rows.start
-            sparse_list, sparse_len, weight_list, _ = self._results[number]
-            indices = sparse_list[row].cpu().numpy()
-            counts = sparse_len[row].cpu().numpy()
-            # What lies past a list's length has no meaning in the original.
-            past = np.arange(indices.shape[-1]) >= counts[:, None]
-            return Lists(
-                indices=np.where(past, -1, indices)[None],
-                counts=counts[None],
-                weights=weight_list[row].float().cpu().numpy().swapaxes(0, 1),
-            )
-
-        check_lists(reference, lists)
+        check_lists(reference, functools.partial(lists_of, self._calls, self._results))
 
 
 class TorchGraphStep(TorchStep):
@@ -174,7 +182,7 @@ class TorchTopK(Step):
 
     def __init__(self, reference: Reference):
         self._k = top_k_size(reference.workload)
-        self._scores = _tensor(reference.candidate_scores)
+        self._scores = tensor(reference.candidate_scores)
         self.numbers = first_calls(self)
 
     def call(self):

@@ -18,6 +18,8 @@ from benchmarks import (
     clock,
     decode,
     jax_steps,
+    layer,
+    layer_steps,
     measure,
     report,
     results,
@@ -367,6 +369,9 @@ def test_a_run_without_kernel_times_says_so_and_goes_on(tmp_path, gpu, monkeypat
         ("run --sweep length --L 9", ["--L: expected nothing, since the sweep of length sets it"]),
         ("run --sweep --bits 4", ["--bits: expected nothing, since the sweep of subspaces"]),
         ("run --out x.json", ["unrecognized arguments: --out"]),
+        ("layer --workload nonsense", [*WORKLOADS, *layer.SCANS, "nonsense"]),
+        ("layer --implementation nonsense", [*layer.IMPLEMENTATIONS, "nonsense"]),
+        ("layer --sweep --scan", ["--scan: not allowed with argument --sweep"]),
         ("build", ["no NVIDIA GPU: give fewer tokens"]),
         ("build --tokens 319", ["--tokens: expected at least 320, got 319"]),
         ("decode", ["no NVIDIA GPU"]),
@@ -750,7 +755,7 @@ def gpu_row(workload, implementation, us, *, sweep=None):
 
 
 def gpu_results(
-    folder, *, device="NVIDIA H100", time="2026-01-02", us=20.0, file="a.json", rows=()
+    folder, *, kind=None, device="NVIDIA H100", time="2026-01-02", us=20.0, file="a.json", rows=()
 ):
     """A results file of a GPU: of these rows, or of some of two workloads."""
     rows = rows or [
@@ -763,7 +768,7 @@ def gpu_results(
         )
     ]
     found = {
-        "kind": "sweep" if rows[0].sweep else "named",
+        "kind": kind or ("sweep" if rows[0].sweep else "named"),
         "time": time,
         "command": "python -m benchmarks run",
         "commit": "0123456789abcdef",
@@ -869,7 +874,7 @@ def test_results_that_are_named_are_shown_and_leave_the_readme_alone(folder, cap
         ("", "expected a results file"),
         ("{broken", "expected a results file"),
         ("[1]", "expected a results file"),
-        ('{"kind": "tests"}', "expected results of a kind in named, sweep, build, decode, quality"),
+        ('{"kind": "tests"}', "expected results of a kind in named, sweep, layer, build"),
         ('{"kind": "named", "rows": []}', "expected command, commit, dirty, machine"),
     ],
 )
@@ -926,6 +931,213 @@ def test_every_sweep_has_a_picture_and_misses_it(folder, sweep, capsys):
     picture.unlink()
     assert main(["report", "--check"]) == 1
     assert f"{picture.name} is missing" in capsys.readouterr().out
+
+
+# Layers
+
+SCANS = {
+    w.name: w
+    for w in (
+        layer_steps.LayerWorkload(
+            **{**vars(SMALL["small-grouped"]), "name": "layers", "L": (200, 131), "layers": 2}
+        ),
+        layer_steps.LayerWorkload(
+            **{**vars(SMALL["small-grouped"]), "name": "steps", "L": (256, 131), "steps": 3}
+        ),
+    )
+}
+
+
+@pytest.fixture
+def scans(monkeypatch):
+    """Scans of sizes for a CPU."""
+    monkeypatch.setattr(layer, "SCANS", SCANS)
+
+
+def of_layer(output, words):
+    """The status and the rows of `layer`."""
+    status = main(["layer", "--quick", *words.split(), "--output", str(output)])
+    return status, rows_of(output)
+
+
+@pytest.fixture(scope="module")
+def layer_run(tmp_path_factory):
+    output = tmp_path_factory.mktemp("layer") / "layer.json"
+    return (*of_layer(output, "--workload small-grouped --B 1 --L 131"), output)
+
+
+def test_a_layer_is_measured_beside_its_peers_and_attention_alone(layer_run):
+    status, rows, _ = layer_run
+    assert [(row["implementation"], row["status"]) for row in rows] == [
+        ("jax:xla", "ok"),
+        ("jax:full-xla", "ok"),
+        ("torch:original", "ok"),
+        ("torch:sdpa", "ok"),
+        ("jax.sparse_attention", "ok"),
+        ("torch.sparse_attention", "ok"),
+    ]
+    assert status == 0
+    assert all(row["call"]["median"] > 0 for row in rows)
+    assert rows[3]["form"] in ("flash", "cudnn", "efficient")
+
+
+def test_layers_of_a_cpu_are_reported_by_calls(folder, layer_run):
+    (folder / "cpu.json").write_text(layer_run[2].read_text())
+    assert main(["report"]) == 0
+    name = re.escape("`small-grouped --B 1 --L 131`: 1 row, 131 tokens, budget 12")
+    line = rf"\| {name} \| [0-9.]+ `[a-z-]+` \| [0-9]+ \| [0-9.]+ `xla` \|"
+    assert re.search(line, texts(folder)[1])
+
+
+def test_layers_and_steps_are_scanned_and_unrolled(folder, gpu, scans):
+    status, rows = of_layer(folder / "a.json", "--scan --implementation jax:xla jax:full-xla")
+    assert status == 0
+    status, others = of_layer(
+        folder / "b.json", "--workload layers --implementation torch:sdpa jax:full-xla-unrolled"
+    )
+    assert [row["status"] for row in [*rows, *others]] == ["ok"] * 4 + ["skipped", "ok"]
+    for row in [*rows, others[1]]:
+        assert 8 <= row["warm"]["median"] <= 9
+        assert row["amortised"]["median"] > 0
+    assert main(["report"]) == 0
+    assert (
+        "| `steps`: 2 rows, 131..256 tokens, budget 12, 3 steps | `jax:xla` |" in (texts(folder)[1])
+    )
+
+
+def test_a_sweep_of_layers_times_cold_kernels_and_has_a_picture(folder, gpu, monkeypatch):
+    monkeypatch.setattr(layer, "SWEPT", [{"B": 1, "L": 100}, {"B": 2, "L": 100}])
+    words = "--sweep --workload small-grouped --implementation jax:full-xla torch:sdpa"
+    status, rows = of_layer(folder / "a.json", words)
+    assert status == 0
+    for row in rows:
+        assert (row["status"], row["sweep"]) == ("ok", "layer")
+        assert 16 <= row["cold"]["median"] <= 18
+        assert "call" not in row
+    assert main(["report"]) == 0
+    picture = folder / "layer-against-length.png"
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert f"({picture.name})" in texts(folder)[1]
+
+
+def test_a_sweep_of_layers_has_the_selector_that_a_user_gets(gpu):
+    rows = layer.chosen_rows(parsed("python -m benchmarks layer --sweep"))
+    ours = {group[0].workload.L: group[0].implementation.name for group in rows}
+    assert ours == {2**10: "jax:threshold", 2**12: "jax:threshold", 2**14: "jax:threshold"} | (
+        dict.fromkeys((2**16, 2**18, 2**20), "jax:cells")
+    )
+
+
+def wrong_output(out, before, after):
+    return out.at[-1, 0, 3].multiply(1.1), after
+
+
+def nothing_written(out, before, after):
+    return out, dataclasses.replace(after, value=before.value)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words", "reason"),
+    [
+        (wrong_output, "small-grouped", "batch row 1, query token 0, head 3: not attention to its"),
+        (wrong_output, "layers", "batch row 1, query token 0, head 3: not attention to its list"),
+        (nothing_written, "small-grouped", "batch row 0: its new value was not written"),
+        (nothing_written, "steps", "batch row 0: its new value was not written"),
+    ],
+)
+def test_a_layer_that_is_wrong_is_not_timed(wrong, words, reason, tmp_path, monkeypatch, scans):
+    right = layer_steps.decode_attention
+
+    def attention(query, key_new, value_new, cache, config, **options):
+        found = right(query, key_new, value_new, cache, config, **options)
+        return wrong(found[0], cache, found[1])
+
+    monkeypatch.setattr(layer_steps, "decode_attention", attention)
+    monkeypatch.setattr(
+        layer_steps.JaxLayer, "may_differ", property(lambda self: 0, lambda self, _: None)
+    )
+    words = f"--workload {words} --implementation jax:xla"
+    status, (row,) = of_layer(tmp_path / "r.json", words)
+    assert (status, row["status"]) == (1, "failed")
+    assert row["reason"].startswith(f"wrong output: {reason}")
+
+
+def test_full_attention_that_misses_tokens_is_not_timed(tmp_path, monkeypatch):
+    full = layer_steps.jax.nn.dot_product_attention
+
+    def shorter(*arrays, key_value_seq_lengths, **options):
+        return full(*arrays, key_value_seq_lengths=key_value_seq_lengths - 9, **options)
+
+    monkeypatch.setattr(layer_steps.jax.nn, "dot_product_attention", shorter)
+    words = "--workload small-grouped --implementation jax:full-xla"
+    _, (row,) = of_layer(tmp_path / "r.json", words)
+    assert row["reason"].startswith("wrong output: batch row 1, query token 0, head 7: not att")
+
+
+def test_folded_heads_attend_to_all_tokens_too():
+    rng = np.random.default_rng(0)
+    query, key, new = (
+        jnp.asarray(rng.standard_normal(shape, np.float32))
+        for shape in ((2, 1, 8, 16), (2, 64, 2, 16), (2, 1, 2, 16))
+    )
+    cache = layer_steps.Caches(key, key, jnp.array([63, 20], jnp.int32))
+    plain, folded = (
+        layer_steps.full(None, implementation="xla", folded=folded)(query, new, new, cache, None)[0]
+        for folded in (False, True)
+    )
+    np.testing.assert_allclose(plain, folded, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["jax:cells", "jax:threshold"])
+@pytest.mark.parametrize("workload", ["llama-128k-b4", "layers-b2", "steps-b1"])
+def test_layers_lower_for_a_gpu(name, workload, monkeypatch):
+    found = []
+
+    def lower(forms, function, arguments, *, donate=None):
+        options = {"donate_argnames": donate, "keep_unused": True}
+        found.append(lowered(function, *arguments, **options))
+
+    monkeypatch.setattr(layer_steps, "Program", lower)
+    with an_h100():
+        known = layer.LAYERS | layer.SCANS
+        layer.IMPLEMENTATIONS[name].programs(known[workload], Forms(None))
+    assert len(found) == 2
+    assert all("triton" in text for text in found)
+
+
+@pytest.mark.parametrize(
+    "workload", [w.name for w in (*layer.DEFAULT, *layer.SCANS.values())] + ["llama-32k --L 1024"]
+)
+def test_a_layer_is_repeated_by_its_command(workload):
+    again = parsed(results.command_of("layer", workload, "torch:sdpa"))
+    assert [w.name for w in layer.chosen_workloads(again)] == [workload]
+    assert [row.workload.name for (row,) in layer.chosen_rows(again)] == [workload]
+
+
+def test_the_readmes_table_is_about_whole_layers_once_they_are_measured(folder):
+    rows = [
+        measure.Row(w, layer.IMPLEMENTATIONS[name], "layer", numbers={"cold": stats(us)}, done=True)
+        for w in layer.DEFAULT
+        for name, us in (
+            ("jax:cells", 20.0),
+            ("jax:threshold", 30.0),
+            ("jax:full-cudnn", 500.0),
+            ("torch:original", 900.0),
+            ("torch:sdpa", 400.0),
+        )
+    ]
+    gpu_results(folder)
+    gpu_results(folder, kind="layer", rows=rows, file="b.json")
+    assert main(["report"]) == 0
+    readme, document = texts(folder)
+    lines = [line for line in readme.splitlines() if line.startswith("| `")]
+    assert [line.split("`")[1] for line in lines] == list(report.LAYERS_IN_README)
+    assert lines[1] == (
+        "| `llama-128k-b4 --B 1`: 1 row, 128k tokens | 400 `sdpa` | 900 | 20.0 `cells` "
+        "| **20.0x** | **45.0x** |"
+    )
+    assert lines[1] in document
+    assert "| `llama-32k`: 1 row, 32k tokens | 20.0 `top_k` |" in document
 
 
 # build and decode

@@ -7,7 +7,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from benchmarks import run
+from benchmarks import layer, run
 from benchmarks.__main__ import make_parser
 
 ROOT = Path(__file__).parents[1]
@@ -62,3 +62,5 @@ def test_the_benchmark_commands_can_be_pasted():
         if arguments.command == "run":
             assert run.chosen_points(arguments)
             assert run.chosen_implementations(arguments)
+        if arguments.command == "layer":
+            assert list(layer.chosen_rows(arguments))

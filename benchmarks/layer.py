@@ -1,0 +1,212 @@
+"""Checks and times whole attention layers of a decode: write keys and values, select, attend.
+
+Beside ours stand full attention over the same caches, the original, and attention to given lists.
+Scans run through stacked layers, or through steps of one, inside one jit.
+"""
+
+import argparse
+import dataclasses
+import functools
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from benchmarks import jax_steps, results, torch_steps
+from benchmarks.layer_steps import (
+    JaxAttention,
+    JaxLayer,
+    Layer,
+    LayerWorkload,
+    Original,
+    OriginalAttention,
+    Sdpa,
+    TorchLayer,
+    attention_programs,
+    full,
+    layer_programs,
+    ours,
+)
+from benchmarks.measure import (
+    Implementation,
+    Repetitions,
+    Row,
+    Settings,
+    measure_all,
+    open_clock,
+    plan_of,
+)
+from benchmarks.results import Plan
+from benchmarks.run import KNOWN, add_names, add_sizes, changed, changes_of, known
+from jax_indexer.config import default_selector
+
+# Workloads
+
+LLAMA = {"N": 32, "K": 8, "L": 131072}  # a layer of Llama 3 8B
+SCANS = {
+    w.name: w
+    for w in (
+        LayerWorkload(name="layers-b1", layers=32, **LLAMA),
+        LayerWorkload(name="layers-b2", B=2, layers=32, **LLAMA),
+        LayerWorkload(name="steps-b1", steps=64, **LLAMA),
+        LayerWorkload(name="steps-b4", B=4, steps=64, **LLAMA),
+    )
+}
+LAYERS = {name: LayerWorkload(**vars(w)) for name, w in KNOWN.items()}
+DEFAULT = [
+    changed(LAYERS[name], changes)
+    for name, changes in (
+        ("llama-32k", {}),
+        ("llama-128k-b4", {"B": 1}),
+        ("llama-128k-b4", {}),
+        ("wide", {}),
+        ("million", {}),
+    )
+]
+SWEEP = "layer"  # its name in results
+SWEEP_BASE = "llama-32k"
+# What a sweep and a scan have beside ours, unless told otherwise.
+BESIDE_OURS = (
+    "jax:xla",
+    "jax:full-cudnn",
+    "jax:full-cudnn-folded",
+    "jax:full-cudnn-unrolled",
+    "jax:full-cudnn-folded-unrolled",
+    "torch:original",
+    "torch:sdpa",
+)
+SWEPT = [{"B": rows, "L": 2**exponent} for exponent in range(10, 21, 2) for rows in (1, 4)]
+
+REPETITIONS = Repetitions(pipeline=200, warm=30, cold=60, calls=30, amortised=100, rounds=5)
+SWEEP_REPETITIONS = Repetitions(pipeline=0, warm=0, cold=20, rounds=2)
+QUICK = Repetitions(pipeline=10, warm=10, cold=5, calls=5, amortised=10, rounds=1)
+
+# Names of implementations
+
+
+def _refusal(
+    w: LayerWorkload, *, full: bool = False, unrolled: bool = False, scans: bool = True
+) -> str | None:
+    if w.count > 1 and not scans:
+        return "a scan is one jit"
+    if unrolled and not w.layers:
+        return "there are no layers to unroll"
+    if min(w.lengths) < w.steps:
+        return f"a row of L={min(w.lengths)} has no room for {w.steps} steps"
+    return "full attention is that of one query token here" if full and w.T != 1 else None
+
+
+def _jax(
+    name: str, make: Any, implementation: str, *, selector=None, unrolled=False, **options: Any
+) -> Implementation:
+    form = {"selector": selector, "unrolled": unrolled}
+    programs = {"make": make, "implementation": implementation, **form, **options}
+
+    def refuses(w: LayerWorkload) -> str | None:
+        reason = jax_steps.refused_by_cells(w) if selector == "cells" else None
+        return reason or _refusal(w, full=make is full, unrolled=unrolled)
+
+    return Implementation(
+        f"jax:{name}",
+        functools.partial(JaxLayer, **form),
+        functools.partial(layer_programs, **programs),
+        needs_gpu=implementation != "xla",
+        pipeline=implementation == "triton",
+        refuses=refuses,
+    )
+
+
+def _torch(name: str, step: type[TorchLayer]) -> Implementation:
+    def refuses(w: LayerWorkload) -> str | None:
+        return torch_steps.refused(w) or _refusal(w, scans=False)
+
+    build = lambda layer, programs: step(layer)  # noqa: E731
+    return Implementation(name, build, needs_gpu=False, refuses=refuses)
+
+
+FULL = {
+    "full-cudnn": {"implementation": "cudnn", "folded": False},
+    "full-cudnn-folded": {"implementation": "cudnn", "folded": True},
+    "full-xla": {"implementation": "xla", "folded": False},
+}
+IMPLEMENTATIONS = {
+    implementation.name: implementation
+    for implementation in (
+        _jax("cells", ours, "triton", selector="cells"),
+        _jax("threshold", ours, "triton", selector="threshold"),
+        _jax("xla", ours, "xla"),
+        *(
+            _jax(f"{name}{'-unrolled' * unrolled}", full, unrolled=unrolled, **options)
+            for unrolled in (False, True)
+            for name, options in FULL.items()
+        ),
+        _torch("torch:original", Original),
+        _torch("torch:sdpa", Sdpa),
+        Implementation(
+            "jax.sparse_attention",
+            JaxAttention,
+            attention_programs,
+            needs_gpu=False,
+            refuses=functools.partial(_refusal, scans=False),
+        ),
+        _torch("torch.sparse_attention", OriginalAttention),
+    )
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command line of `layer`."""
+    add_names(parser, [w.name for w in DEFAULT], [*LAYERS, *SCANS], IMPLEMENTATIONS)
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument(
+        "--sweep",
+        action="store_true",
+        help=f"{SWEEP_BASE} from 1024 to 2**20 tokens, for one row and four; kernel times only",
+    )
+    which.add_argument("--scan", action="store_true", help=f"by default {', '.join(SCANS)}")
+    add_sizes(parser)
+
+
+def chosen_workloads(arguments: argparse.Namespace) -> list[LayerWorkload]:
+    """The workloads of a command line; ValueError for names and sizes that cannot be."""
+    changes, names, there = changes_of(arguments), arguments.workload, LAYERS | SCANS
+    points = SWEPT if arguments.sweep else [{}]
+    if names is not None or arguments.sweep:
+        bases = [there[name] for name in known("--workload", names or [SWEEP_BASE], there)]
+    else:
+        bases = list(SCANS.values()) if arguments.scan else DEFAULT
+    return [changed(w, changes | point) for w in bases for point in points]
+
+
+def chosen_rows(arguments: argparse.Namespace) -> Iterable[list[Row]]:
+    """The rows of a command line, in groups that share their caches; ValueError as above."""
+    names = arguments.implementation
+    known_ones = known("--implementation", names or IMPLEMENTATIONS, IMPLEMENTATIONS)
+    forms = [IMPLEMENTATIONS[name] for name in known_ones]
+    if not results.has_gpu() and not names:
+        forms = [form for form in forms if not form.needs_gpu]
+    sweep = SWEEP if arguments.sweep else None
+    for w in chosen_workloads(arguments):
+        here = [form for form in forms if names or form.refuses(w) is None]
+        if (sweep or w.count > 1) and not names and results.has_gpu():  # Ours as a user gets it.
+            config = dataclasses.replace(w.config, cells=True)
+            user = f"jax:{default_selector(config, w.capacity, w.T)}"
+            here = [form for form in here if form.name in (user, *BESIDE_OURS)]
+        for separate in (False, True):
+            group = [form for form in here if form.name.endswith("-unrolled") == separate]
+            if group:
+                yield [Row(w, form, "layer", sweep) for form in group]
+
+
+def plan(arguments: argparse.Namespace) -> Plan:
+    """What a command line of `layer` asks for; ValueError if it cannot be."""
+    table = list(chosen_rows(arguments))
+    repetitions = SWEEP_REPETITIONS if arguments.sweep else REPETITIONS
+    if arguments.quick:
+        repetitions = QUICK
+
+    def measured(plan: Plan) -> Iterator[None]:
+        clock = open_clock(plan)
+        calls = not arguments.sweep or clock is None
+        return measure_all(table, Settings(Layer, repetitions, clock, calls=calls))
+
+    name = "layer" + "-sweep" * arguments.sweep + "-scan" * arguments.scan
+    return plan_of("layer", f"{'quick-' * arguments.quick}{name}", table, measured)
