@@ -167,7 +167,11 @@ def _attend(
 
     def backward(arguments, cotangents):
         *floats, indices, layer = arguments
-        _, pull_back = jax.vjp(lambda *floats: differentiable(*floats, indices, layer), *floats)
+
+        def function_of(*floats):
+            return differentiable(*floats, indices=indices, layer=layer)
+
+        _, pull_back = jax.vjp(function_of, *floats)
         return (*pull_back(cotangents), None, None)
 
     attend.defvjp(forward, backward)

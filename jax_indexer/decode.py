@@ -297,7 +297,7 @@ def prefill(
     caches = _put_prompts(Caches(cache.key, cache.value), Caches(key, value), rows, layer)
     lengths = jnp.clip(lengths, 0, key.shape[token_axis(kv_layout)])
     index = rebuild(cache.index, caches.key, config, rows, lengths=lengths, layer=layer, **options)
-    return DecodeCache(*caches, index)
+    return DecodeCache(caches.key, caches.value, index)
 
 
 @jax.jit

@@ -634,7 +634,8 @@ def attend_cells(
         ),
         AttendInputs(search.inputs, query, *caches, vectors(logits), known, lengths),
         AttendOutputs(
-            search.outputs._replace(**scratch), *shapes_of_end(query, value_size, lengths)
+            search.outputs._replace(**scratch),
+            *shapes_of_end(query, value_size, lengths, after, layer),
         ),
         programs=search.programs,
         in_place=("lengths",),
