@@ -279,7 +279,7 @@ def call_of(attend: Callable[..., Any], w: LayerWorkload, unrolled: bool) -> Cal
             return jnp.stack(outs), Caches(*zip(*left, strict=True), index)
         if w.count > 1:
             steps = jnp.arange(w.count), *news
-            (_, caches), outs = lax.scan(next_layer, (query, caches), steps)
+            (_, caches), outs = lax.scan(next_layer, (query, caches), steps, unroll=2)
             return outs, caches
         out, caches = attend(query, *(new[0] for new in news), caches, None)
         return out[None], caches
