@@ -135,7 +135,7 @@ def _attend(
             del shard
             return tuple(function(query, key, value, indices, Logits(scale, soft_cap), layer))
 
-        def call(query, key, value, logits):
+        def call(query, key, value, logits, indices, layer):
             logits = jax.tree.map(lambda x: x.astype(jnp.float32), logits)
             found = by_shards(
                 on_shard,
@@ -155,7 +155,7 @@ def _attend(
 
     differentiable = on_shards(xla, has_gradients=True)
     if implementation == "xla":
-        return differentiable(query, key, value, logits)
+        return differentiable(query, key, value, logits, indices, layer)
 
     def dispatched(*arguments):
         return backend.dispatch(xla, triton, *arguments, implementation=implementation)
@@ -166,7 +166,9 @@ def _attend(
         return attend(*arguments), arguments
 
     def backward(arguments, cotangents):
-        return jax.vjp(differentiable, *arguments)[1](cotangents)
+        *floats, indices, layer = arguments
+        _, pull_back = jax.vjp(lambda *floats: differentiable(*floats, indices, layer), *floats)
+        return (*pull_back(cotangents), None, None)
 
     attend.defvjp(forward, backward)
-    return attend(query, key, value, logits)
+    return attend(query, key, value, logits, indices, layer)
