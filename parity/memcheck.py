@@ -18,11 +18,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_indexer import IndexerConfig, PQIndex, reference, with_cells
+from jax_indexer import IndexerConfig, PQIndex, with_cells
 from jax_indexer.config import MOST_CELLS
 from jax_indexer.kernels import backend, centroid_sums, pipeline
-from jax_indexer.kernels.step import Lengths, Step
-from jax_indexer.state import MOST_NEW, RATE
+from jax_indexer.kernels.attend import launch_listed
+from jax_indexer.kernels.step import Step
+from jax_indexer.kernels.tuning import H100
+from jax_indexer.reference import Caches, Logits
+from jax_indexer.state import MOST_NEW, RATE, layer_of
 from parity.checked_memory import check_canaries, poisoned
 
 # (B, T, N, K, H, S, config): sizes around and between those of blocks.
@@ -74,6 +77,7 @@ def run_case(case) -> None:
             check_training(index, draw(B, S, K, H, dtype=jnp.bfloat16), lengths)
         if T == 1 and config.num_cells <= MOST_CELLS:
             check_cells(index, query, key_new, config, lists)
+        check_attention(index, query, key_new, config, lists)
     check_canaries(canaries)
 
 
@@ -81,11 +85,9 @@ def check_step(index, query, key_new, config, *, with_none):
     """Both selectors, after an append in the same launch and after one alone."""
     _, T, N, _ = query.shape
     step = Step.of(index, config, T=T, N=N, weights_dtype=np.dtype(np.float32))
-    room, lengths = reference.make_room(index.lengths, None, T, step.S)
-    alone = pipeline.launch_append(step, key_new, index, room, lengths)
+    alone = pipeline.launch_append(step, key_new, index, None)
     for selector in ("threshold", "top_k"):
-        inputs = query, key_new, index, room, Lengths(lengths, None)
-        lists, after = pipeline.launch_step(step, *inputs, selector)
+        lists, after = pipeline.launch_step(step, query, key_new, index, None, selector)
         np.testing.assert_array_equal(after.codes, alone.codes)
         np.testing.assert_array_equal((np.asarray(lists.indices) >= 0).sum(-1), lists.counts)
         np.testing.assert_array_equal(np.asarray(lists.weights).sum(-1), lists.counts)
@@ -136,12 +138,52 @@ def check_cells(index, query, key_new, config, lists) -> None:
         before = dataclasses.replace(index, lengths=jnp.maximum(start - back, 0))
         now = dataclasses.replace(index, cells=with_cells(before, config).cells)
         for first in (start - 1, start):  # what is due in both steps is done in one or the other
-            room = reference.Room(jnp.maximum(first, 0), jnp.ones_like(start))
-            inputs = query, key_new, now, room, Lengths(room.start + 1, None)
-            got, now = pipeline.launch_step(step, *inputs, "cells")
+            now = dataclasses.replace(now, lengths=jnp.maximum(first, 0))
+            got, now = pipeline.launch_step(step, query, key_new, now, None, "cells")
         if number == 0:
             np.testing.assert_array_equal(got.indices, lists.indices)
             np.testing.assert_array_equal(np.asarray(got.weights).sum(-1), got.counts)
+
+
+def check_attention(index, query, key_new, config, lists) -> None:
+    """A whole layer's step by every selector, alone and in the last of two layers."""
+    (B, T, N, H), (_, K, _, S) = query.shape, index.codes.shape
+    of_value = H // 2 + 1
+    rng = np.random.default_rng(S)
+
+    def draw(*shape):
+        return jnp.asarray(rng.standard_normal(shape), jnp.bfloat16)
+
+    new = Caches(key_new, draw(B, T, K, of_value))
+    caches = Caches(draw(B, S, K, H), draw(B, S, K, of_value))
+    logits = Logits(jnp.float32(H**-0.5), jnp.float32(20))
+    want = None
+    steps = [("threshold", None), ("threshold", 1)]
+    if T == 1 and config.num_cells <= MOST_CELLS:
+        steps += [("cells", 1), ("cells, apart", None)]
+    for selector, layer in steps:
+        its_config, state, tuning = config, index, H100
+        if "cells" in selector:
+            its_config = dataclasses.replace(config, cells=True)
+            state = with_cells(index, its_config)
+        if "apart" in selector:
+            tuning = dataclasses.replace(H100, attended_at_once=-1)
+        before, counts = (state, caches), None
+        if layer is not None:
+            before = jax.tree.map(lambda x: jnp.stack([x, x]), before)
+            layer, counts = jnp.int32(layer), jnp.full(B, T, jnp.int32)
+        step = Step.of(before[0], its_config, T=T, N=N, tuning=tuning)
+        inputs = query, new, before[1], before[0], counts, logits, selector.split(",")[0]
+        out, written, _ = pipeline.launch_decode(step, *inputs, layer)
+        if want is None:
+            listed = launch_listed(query, written, lists.indices, logits, None, "BSKH")
+            want = np.asarray(listed.output.out)
+            assert np.isfinite(want).all()
+        # The same numbers in another order.
+        np.testing.assert_allclose(out, want, rtol=1e-4, atol=1e-4)
+        length = int(index.lengths[0])
+        for one, other in zip(layer_of(written, layer), new, strict=True):
+            np.testing.assert_array_equal(one[0, length : length + T], other[0])
 
 
 def run_kernels(cases) -> None:

@@ -111,3 +111,31 @@ def encode(key, codebooks, phi=None):
     best = np.sort(distance, axis=-1)[..., :2]
     codes = np.where(finite, distance.argmin(-1), 0).astype(np.uint8)
     return codes, np.where(finite, best[..., 1] - best[..., 0], np.inf)
+
+
+def attention(query, key, value, indices, *, scale=None, soft_cap=None, kv_layout="BSKH"):
+    """Softmax attention over lists in float64 (section 4), one query at a time.
+
+    query [B,T,N,H], key and value [B,S,K,H] or head-major, indices [B,T,N,P] of which what is no
+    position is left out. Returns [B,T,N,H'], zeros for an empty list, and [B,T,N]: the log of the
+    sum of the logits' exponentials.
+    """
+    if kv_layout == "BKSH":
+        key, value = key.swapaxes(1, 2), value.swapaxes(1, 2)
+    query, key, value = (x.astype(np.float64) for x in (query, key, value))
+    B, T, N, H = query.shape
+    S, group = key.shape[1], N // key.shape[2]
+    scale = H**-0.5 if scale is None else scale
+    out, lse = np.zeros((B, T, N, value.shape[3])), np.full((B, T, N), -np.inf)
+    for b, t, n in np.ndindex(B, T, N):
+        listed = indices[b, t, n][(indices[b, t, n] >= 0) & (indices[b, t, n] < S)]
+        if not len(listed):
+            continue
+        with np.errstate(invalid="ignore", over="ignore"):
+            logits = key[b, listed, n // group] @ query[b, t, n] * scale
+            if soft_cap is not None:
+                logits = soft_cap * np.tanh(logits / soft_cap)
+            weights = np.exp(logits - logits.max())
+            out[b, t, n] = weights @ value[b, listed, n // group] / weights.sum()
+            lse[b, t, n] = logits.max() + np.log(weights.sum())
+    return out, lse

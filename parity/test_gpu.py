@@ -16,15 +16,19 @@ import pytest
 from jax.sharding import AxisType
 
 from jax_indexer import (
+    DecodeCache,
     IndexerConfig,
     PQIndex,
+    Selection,
     append,
     build_index,
+    decode_attention,
     indexer_next,
     rebuild,
     reference,
     reset,
     select,
+    sparse_attention,
     with_cells,
 )
 from jax_indexer.kernels import pipeline, scores, threshold, top_k
@@ -236,6 +240,193 @@ def test_fifty_thousand_steps_keep_cells_and_lists_right(capacity, function):
         lengths = jnp.asarray(rng.integers(0, capacity + 1, batch), jnp.int32)
         index = again(index, cache, rows=rows, lengths=lengths)
     assert sealings > 50
+
+
+LAYERS, BATCH, KV_HEADS, GROUP, HEAD_DIM = 4, 2, 2, 4, 64
+
+
+def drawn_step(number):
+    """(query, keys, values, counts, which rows restart) of a step of all layers: integers.
+
+    So that distances and tables are exact, and codes and lists are those of any implementation.
+    """
+    keys = jax.random.split(jax.random.fold_in(jax.random.key(0), number), 5)
+
+    def integers(key, heads):
+        shape = LAYERS, BATCH, 1, heads, HEAD_DIM
+        return jax.random.randint(key, shape, -2, 3).astype(jnp.bfloat16)
+
+    query, new = integers(keys[0], KV_HEADS * GROUP), [integers(k, KV_HEADS) for k in keys[1:3]]
+    counts = (jax.random.uniform(keys[3], BATCH) < 0.9).astype(jnp.int32)
+    return query, *new, counts, jax.random.uniform(keys[4], BATCH) < 1 / 3000
+
+
+def plain_step(state, number):
+    """The state (keys, values, codes, lengths) after a step of all layers, without a kernel."""
+    keys, values, codes, codebooks, lengths = state
+    _, key_new, value_new, counts, restart = drawn_step(number)
+    lengths = jnp.where(restart[None], 0, lengths)
+    capacity = keys.shape[2]
+    takes = (counts[None] > 0) & (lengths < capacity)
+    layer, row = np.ogrid[:LAYERS, :BATCH]
+    at = layer, row, jnp.where(takes, lengths, capacity)
+    keys = keys.at[at].set(key_new[:, :, 0], mode="drop")
+    values = values.at[at].set(value_new[:, :, 0], mode="drop")
+    parts = key_new[:, :, 0].astype(jnp.float32)
+    parts = parts.reshape(LAYERS, BATCH, KV_HEADS, codebooks.shape[3], 1, -1)
+    nearest = jnp.argmin(jnp.sum((parts - codebooks) ** 2, axis=-1), axis=-1).astype(jnp.uint8)
+    codes = codes.at[(*at[:2], slice(None), slice(None), at[2])].set(nearest, mode="drop")
+    return (keys, values, codes, codebooks, lengths + takes.astype(jnp.int32)), None
+
+
+def check_a_long_decode(config, capacity, steps, chunk, *, by_cells="cells"):
+    """Every step's output against attention over lists of another selector, of one layer.
+
+    All of the state after every chunk: against steps without a kernel, and cells as codes say.
+    """
+    rng = np.random.default_rng(0)
+    heads, dimension = (LAYERS, BATCH, KV_HEADS, config.num_subspaces), HEAD_DIM // 2
+
+    def integers(*shape, dtype):
+        return jnp.asarray(rng.integers(-2, 3, shape), dtype)
+
+    index = PQIndex(
+        codebooks=integers(*heads, config.num_centroids, dimension, dtype=jnp.float32),
+        codes=jnp.asarray(rng.integers(0, config.num_centroids, (*heads, capacity), np.uint8)),
+        lengths=jnp.asarray(rng.integers(0, capacity, (LAYERS, BATCH)), jnp.int32),
+    )
+    index = dataclasses.replace(index, lengths=index.lengths.at[0, 0].set(capacity - chunk // 2))
+    shape = LAYERS, BATCH, capacity, KV_HEADS, HEAD_DIM
+    key, value = (integers(*shape, dtype=jnp.bfloat16) for _ in range(2))
+    plain = jax.tree.map(jnp.copy, (key, value, index.codes, index.codebooks, index.lengths))
+    cache = DecodeCache(key, value, with_cells(index, config))
+    options = {"config": config, "implementation": "triton"}
+
+    def one_step(carry, number):
+        cache, worst = carry
+        query, key_new, value_new, counts, restart = drawn_step(number)
+        cache = dataclasses.replace(cache, index=reset(cache.index, restart))
+
+        def one_layer(cache, inputs):
+            layer, query, *new = inputs
+            out, cache = decode_attention(
+                query, *new, cache, counts=counts, layer=layer, selector=by_cells, **options
+            )
+            return cache, out
+
+        layers = jnp.arange(LAYERS, dtype=jnp.int32)
+        before = cache.index.lengths
+        cache, out = jax.lax.scan(one_layer, cache, (layers, query, key_new, value_new))
+        # A row that is full takes none.
+        taken = cache.index.lengths - before
+        layer = number % LAYERS
+        lists = select(
+            query[layer], cache.index, counts=taken[layer], layer=layer, selector="threshold",
+            **options,
+        )  # fmt: skip
+        want = sparse_attention(
+            query[layer], cache.key, cache.value, lists, layer=layer, implementation="xla"
+        )
+        got, want = out[layer].astype(jnp.float32), want.astype(jnp.float32)
+        # Each is rounded once, to 8 bits, and may be to the other neighbour.
+        error = jnp.max(jnp.abs(got - want) - 2.0**-7 * jnp.abs(want))
+        return (cache, jnp.maximum(worst, jnp.where(jnp.isnan(error), jnp.inf, error))), None
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def some_steps(cache, first):
+        start = cache, jnp.float32(-jnp.inf)
+        return jax.lax.scan(one_step, start, first + jnp.arange(chunk, dtype=jnp.int32))[0]
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def some_plain_steps(state, first):
+        return jax.lax.scan(plain_step, state, first + jnp.arange(chunk, dtype=jnp.int32))[0]
+
+    def differences(cache, plain):
+        index = cache.index
+        got = cache.key, cache.value, index.codes, index.codebooks, index.lengths
+        return jax.tree.map(lambda x, y: jnp.sum(x != y), got, plain)
+
+    compare, restarts = jax.jit(differences), 0
+    for first in range(0, steps, chunk):
+        before = np.asarray(cache.index.lengths)
+        cache, worst = some_steps(cache, jnp.int32(first))
+        plain = some_plain_steps(plain, jnp.int32(first))
+        message = f"within the {chunk} steps from {first} on"
+        assert [int(x) for x in compare(cache, plain)] == [0] * 5, message
+        assert float(worst) <= 1e-4, message
+        last = first + chunk >= steps
+        for layer in range(LAYERS) if last else [first // chunk % LAYERS]:
+            test_cells.check_state(jax.tree.map(operator.itemgetter(layer), cache.index), config)
+        restarts += int((np.asarray(cache.index.lengths) < before).sum())
+    return restarts
+
+
+@pytest.mark.parametrize("budget", [128, 300], ids=["attended where found", "apart"])
+def test_twenty_thousand_steps_of_stacked_layers_are_right(budget):
+    config = IndexerConfig(cells=True, heavy_size=budget)
+    assert check_a_long_decode(config, 40_000, 20_000, 1000) > 8
+
+
+@pytest.mark.parametrize("selector", ["cells", "threshold"])
+@pytest.mark.parametrize("budget", [128, 400])
+def test_a_row_is_decoded_to_the_same_bits_alone_and_in_a_batch(budget, selector):
+    config = IndexerConfig(cells=selector == "cells", heavy_size=budget)
+    batch, kv_heads, heads, capacity, size = 16, 2, 8, 5000, 128
+    keys = jax.random.split(jax.random.key(0), 5)
+
+    def draw(key, *shape):
+        return jax.random.normal(key, (batch, *shape, size), jnp.bfloat16)
+
+    key, value = (draw(k, capacity, kv_heads) for k in keys[:2])
+    lengths = jnp.asarray(np.linspace(0, capacity, batch), jnp.int32)
+    cache = DecodeCache(key, value, build_index(key, lengths, config))
+    inputs = draw(keys[2], 1, heads), *(draw(k, 1, kv_heads) for k in keys[3:])
+    decode = jax.jit(functools.partial(decode_attention, config=config, selector=selector))
+    together = decode(*inputs, cache)
+    for row in (0, 5, 9, 14):
+        own = jax.tree.map(lambda x, row=row: x[row : row + 1], (inputs, cache, together))
+        alone = decode(*own[0], own[1])
+        for one, other in zip(jax.tree.leaves(alone), jax.tree.leaves(own[2]), strict=True):
+            np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("shape", [(1, 8, 8, 128), (3, 8, 2, 64)], ids=str)
+def test_the_original_attends_to_the_same_from_the_same_memory(shape, dtype):
+    import torch
+
+    from torch_reference import sparse_attention as original
+
+    (B, N, K, H), S, P = shape, 4000, 700
+    generator = torch.Generator("cuda").manual_seed(0)
+
+    def draw(*shape):
+        numbers = torch.randn(*shape, generator=generator, device="cuda")
+        return numbers.to(getattr(torch, dtype))
+
+    query, keys, values = draw(B, N, 1, H), draw(B, K, S, H), draw(B, K, S, H + 34)
+    order = torch.rand(B, N, S, generator=generator, device="cuda").argsort(-1)
+    lists = order[..., :P].to(torch.int32).contiguous()
+    counts = torch.randint(0, P + 1, (B, N), generator=generator, device="cuda", dtype=torch.int32)
+    counts[0, 0], counts[0, 1] = 0, P
+    want = original(query, keys, values, lists, counts)
+    past = torch.arange(P, device="cuda") >= counts[..., None]
+    listed = lists.masked_fill(past, -1)[:, None].contiguous()
+    torch.cuda.synchronize()
+    shared = jax.dlpack.from_dlpack
+    key = shared(keys)
+    assert key.unsafe_buffer_pointer() == keys.data_ptr()
+    selection = Selection(shared(listed), shared(counts[:, None].contiguous()))
+    got = sparse_attention(
+        shared(query.view(B, 1, N, H)), key, shared(values), selection, kv_layout="BKSH",
+        implementation="triton",
+    )  # fmt: skip
+    # Both sum in float32, in another order, and round once.
+    tolerance = {"float32": 2.0**-16, "bfloat16": 2.0**-7, "float16": 2.0**-10}[dtype]
+    np.testing.assert_allclose(
+        np.asarray(got, np.float32)[:, 0], want[:, :, 0].float().cpu().numpy(),
+        rtol=tolerance, atol=tolerance / 4,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("num_warps", [4, 8, 16])

@@ -13,14 +13,18 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from jax_indexer import (
+    DecodeCache,
     IndexerConfig,
     PQIndex,
+    Selection,
     append,
     build_index,
+    decode_attention,
     indexer_next,
     rebuild,
     rebuild_gain,
     select,
+    sparse_attention,
     with_cells,
 )
 from parity.lowering import an_h100, lowered
@@ -398,3 +402,87 @@ def test_codes_beyond_32_bit_offsets_go_to_xla(rows, mapped):
                         lowered(function, first, index)
                     continue
                 assert bool(kernels(lowered(function, first, index))) != too_large, name
+
+
+ATTENTION = {
+    "plain": {},
+    "odd sizes": {"H": 34, "of_value": 130, "N": 15, "K": 3, "S": 777, "B": 2},
+    "three query tokens": {"T": 3, "N": 7, "K": 1, "dtype": jnp.float16, "H": 130, "of_value": 34},
+    "one token": {"S": 1, "N": 32, "K": 1, "H": 8, "of_value": 8},
+    "large heads": {"H": 576, "of_value": 512, "N": 16, "K": 1, "dtype": jnp.bfloat16},
+    "many heads": {"N": 128, "K": 8, "H": 256, "dtype": jnp.bfloat16, "S": 40000},
+}
+
+
+def caches_of(B=1, K=2, S=5000, H=64, of_value=64, dtype=jnp.float32, kv_layout="BSKH", **_):
+    """(key, value) of these shapes."""
+    tokens = (S, K) if kv_layout == "BSKH" else (K, S)
+    return tuple(shaped((B, *tokens, size), dtype) for size in (H, of_value))
+
+
+def stacked(tree, layers):
+    return jax.tree.map(lambda x: shaped((layers, *x.shape), x.dtype), tree)
+
+
+@pytest.mark.parametrize("name", ATTENTION)
+def test_attention_over_lists_is_two_kernels(name):
+    shape, kv_layout = ATTENTION[name], ("BSKH", "BKSH")[list(ATTENTION).index(name) % 2]
+    query, _, _ = arguments(**{k: v for k, v in shape.items() if k != "of_value"})
+    key, value = stacked(caches_of(**shape, kv_layout=kv_layout), 3)
+    lists = shaped((*query.shape[:3], 700), jnp.int32)
+
+    def attend(query, key, value, lists, layer):
+        return sparse_attention(
+            query, key, value, Selection(lists, lists[..., 0]), return_lse=True, layer=layer,
+            logits_soft_cap=30.0, kv_layout=kv_layout,
+        )  # fmt: skip
+
+    with an_h100():
+        text = lowered(attend, query, key, value, lists, shaped((), jnp.int32))
+    assert kernels(text) == {"listed_kernel", "merge_kernel"}
+    assert "f64" not in text
+
+
+@pytest.mark.parametrize(
+    ("selector", "layers"),
+    [("threshold", 4), ("top_k", None), ("cells", 4), ("cells, apart", None)],
+)
+@pytest.mark.parametrize("name", ATTENTION)
+def test_a_decode_step_of_a_layer_lowers_to_kernels_alone(name, selector, layers):
+    """Which write caches and state in place, in a launch for all that needs no selection."""
+    shape = {"B": 1, "T": 1, "K": 2, "S": 5000, "H": 64, "of_value": 64, **ATTENTION[name]}
+    by_cells = "cells" in selector
+    if by_cells and shape["T"] > 1:
+        pytest.skip("cells take one query token")
+    # The middle of a short list is attended to where it is found.
+    apart = selector != "cells"
+    heavy = 300 if apart else 100
+    config = IndexerConfig(cells=by_cells, heavy_size=heavy, num_bits=4, sink_size=19)
+    kv_layout = "BSKH" if layers is None else "BKSH"
+    of_query = {k: v for k, v in shape.items() if k != "of_value"}
+    query, _, index = arguments(**of_query, config=config)
+    if by_cells:
+        index = jax.eval_shape(functools.partial(with_cells, config=config), index)
+    cache = DecodeCache(*caches_of(**shape, kv_layout=kv_layout), index)
+    cache = cache if layers is None else stacked(cache, layers)
+    new = caches_of(**{**shape, "S": shape["T"]}, kv_layout=kv_layout)
+
+    def decode(query, key_new, value_new, cache, counts, layer):
+        return decode_attention(
+            query, key_new, value_new, cache, config, counts=counts, kv_layout=kv_layout,
+            layer=None if layers is None else layer, selector=selector.split(",")[0],
+            implementation="triton",
+        )  # fmt: skip
+
+    counts, layer = shaped((shape["B"],), jnp.int32), shaped((), jnp.int32)
+    with an_h100():
+        text = lowered(decode, query, *new, cache, counts, layer, donate_argnums=3)
+    first = "write_kernel_and_always_kernel_and_" + first_kernel(seal=by_cells)
+    last = {"listed_kernel", "merge_kernel"} if apart else {"cells_attend_kernel"}
+    chosen = KERNELS | {"cells": set(), "cells, apart": {"cells_select_kernel"}}
+    assert kernels(text) == {first} | last | chosen[selector]
+    assert "f64" not in text
+    assert not re.search(r"stablehlo\.(case|if|while|sort)", text)
+    signature = text[text.index("@main(") : text.index("->", text.index("@main("))]
+    donated = len(re.findall(r"tf.aliasing_output|jax.buffer_donor", signature))
+    assert donated == len(jax.tree.leaves(cache))

@@ -1,5 +1,8 @@
 """sparse_attention against float64 attention over the listed tokens."""
 
+import contextlib
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,11 +16,18 @@ from jax_indexer import (
     select,
     sparse_attention,
 )
+from jax_indexer.kernels import backend
+from jax_indexer.kernels.attend import launch_listed
+from jax_indexer.kernels.tuning import H100
+from jax_indexer.reference import Caches, Logits
+from parity import oracle
+from parity.test_kernels import CPU, RUNNERS, SMALL_BLOCKS, Runner, each
 
 B, S, K, G, H = 3, 48, 2, 3, 16
 N = K * G
-# Of one result of magnitude about 1: the last rounding to each dtype, and float32 sums before it.
-TOLERANCE = {"float32": 2e-6, "bfloat16": 2.0**-8, "float16": 2.0**-11}
+# Of one result of magnitude about 1: the last rounding to each dtype, and before it float32 sums
+# and exponentials: of x these are off by |x| 2**-24, and on a GPU by 2**-22 more.
+TOLERANCE = {"float32": 2.0**-18, "bfloat16": 2.0**-8, "float16": 2.0**-11}
 
 
 def inputs(*, T=1, dtype="float32", seed=0):
@@ -38,16 +48,22 @@ def lists(*, T=1, P=20, seed=1):
 
 
 def attention(query, key, value, selection, scale):
-    """Float64, one row at a time."""
-    query, key, value = (x.astype(np.float64) for x in (query, key, value))
-    out = np.zeros((*query.shape[:3], value.shape[3]))
-    for b, t, n in np.ndindex(query.shape[:3]):
-        listed = np.asarray(selection.indices[b, t, n][: selection.counts[b, t, n]])
-        if len(listed):
-            logits = key[b, listed, n // G] @ query[b, t, n] * scale
-            weights = np.exp(logits - logits.max())
-            out[b, t, n] = weights @ value[b, listed, n // G] / weights.sum()
-    return out
+    return oracle.attention(query, key, value, np.asarray(selection.indices), scale=scale)[0]
+
+
+@pytest.fixture(params=["xla", "interpreter", pytest.param("triton", marks=pytest.mark.gpu)])
+def attend(request):
+    """sparse_attention by its implementations."""
+
+    def attend(*arguments, **options):
+        with contextlib.ExitStack() as stack:
+            if request.param == "interpreter":
+                stack.enter_context(jax.default_device(CPU))
+                stack.enter_context(backend.interpreted())
+            implementation = "xla" if request.param == "xla" else "triton"
+            return sparse_attention(*arguments, implementation=implementation, **options)
+
+    return attend
 
 
 def close(got, want, dtype="float32"):
@@ -57,80 +73,80 @@ def close(got, want, dtype="float32"):
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("T", [1, 2])
-def test_it_equals_attention_over_the_list(T, dtype):
+def test_it_equals_attention_over_the_list(T, dtype, attend):
     query, key, value = inputs(T=T, dtype=dtype)
     selection = lists(T=T)
-    got = sparse_attention(jnp.asarray(query), jnp.asarray(key), jnp.asarray(value), selection)
+    got = attend(jnp.asarray(query), jnp.asarray(key), jnp.asarray(value), selection)
     assert (got.shape, got.dtype) == ((B, T, N, H), jnp.dtype(dtype))
     close(got, attention(query, key, value, selection, H**-0.5), dtype)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("cache_dtype", TOLERANCE)
-def test_dtypes_may_differ(dtype, cache_dtype):
+def test_dtypes_may_differ(dtype, cache_dtype, attend):
     query, key, value = inputs()
     query, key, value = (
         x.astype(jnp.dtype(d))
         for x, d in ((query, dtype), (key, cache_dtype), (value, cache_dtype))
     )
     selection = lists()
-    got = sparse_attention(query, key, value, selection)
+    got = attend(query, key, value, selection)
     assert got.dtype == jnp.dtype(dtype)
     close(got, attention(query, key, value, selection, H**-0.5), dtype)
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.01, 3, np.int32(2), np.float16(0.5), 2**40])
-def test_scale(scale):
+def test_scale(scale, attend):
     query, key, value = inputs()
     selection = lists()
-    got = sparse_attention(query, key, value, selection, scale=scale)
+    got = attend(query, key, value, selection, scale=scale)
     # Large logits: an error of 2**-24 of one is that much of its weight.
     want = attention(query, key, value, selection, scale)
     np.testing.assert_allclose(got, want, rtol=2e-5, atol=2e-5)
 
 
-def test_a_list_of_everything_is_dense_attention():
+def test_a_list_of_everything_is_dense_attention(attend):
     query, key, value = map(jnp.asarray, inputs(T=2))
     everything = jnp.broadcast_to(jnp.arange(S, dtype=jnp.int32), (B, 2, N, S))
     selection = Selection(everything, jnp.full((B, 2, N), S, jnp.int32))
-    got = sparse_attention(query, key, value, selection)
+    got = attend(query, key, value, selection)
     want = jax.nn.dot_product_attention(query, key, value)
     np.testing.assert_allclose(got, want, rtol=2e-6, atol=2e-6)
 
 
-def test_an_empty_list_gives_zeros():
+def test_an_empty_list_gives_zeros(attend):
     query, key, value = inputs()
     nothing = Selection(jnp.full((B, 1, N, 7), -1), jnp.zeros((B, 1, N), jnp.int32))
-    got = sparse_attention(query, key, value, nothing)
+    got = attend(query, key, value, nothing)
     np.testing.assert_array_equal(got, np.zeros((B, 1, N, H)))
     assert not np.signbit(np.asarray(got)).any()
 
 
 @pytest.mark.parametrize("garbage", [np.nan, np.inf, 1e30])
-def test_tokens_that_are_not_listed_have_no_influence(garbage):
+def test_tokens_that_are_not_listed_have_no_influence(garbage, attend):
     """Those a -1 could be mistaken for among them: the first and the last."""
     query, key, value = inputs()
     indices = np.full((B, 1, N, 8), -1, np.int32)
     indices[..., :5] = [1, 4, 9, 20, S - 2]
     indices[1, :, :, :] = -1
     selection = Selection(jnp.asarray(indices), jnp.asarray((indices >= 0).sum(-1), jnp.int32))
-    want = sparse_attention(query, key, value, selection)
+    want = attend(query, key, value, selection)
     for array in (key, value):
         unlisted = np.ones(S, bool)
         unlisted[[1, 4, 9, 20, S - 2]] = False
         array[:, unlisted] = garbage
         array[1] = garbage
-    np.testing.assert_array_equal(sparse_attention(query, key, value, selection), want)
+    np.testing.assert_array_equal(attend(query, key, value, selection), want)
     assert (np.asarray(want)[1] == 0).all()
 
 
-def test_nan_stays_in_its_row():
+def test_nan_stays_in_its_row(attend):
     query, key, value = inputs()
     selection = lists()
-    want = sparse_attention(query, key, value, selection)
+    want = attend(query, key, value, selection)
     query[0, 0, 2, 3] = np.nan
     key[2, :, 1, 0] = np.nan
-    got = np.asarray(sparse_attention(query, key, value, selection))
+    got = np.asarray(attend(query, key, value, selection))
     touched = np.zeros((B, 1, N), bool)
     touched[0, 0, 2] = touched[2, :, G:] = True
     np.testing.assert_array_equal(got[~touched], np.asarray(want)[~touched])
@@ -138,40 +154,40 @@ def test_nan_stays_in_its_row():
     assert np.isnan(got[hit]).any(-1).all()
 
 
-def test_large_logits_do_not_overflow():
+def test_large_logits_do_not_overflow(attend):
     query, key, value = inputs()
     selection = lists()
-    got = sparse_attention(query * 1e4, key * 1e4, value, selection)
+    got = attend(query * 1e4, key * 1e4, value, selection)
     want = attention(query * 1e4, key * 1e4, value, selection, H**-0.5)
     # The softmax is a maximum here: one value each, unless two logits of 1e8 nearly agree.
     np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-6)
 
 
-def test_both_layouts():
+def test_both_layouts(attend):
     query, key, value = map(jnp.asarray, inputs(T=2))
     selection = lists(T=2)
-    want = sparse_attention(query, key, value, selection)
-    token_major = sparse_attention(query, key, value, selection, kv_layout="BSKH")
+    want = attend(query, key, value, selection)
+    token_major = attend(query, key, value, selection, kv_layout="BSKH")
     np.testing.assert_array_equal(token_major, want)
-    head_major = sparse_attention(
+    head_major = attend(
         query, key.swapaxes(1, 2), value.swapaxes(1, 2), selection, kv_layout="BKSH"
     )
     np.testing.assert_allclose(head_major, want, rtol=2e-6, atol=2e-6)
 
 
 @pytest.mark.parametrize("size", [1, 12, 24])
-def test_values_may_have_another_head_dimension(size):
+def test_values_may_have_another_head_dimension(size, attend):
     query, key, value = inputs(T=2)
     value = np.resize(value, (B, S, K, size))
     selection = lists(T=2)
     want = attention(query, key, value, selection, H**-0.5)
-    close(sparse_attention(query, key, value, selection), want)
+    close(attend(query, key, value, selection), want)
     key, value = key.swapaxes(1, 2), value.swapaxes(1, 2)
-    close(sparse_attention(query, key, value, selection, kv_layout="BKSH"), want)
+    close(attend(query, key, value, selection, kv_layout="BKSH"), want)
 
 
 @pytest.mark.parametrize("garbage", [np.nan, np.inf, 1e30])
-def test_gradients_come_from_what_is_listed_alone(garbage):
+def test_gradients_come_from_what_is_listed_alone(garbage, attend):
     """Token 0, where a -1 is read, is not listed; row 1 is empty, and so is a list of row 0."""
     query, key, value = inputs()
     listed = [1, 4, 9, 20, S - 2]
@@ -181,7 +197,7 @@ def test_gradients_come_from_what_is_listed_alone(garbage):
     selection = Selection(jnp.asarray(indices), jnp.asarray((indices >= 0).sum(-1), jnp.int32))
 
     def loss(*arrays):
-        return jnp.sum(sparse_attention(*arrays, selection) ** 2)
+        return jnp.sum(attend(*arrays, selection) ** 2)
 
     differentiate = jax.grad(loss, argnums=(0, 1, 2))
     want = differentiate(query, key, value)
@@ -201,13 +217,13 @@ def test_gradients_come_from_what_is_listed_alone(garbage):
     assert (of_value[2, listed] != 0).all()
 
 
-def test_it_consumes_what_select_returns():
+def test_it_consumes_what_select_returns(attend):
     query, key, value = inputs()
     config = IndexerConfig(num_bits=2, heavy_size=5, sink_size=2, window_size=3)
     index = build_index(jnp.asarray(key), jnp.asarray([S, 20, 0], jnp.int32), config)
     selection = select(jnp.asarray(query), index, config)
     assert selection.counts[:, 0, 0].tolist() == [10, 10, 0]
-    got = sparse_attention(query, key, value, selection)
+    got = attend(query, key, value, selection)
     close(got, attention(query, key, value, selection, H**-0.5))
 
 
@@ -229,11 +245,153 @@ def test_a_cache_of_another_capacity_than_the_index_is_refused(other, kv_layout)
     sparse_attention(query, cache, cache, by_hand, kv_layout=kv_layout)
 
 
-def test_lists_longer_than_the_cache():
+def test_lists_longer_than_the_cache(attend):
     query, key, value = inputs()
     config = IndexerConfig(num_bits=8)  # P = 513
     index = build_index(jnp.asarray(key), jnp.asarray([S, 20, 1], jnp.int32), config)
     selection = select(jnp.asarray(query), index, config)
-    got = sparse_attention(query, key, value, selection)
+    got = attend(query, key, value, selection)
     close(got, attention(query, key, value, selection, H**-0.5))
     close(got[2], value[2, 0].repeat(G, axis=0)[None])
+
+
+# The kernels, on odd shapes.
+
+# (dtype, of caches, layout, K, G, T, H, H', P, S, soft cap, layers, tuned)
+LISTED = [
+    ("float32", "float32", "BSKH", 2, 1, 1, 8, 8, 1, 50, False, None, True),
+    ("bfloat16", "bfloat16", "BKSH", 1, 3, 3, 34, 130, 127, 140, True, None, True),
+    ("float16", "float16", "BSKH", 2, 4, 1, 64, 64, 129, 300, False, 2, True),
+    ("float32", "bfloat16", "BKSH", 1, 7, 1, 130, 34, 700, 720, True, None, True),
+    ("float16", "float16", "BSKH", 1, 16, 1, 256, 256, 40, 90, True, None, True),
+    ("bfloat16", "float32", "BSKH", 1, 32, 1, 8, 3, 33, 64, False, 3, False),
+    ("bfloat16", "bfloat16", "BKSH", 1, 4, 1, 576, 512, 20, 40, False, None, True),
+    ("float32", "float32", "BKSH", 1, 2, 1, 18, 5, 300, 310, False, None, False),
+]
+# As small as lets lists have several parts, more than are merged at once.
+SMALL = dataclasses.replace(SMALL_BLOCKS, attended_tile=256)
+
+
+def by_kernels(query, caches, indices, scale, soft_cap, layer, *, kv_layout, tuning):
+    logits = Logits(scale, soft_cap)
+    return launch_listed(query, caches, indices, logits, layer, kv_layout, tuning=tuning).output
+
+
+def draw_listed(case, rows):
+    """Lists in no order, of any length, with -1 within and positions past the caches."""
+    dtype, cache_dtype, layout, heads, group, tokens, size, of_value, P, capacity, *_ = case
+    rng = np.random.default_rng(LISTED.index(case))
+    lead = () if case[-2] is None else (case[-2],)
+
+    def real(*shape, dtype):
+        return rng.standard_normal(shape).astype(jnp.dtype(dtype))
+
+    shape = (capacity, heads) if layout == "BSKH" else (heads, capacity)
+    caches = Caches(*(real(*lead, rows, *shape, x, dtype=cache_dtype) for x in (size, of_value)))
+    indices = np.full((rows, tokens, heads * group, P), -1, np.int32)
+    for number, place in enumerate(np.ndindex(indices.shape[:3])):
+        count = min([P, 0, P - 1, rng.integers(0, P + 1)][number % 4], capacity)
+        indices[place][:count] = rng.permutation(capacity)[:count]
+        if number % 3 == 2:
+            rng.shuffle(indices[place])
+        if number % 5 == 4:
+            indices[place][::7] = capacity + number
+    indices[0, 0, -1, 0] = np.iinfo(np.int32).max
+    query = real(rows, tokens, heads * group, size, dtype=dtype)
+    return query, caches, indices
+
+
+@pytest.fixture(params=[pytest.param(name, marks=marks) for name, marks in RUNNERS.items()])
+def run(request):
+    return Runner(request.param)
+
+
+@each(LISTED, checked=[LISTED[i] for i in (1, 2, 7)])
+def test_kernels_attend_to_what_is_listed(case, run):
+    dtype, _, layout, *_, capped, layers, tuned = case
+    query, caches, indices = draw_listed(case, 2)
+    scale, soft_cap = np.float32(query.shape[3] ** -0.5), np.float32(2) if capped else None
+    layer = None if layers is None else np.int32(1)
+    out, lse = run(
+        by_kernels, query, caches, indices, scale, soft_cap, layer, kv_layout=layout,
+        tuning=H100 if tuned else SMALL,
+    )  # fmt: skip
+    if layers is not None:
+        caches = jax.tree.map(lambda x: x[1], caches)
+    want = oracle.attention(query, *caches, indices, kv_layout=layout, soft_cap=soft_cap)
+    assert (out.dtype, lse.dtype) == (jnp.dtype(dtype), np.float32)
+    close(out, want[0], dtype)
+    close(lse, want[1])
+    nothing = np.isneginf(lse)
+    np.testing.assert_array_equal(nothing, np.isneginf(want[1]))
+    assert (out[nothing] == 0).all()
+    assert indices.shape[-1] == 1 or (nothing.any() and not nothing.all())
+    for writes in run.writes.values():
+        assert (writes == 1).all()
+
+
+def test_listed_keys_that_are_no_numbers_give_what_the_reference_gives(attend):
+    """NaN, both infinities, one token alone and beside others, and all of a list at -inf."""
+    query, key, value = inputs()
+    key[0, 3, 0], key[0, 4, 0], key[0, 5, 0] = np.nan, np.inf, -np.inf
+    key[1, 3, :, 0], value[1, 4, 1, 2], value[1, 5] = -np.inf, np.nan, np.inf
+    query[1, :, :, 0] = 1
+    indices = np.full((B, 1, N, 4), -1, np.int32)
+    indices[:, :, 0, :2], indices[:, :, 1, :2] = (3, 9), (9, 4)
+    indices[:, :, 2, :1], indices[:, :, 3, :3] = 3, (5, 9, 10)
+    indices[:, :, 4, :1], indices[:, :, 5, :] = 4, (3, 4, 5, 6)
+    selection = Selection(jnp.asarray(indices), jnp.asarray((indices >= 0).sum(-1), jnp.int32))
+    got = attend(query, key, value, selection, return_lse=True)
+    want = sparse_attention(query, key, value, selection, return_lse=True, implementation="xla")
+    assert np.isnan(np.asarray(want[0])).any()
+    for one, other in zip(got, want, strict=True):
+        np.testing.assert_allclose(one, other, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("cap", [0.5, np.float32(20)])
+def test_the_soft_cap_and_the_log_of_the_sum(cap, attend):
+    query, key, value = inputs(T=2, dtype="bfloat16")
+    selection = lists(T=2)
+    out, lse = attend(query, key, value, selection, logits_soft_cap=cap, scale=2.0, return_lse=True)
+    indices = np.asarray(selection.indices)
+    want = oracle.attention(query, key, value, indices, scale=2.0, soft_cap=float(cap))
+    assert (out.dtype, lse.dtype) == (jnp.bfloat16, jnp.float32)
+    close(out, want[0], "bfloat16")
+    close(lse, want[1])
+
+
+def test_parts_of_a_list_merge_by_their_sums(attend):
+    query, key, value = inputs()
+    selection = lists()
+    halves = []
+    for own in (slice(0, 7), slice(7, None)):
+        indices = np.full(selection.indices.shape, -1, np.int32)
+        indices[..., own] = selection.indices[..., own]
+        half = dataclasses.replace(selection, indices=jnp.asarray(indices))
+        halves.append(attend(query, key, value, half, return_lse=True))
+    weight = np.exp([lse - np.logaddexp(halves[0][1], halves[1][1]) for _, lse in halves])
+    merged = sum(
+        np.nan_to_num(w)[..., None] * out for w, (out, _) in zip(weight, halves, strict=True)
+    )
+    close(merged, attend(query, key, value, selection))
+
+
+@pytest.mark.parametrize("kv_layout", ["BSKH", "BKSH"])
+def test_a_layer_of_stacked_caches_is_as_it_is_alone(kv_layout, attend):
+    """Traced, negative and too large: clipped to those there are."""
+    query, _, _ = inputs()
+    caches = [inputs(seed=seed)[1:] for seed in range(3)]
+    if kv_layout == "BKSH":
+        caches = [[x.swapaxes(1, 2) for x in of_layer] for of_layer in caches]
+    key, value = (jnp.stack(x) for x in zip(*caches, strict=True))
+    selection = lists()
+
+    @jax.jit
+    def traced(layer):
+        return attend(query, key, value, selection, layer=layer, kv_layout=kv_layout)
+
+    for layer, meant in ((0, 0), (1, 1), (2, 2), (-1, 0), (-(2**31), 0), (3, 2), (2**31 - 1, 2)):
+        want = attend(query, *caches[meant], selection, kv_layout=kv_layout)
+        np.testing.assert_allclose(traced(jnp.int32(layer)), want, rtol=1e-6, atol=1e-6)
+    got = attend(query, key, value, selection, layer=1, kv_layout=kv_layout)
+    np.testing.assert_allclose(got, traced(jnp.int32(1)), rtol=1e-6, atol=1e-6)
