@@ -307,7 +307,7 @@ def prefill(
     index = rebuild(
         cache.index, caches.key, config, prompt_rows, lengths=prompt_lengths, layer=layer, **options
     )
-    return DecodeCache(*caches, index)
+    return DecodeCache(caches.key, caches.value, index)
 
 
 @functools.partial(backend.jit, static_argnames=("kv_layout",))

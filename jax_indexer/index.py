@@ -260,7 +260,7 @@ def with_cells(
     _arguments.check_index_type(index)
     if not config.cells:
         raise ValueError("config.cells: expected True, got False; use dataclasses.replace")
-    shape: tuple[int, ...] = tuple(getattr(index.codebooks, "shape", ()))
+    shape = getattr(index.codebooks, "shape", ())
     stacked = layer is not None or len(shape) == 6
     sizes = _arguments.Sizes(stacked=stacked)
     if len(shape) == 5 + stacked:
