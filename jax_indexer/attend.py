@@ -136,7 +136,7 @@ def _attend(
             del shard
             return tuple(function(query, key, value, indices, Logits(scale, soft_cap), layer))
 
-        def call(query, key, value, logits):
+        def call(query, key, value, logits, indices, layer):
             logits = jax.tree.map(lambda x: x.astype(jnp.float32), logits)
             found = by_shards(
                 on_shard,
@@ -156,18 +156,25 @@ def _attend(
 
     differentiable = on_shards(xla, has_gradients=True)
     if implementation == "xla":
-        return differentiable(query, key, value, logits)
+        return differentiable(query, key, value, logits, indices, layer)
 
     def dispatched(*arguments):
         return backend.dispatch(xla, triton, *arguments, implementation=implementation)
 
+    # All that is traced is an argument: what a custom_vjp closes over, it cannot differentiate.
     attend = jax.custom_vjp(on_shards(dispatched, has_gradients=False))
 
     def forward(*arguments):
         return attend(*arguments), arguments
 
     def backward(arguments, cotangents):
-        return jax.vjp(differentiable, *arguments)[1](cotangents)
+        *differentiated, indices, layer = arguments
+
+        def of_floats(*arguments):
+            return differentiable(*arguments, indices, layer)
+
+        gradients = jax.vjp(of_floats, *differentiated)[1](cotangents)
+        return *gradients, None, None
 
     attend.defvjp(forward, backward)
-    return attend(query, key, value, logits)
+    return attend(query, key, value, logits, indices, layer)
