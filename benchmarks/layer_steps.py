@@ -397,8 +397,12 @@ def attention_programs(w: LayerWorkload, forms: Forms) -> Programs:
     again = lambda query, index: select(query, index, w.config)  # noqa: E731
     selection = jax.eval_shape(again, query, index)
     once = forms._replace(user=True, recorded=False)
+
+    def attend(*arguments):
+        return sparse_attention(*arguments)[None]
+
     return {
-        "step": Program(forms, sparse_attention, (query, cache, cache, selection)),
+        "step": Program(forms, attend, (query, cache, cache, selection)),
         "select": Program(once, again, (query, index)),
     }
 
@@ -414,7 +418,7 @@ class JaxAttention(JaxLayer):
         self._selection = programs["select"].as_user(self._query, self._index)
 
     def _launch(self, function):
-        self._outs = function(self._query, *self.layer.caches, self._selection)[None]
+        self._outs = function(self._query, *self.layer.caches, self._selection)
 
 
 # PyTorch: the original, and full attention

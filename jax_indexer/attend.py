@@ -168,13 +168,13 @@ def _attend(
         return attend(*arguments), arguments
 
     def backward(arguments, cotangents):
-        *differentiated, indices, layer = arguments
+        *floats, indices, layer = arguments
 
-        def of_floats(*arguments):
-            return differentiable(*arguments, indices, layer)
+        def function_of(*floats):
+            return differentiable(*floats, indices=indices, layer=layer)
 
-        gradients = jax.vjp(of_floats, *differentiated)[1](cotangents)
-        return *gradients, None, None
+        _, pull_back = jax.vjp(function_of, *floats)
+        return (*pull_back(cotangents), None, None)
 
     attend.defvjp(forward, backward)
     return attend(query, key, value, logits, indices, layer)

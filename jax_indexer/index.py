@@ -260,19 +260,19 @@ def with_cells(
     _arguments.check_index_type(index)
     if not config.cells:
         raise ValueError("config.cells: expected True, got False; use dataclasses.replace")
-    shape = getattr(index.codebooks, "shape", ())
+    shape: tuple[int, ...] = getattr(index.codebooks, "shape", ())
     stacked = layer is not None or len(shape) == 6
     sizes = _arguments.Sizes(stacked=stacked)
+    dimensions = 1
     if len(shape) == 5 + stacked:
-        if shape[-3] != config.num_subspaces:
+        num_subspaces, dimensions = shape[2 + stacked], shape[4 + stacked]
+        if num_subspaces != config.num_subspaces:
             raise ValueError(
                 f"index.codebooks: expected M={config.num_subspaces} as in config, got "
-                f"M={shape[-3]}; use the config that the index was built with"
+                f"M={num_subspaces}; use the config that the index was built with"
             )
-        augmented = config.metric == "ip"
-        sizes.learn("index.codebooks", H=(shape[-1] - augmented) * config.num_subspaces)
-    else:
-        sizes.learn("index.codebooks", H=config.num_subspaces)
+        dimensions -= config.metric == "ip"
+    sizes.learn("index.codebooks", H=dimensions * config.num_subspaces)
     _arguments.check_quantizer(dataclasses.replace(index, cells=None), config, sizes)
     if layer is not None:
         _arguments.check_index(index, config, sizes)

@@ -134,13 +134,13 @@ def by_kernels(index, key, config, counts=None, *, query=None):
         index, config, T=key.shape[1], N=0 if query is None else query.shape[2],
         weights_dtype=None if query is None else F32, tuning=SMALL_BLOCKS,
     )  # fmt: skip
-    room, lengths = reference.make_room(index.lengths, counts, step.T, step.S)
-    launches = pipeline.append_launches(step, key, index, room)
+    _, lengths = reference.make_room(index.lengths, counts, step.T, step.S)
+    launches = pipeline.append_launches(step, key, index, counts)
     if query is not None:
         of_query = dataclasses.replace(step, T=1)
         launches |= pipeline.query_launches(of_query, query, index, Lengths(lengths, None))
     made = pipeline.launched(step, launches)
-    index = pipeline.appended(step, index, room, lengths, made)
+    index, _ = pipeline.appended(step, index, made)
     if query is None:
         return index, None
     by_query = made["tables"].by_query

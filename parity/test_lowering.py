@@ -300,7 +300,7 @@ def test_phi_is_not_read_for_the_euclidean_metric():
             )
             for i in (index, with_phi)
         ]
-    assert [len(operands[0].split(",")) for operands in programs] == [5, 5]
+    assert [len(operands[0].split(",")) for operands in programs] == [4, 4]
 
 
 def test_donated_codes_are_written_in_place():

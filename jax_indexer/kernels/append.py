@@ -108,7 +108,7 @@ def append_launch(
         phi = None  # which is not read
     phi = None if phi is None else step.by_rows(phi)
     codes = step.by_rows(index.codes)
-    of_rows = jax.ShapeDtypeStruct((step.B,), np.int32)
+    of_rows = backend.follows((step.B,), np.int32, index.lengths, counts, layer)
     return backend.Launch(
         functools.partial(append_kernel, step=step, at_once=at_once),
         Inputs(

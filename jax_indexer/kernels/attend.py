@@ -341,7 +341,7 @@ def write_kernel(program, inputs: WriteInputs, outputs: Caches, *, step: Step):
     """One new token of one kv head goes into the caches, if its row takes it."""
     token, kv_head = program % step.T, program // step.T % step.K
     row = program // (step.T * step.K)
-    room, _ = room_in(step, inputs.before, row)
+    room = room_in(step, inputs.before, row)[0]
 
     @pl.when(token < room.taken)
     def _():
@@ -386,7 +386,7 @@ def always_kernel(program, inputs: AlwaysInputs, parts: Parts, *, step: Step, bl
     live = slot < num_first + num_last
     position = jnp.where(slot < num_first, slot, plan.visible - (num_first + num_last) + slot)
     position = jnp.where(live, position, 0)
-    room, _ = room_in(step, inputs.before, row)
+    room = room_in(step, inputs.before, row)[0]
     new = position - room.start
     is_new = live & (new >= 0) & (new < room.taken)
     new = jnp.where(is_new, new, 0)
@@ -424,12 +424,15 @@ def shapes_of_parts(query: Any, value_size: int, num_parts: int) -> Parts:
     )
 
 
-def shapes_of_end(query: Any, value_size: int, lengths: Any) -> Ended:
+def shapes_of_end(
+    query: Any, value_size: int, lengths: Array | None, after: Lengths | None, layer: Array | None
+) -> Ended:
     """The outputs of a launch that ends an attention, and a step if there are lengths."""
     out = jax.ShapeDtypeStruct((*query.shape[:3], value_size), query.dtype)
     output = Output(out, jax.ShapeDtypeStruct(query.shape[:3], np.float32))
-    lengths = None if lengths is None else jax.ShapeDtypeStruct(lengths.shape, np.int32)
-    return Ended(output, lengths)
+    if lengths is None:
+        return Ended(output, None)
+    return Ended(output, backend.follows(lengths.shape, np.int32, lengths, after, layer))
 
 
 def write_launch(
@@ -535,7 +538,7 @@ def launch_listed(
     merge = backend.Launch(
         merge_kernel,
         MergeInputs((found,) if known is None else (known, found), after, lengths),
-        shapes_of_end(query, value_size, lengths),
+        shapes_of_end(query, value_size, lengths, after, layer),
         programs=query.shape[0] * query.shape[1] * query.shape[2],
         in_place=("lengths",),
         state=("lengths",),

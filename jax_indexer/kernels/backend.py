@@ -177,6 +177,12 @@ def one_layer(what: Launch, references: Any, like: Any, layer: Any) -> Any:
     return jax.tree.unflatten(structure, seen)
 
 
+def follows(shape: tuple[int, ...], dtype: Any, *arrays: Any) -> jax.ShapeDtypeStruct:
+    """An output that differs among devices where these arrays (or None) do, and nowhere else."""
+    varying = frozenset().union(*(_varying_axes(x) for x in jax.tree.leaves(arrays)))
+    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=ManualAxisType(varying=varying))
+
+
 def _varying_axes(x: jax.Array) -> frozenset:
     return jax.typeof(x).manual_axis_type.varying
 
@@ -211,6 +217,8 @@ def launch(what: Launch, *, num_warps: int) -> Any:
         what.kernel(pl.program_id(0), inputs, outputs)
 
     def shape(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        if x.manual_axis_type is not None:
+            return x
         return jax.ShapeDtypeStruct(x.shape, x.dtype, manual_axis_type=varies)
 
     anywhere = pl.BlockSpec(memory_space=pl.ANY)

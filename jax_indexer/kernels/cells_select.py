@@ -186,10 +186,10 @@ class Search(NamedTuple):
         rank = self.rank_of(code.astype(jnp.int32) & (config.num_centroids - 1) for code in codes)
         return jnp.where(exists, rank, NOT_A_CANDIDATE)
 
-    def prepare(self, put: Callable[[Array, Array, Array], None]) -> None:
+    def prepare(self, fill: Callable[[Array, Array, Array], None]) -> None:
         """Fills the winners, so that no place is left as it was, and clears scratch."""
         plan, place, outputs = self.plan, self.place, self.outputs
-        put(plan.first + place, place, place < plan.num_heavy)
+        fill(plan.first + place, place, place < plan.num_heavy)
         into = outputs.begins.at[self.kv_row, self.query, place]
         backend.store(into, jnp.zeros_like(place), mask=place < self.step.budget)
         if outputs.bits is not None:
@@ -438,7 +438,7 @@ def cells_select_kernel(
 
     @pl.when((plan.num_heavy > 0) & fits)
     def _():
-        search.prepare(writer.put)
+        search.prepare(writer.fill)
         parts, tail = search.score_all()
         taken = search.take(parts, search.find_cut(parts, tail))
         search.read_lists(taken)
@@ -634,7 +634,8 @@ def attend_cells(
         ),
         AttendInputs(search.inputs, query, *caches, vectors(logits), known, lengths),
         AttendOutputs(
-            search.outputs._replace(**scratch), *shapes_of_end(query, value_size, lengths)
+            search.outputs._replace(**scratch),
+            *shapes_of_end(query, value_size, lengths, after, layer),
         ),
         programs=search.programs,
         in_place=("lengths",),

@@ -68,11 +68,16 @@ class Writer(NamedTuple):
         def _():
             self.lists.counts[self.kv_row, self.query] = plan.num_listed
 
-    def put(self, position: Array, place: Array, mask: Array) -> None:
-        """Writes heavy tokens: `place` counts from the first one of the list on."""
-        indices, weights = self.lists.indices, self.lists.weights
+    def fill(self, position: Array, place: Array, mask: Array) -> None:
+        """Writes entries that heavy tokens will replace, in the list alone."""
+        indices = self.lists.indices
         slot = jnp.where(mask, self.plan.num_sink + place, indices.shape[2])
         backend.store(indices.at[self.kv_row, self.query, slot], position, mask=mask)
+
+    def put(self, position: Array, place: Array, mask: Array) -> None:
+        """Writes heavy tokens: `place` counts from the first one of the list on."""
+        self.fill(position, place, mask)
+        weights = self.lists.weights
         if weights is not None:
             there = jnp.where(mask, position, weights.shape[2])
             ones = jnp.ones(position.shape, weights.dtype)

@@ -187,7 +187,7 @@ def seal_kernel(program, inputs: Inputs, outputs: State, *, step: Step, sealing:
     parts = parts_of(step, sealing)[1]
     kv_row, job = program // (1 + 2 * parts), program % (1 + 2 * parts)
     row = kv_row // step.K
-    room, _ = room_in(step, inputs.before, row)
+    room = room_in(step, inputs.before, row)[0]
     before, after = room.start, room.start + room.taken
     sealed = sealed_at(before, inputs.base[row], sealing, step.S)
     was = progress(before, sealed, sealing, step.S)

@@ -136,7 +136,7 @@ def plan_query(
     return _plan(step, lengths.lengths[row], count, token)
 
 
-def room_in(step: Step, before: Lengths, row: Array) -> tuple[Room, Int32[Array, ""]]:
+def room_in(step: Step, before: Lengths, row: Array) -> tuple[Room, Array]:
     """Room for a row's new tokens, and its length after them."""
     count = None if before.counts is None else before.counts[row]
     return make_room(before.lengths[row], count, step.T, step.S)
