@@ -22,12 +22,11 @@ from jax_indexer.kernels import backend
 from jax_indexer.layout import KVLayout, key_letters
 from jax_indexer.state import Cells, DecodeCache, PQIndex, Sealing, Selection
 
-SEVERAL_LAYERS = "of an index for several layers say which with layer=..."
-
-
 # The axis in front of all arrays of a state or a cache of several layers.
 LAYERS = "layers"
 NOT_STACKED = "leave layer= out for what has no axis of layers"
+STACKED = "of several layers say which with layer=..."
+STACKED_ALONE = "of several layers take one, or map over them with jax.vmap"
 
 
 class Expected(NamedTuple):
@@ -135,6 +134,8 @@ def check_array(
 
     if not isinstance(value, (jax.Array, np.ndarray)):
         make = f"make it an array with jnp.asarray(..., jnp.{dtypes[0].name})"
+        if isinstance(value, (DecodeCache, PQIndex, Selection)):
+            make = "mind the order of the arguments"
         if letters == "B" and isinstance(value, (numbers.Integral, np.bool_)):
             make = for_all_rows(value)
         raise ValueError(f"{name}: expected {wanted}, got {type(value).__name__}; {make}")
@@ -144,7 +145,8 @@ def check_array(
         wanted_axes = "one axis" if len(axes) == 1 else f"{len(axes)} axes"
         fix = fixes.get(letters, f"reshape it to {wanted_axes} ({letters})")
         if axes[0] == LAYERS and len(shape) == len(axes) - 1:
-            fix = NOT_STACKED
+            source = sizes.source.get(LAYERS)
+            fix = f"it needs an axis of layers in front, as {source} has" if source else NOT_STACKED
         if letters == "B" and not shape:
             fix = for_all_rows(name)
         raise ValueError(f"{name}: expected {wanted}, got {got}; {fix}")
@@ -220,17 +222,31 @@ def check_config(config: Any) -> None:
 
 
 def check_key(
-    name: str, key: Any, tokens: str, kv_layout: Any, sizes: Sizes, *, head: str = "H"
+    name: str,
+    key: Any,
+    tokens: str,
+    kv_layout: Any,
+    sizes: Sizes,
+    *,
+    head: str = "H",
+    stacked: str = STACKED,
 ) -> None:
-    """Checks a key or value array [B, tokens, K, head] in either layout; S tokens are a cache."""
+    """Checks keys or values [B, tokens, K, head] in either layout; S tokens are a cache.
+
+    `stacked` says what to do about a cache with an axis of layers that is not expected.
+    """
     check_choice("kv_layout", kv_layout, get_args(KVLayout))
     expected = Expected(tuple(key_letters(kv_layout, tokens, head).split()), FLOAT_DTYPES)
     fixes = {}
     if tokens == "S":
-        fixes = {expected.letters: "of a cache of several layers say which with layer=..."}
-        fixes = fixes if getattr(key, "ndim", 0) == 5 else {}
+        fixes = {expected.letters: _unstacked(stacked, sizes)} if np.ndim(key) == 5 else {}
         expected = expected.of(sizes)
     check_array(name, key, expected, sizes, fixes, kv_layout)
+
+
+def _unstacked(fix: str, sizes: Sizes) -> str:
+    """What to do about an axis of layers that is not expected; a cache may have told so."""
+    return f"take the layer that {sizes.source['S']} is of" if "S" in sizes else fix
 
 
 def check_layer(layer: Any) -> Array | None:
@@ -286,56 +302,57 @@ def check_fields(
             check_array(f"{name}.{field}", value, expected.of(sizes), sizes, fixes)
 
 
-def check_index_type(index: Any) -> None:
+def check_index_type(index: Any, name: str = "index") -> None:
     """Raises ValueError unless `index` is a PQIndex."""
     if not isinstance(index, PQIndex):
-        raise ValueError(
-            f"index: expected a PQIndex, got {type(index).__name__}; make one with build_index"
-        )
+        fix = "pass its index" if isinstance(index, DecodeCache) else "make one with build_index"
+        raise ValueError(f"{name}: expected a PQIndex, got {type(index).__name__}; {fix}")
 
 
-def check_index(index: Any, config: IndexerConfig, sizes: Sizes) -> None:
+def check_index(index: Any, config: IndexerConfig, sizes: Sizes, name: str = "index") -> None:
     """Checks an index against the config and the head dimension H in `sizes`."""
-    check_index_type(index)
-    check_quantizer(index, config, sizes)
+    check_index_type(index, name)
+    check_quantizer(index, config, sizes, name)
     cells = index.cells
     if (cells is not None) != config.cells:
         wanted, got, advice = None, type(cells).__name__, "dataclasses.replace(index, cells=None)"
         if config.cells:
             wanted, got, advice = "a state", None, "with_cells(index, config)"
         raise ValueError(
-            f"index.cells: expected {wanted} with config.cells={config.cells}, got {got}; "
+            f"{name}.cells: expected {wanted} with config.cells={config.cells}, got {got}; "
             f"use {advice}, or the config that the index was built with"
         )
     if cells is None:
         return
     sizes.learn("config", **{"C**M+1": config.num_cells + 1})
-    check_cells(cells, sizes)
+    check_cells(cells, sizes, name)
     made_for = {"first_candidate": config.first_candidate, "window_size": config.window_size}
     for field, wanted in made_for.items():
         if getattr(cells.sealing, field) != wanted:
             raise ValueError(
-                f"index.cells.sealing.{field}: expected {wanted}, got "
+                f"{name}.cells.sealing.{field}: expected {wanted}, got "
                 f"{getattr(cells.sealing, field)}; use the config that the index was built with, "
                 "or with_cells(index, config)"
             )
 
 
-def check_cells(cells: Any, sizes: Sizes) -> None:
+def check_cells(cells: Any, sizes: Sizes, name: str = "index") -> None:
     """Checks the state of the "cells" selector against the sizes that are known."""
     if not isinstance(cells, Cells) or not isinstance(cells.sealing, Sealing):
         kind = f" with {type(cells.sealing).__name__}" if isinstance(cells, Cells) else ""
         raise ValueError(
-            "index.cells: expected None, or Cells with a Sealing, "
+            f"{name}.cells: expected None, or Cells with a Sealing, "
             f"got {type(cells).__name__}{kind}; use with_cells(index, config)"
         )
     sizes.learn("PQIndex", **{"2": 2})
     sealing = cells.sealing
-    sizes.learn("index.cells.sealing", segment=sealing.segment, ring=sealing.ring)
-    check_fields("index.cells", cells, sizes)
+    sizes.learn(f"{name}.cells.sealing", segment=sealing.segment, ring=sealing.ring)
+    check_fields(f"{name}.cells", cells, sizes)
 
 
-def check_quantizer(index: PQIndex, config: IndexerConfig, sizes: Sizes) -> None:
+def check_quantizer(
+    index: PQIndex, config: IndexerConfig, sizes: Sizes, name: str = "index"
+) -> None:
     """Checks the arrays of an index but its cells."""
     augmented = config.metric == "ip"
     dimensions = {"D'": sizes["H"] // config.num_subspaces + augmented}
@@ -345,15 +362,17 @@ def check_quantizer(index: PQIndex, config: IndexerConfig, sizes: Sizes) -> None
         f"metric={config.metric!r} and H={sizes['H']} the config says otherwise; "
         "use the config that the index was built with"
     )
-    fixes = {"M": fix, "C": fix, "D'": fix, "B K M C D'": SEVERAL_LAYERS}
-    check_fields("index", index, sizes, fixes)
+    fixes = {"M": fix, "C": fix, "D'": fix}
+    if np.ndim(index.codebooks) == 6:
+        fixes["B K M C D'"] = _unstacked(STACKED, sizes)
+    check_fields(name, index, sizes, fixes)
 
 
-def check_phi(index: PQIndex, config: IndexerConfig) -> None:
+def check_phi(index: PQIndex, config: IndexerConfig, name: str = "index") -> None:
     """Checks that what encodes by the inner-product metric has its norms."""
     if config.metric == "ip" and index.phi is None:
         raise ValueError(
-            'index.phi: expected float32[B, K, M] for metric="ip", got None; '
+            f'{name}.phi: expected float32[B, K, M] for metric="ip", got None; '
             "build the index with build_index, or pass phi=..."
         )
 
@@ -424,23 +443,30 @@ def check_select(
     if counts is not None:
         check_array("counts", counts, NUMBERS, sizes)
     check_choice("return_weights", return_weights, (True, False))
+    check_selector(selector, config, sizes["T"], implementation, query, index)
+
+
+def check_selector(
+    selector: Any, config: IndexerConfig, num_query_tokens: int, implementation: Any, *operands: Any
+) -> None:
+    """Checks the names of a selector and of an implementation, and that they take this here."""
     check_choice("selector", selector, (None, *get_args(Selector)))
     if selector == "cells" and not config.cells:
         raise ValueError(
             'selector: expected another than "cells" with config.cells=False, got "cells"; '
             "build the index with cells=True, or use None"
         )
-    if selector == "cells" and (reason := beyond_cells(config, sizes["T"])):
+    if selector == "cells" and (reason := beyond_cells(config, num_query_tokens)):
         raise NotImplementedError(f'selector: "cells" takes {reason}; use None')
     if selector in ("cells", "threshold") and implementation == "xla":
         raise NotImplementedError('selector: "xla" has "top_k" only; use None')
-    missing = check_implementation(implementation, query, index)
+    missing = check_implementation(implementation, *operands)
     if missing and selector in ("cells", "threshold"):
         raise NotImplementedError(f'selector: "{selector}" needs "triton", and {missing}; use None')
 
 
-def check_step(query: Any, key_new: Any, kv_layout: Any) -> None:
-    """Checks that queries and new keys are of the same step."""
+def check_step(query: Any, key_new: Any, kv_layout: Any, fix: str) -> None:
+    """Checks that queries and new keys are of the same step; `fix` is for where they are not."""
     sizes = Sizes()
     check_array("query", query, QUERY, sizes)
     check_key("key_new", key_new, "t", kv_layout, sizes)
@@ -448,7 +474,7 @@ def check_step(query: Any, key_new: Any, kv_layout: Any) -> None:
     if sizes["t"] != sizes["T"]:
         raise ValueError(
             f"key_new: expected t=T={sizes['T']} tokens, as many as query has, got t={sizes['t']}; "
-            f"call append and select apart for other numbers{sizes.understood('key_new')}"
+            f"{fix}{sizes.understood('key_new')}"
         )
 
 
@@ -469,16 +495,35 @@ def check_selection(selection: Any, sizes: Sizes) -> None:
 
 
 def check_decode(
-    query: Any, key_new: Any, value_new: Any, cache: Any, kv_layout: Any, layer: Any
+    query: Any,
+    key_new: Any,
+    value_new: Any,
+    cache: Any,
+    config: Any,
+    counts: Any,
+    layer: Any,
+    kv_layout: Any,
+    implementation: Any,
+    selector: Any,
 ) -> None:
-    """Checks that a step's tokens and the caches that they go into fit together."""
-    check_step(query, key_new, kv_layout)
+    """Checks the arguments of `decode_attention`."""
+    check_config(config)
+    check_step(query, key_new, kv_layout, "a step brings the key of each query token")
     sizes = Sizes()
     check_array("query", query, QUERY, sizes)
+    check_subspaces("query", config, sizes)
     check_key("key_new", key_new, "T", kv_layout, sizes)
     check_key("value_new", value_new, "T", kv_layout, sizes, head="H'")
-    check_cache(cache, sizes, kv_layout, layer)
+    check_cache(cache, config, sizes, kv_layout, layer)
     check_dtypes({"key_new": key_new, "value_new": value_new}, cache)
+    if counts is not None:
+        check_array("counts", counts, NUMBERS, sizes)
+    elif sizes["T"] > sizes["S"]:
+        raise ValueError(
+            f"key_new: expected at most T=S={sizes['S']} tokens, as many as a row can hold, "
+            f"got T={sizes['T']}; pass fewer, or counts{sizes.understood('key_new')}"
+        )
+    check_selector(selector, config, sizes["T"], implementation, query, cache)
 
 
 def check_prefill(
@@ -490,8 +535,8 @@ def check_prefill(
     rows: Any,
     layer: Any,
     kv_layout: Any,
-) -> None:
-    """Checks prompts, and that they fit into the cache that they go into."""
+) -> Sizes:
+    """Checks prompts, and that they fit into the cache that they go into; returns sizes."""
     check_config(config)
     sizes = Sizes()
     check_key("key", key, "s", kv_layout, sizes)
@@ -505,21 +550,23 @@ def check_prefill(
                     f"{name}: expected None without a cache, got {type(given).__name__}; "
                     "pass cache=..., which empty_cache makes"
                 )
-        return
+        return sizes
     if rows is not None:
         check_array("rows", rows, ROWS, sizes)
-    check_cache(cache, sizes, kv_layout, layer)
+    check_cache(cache, config, sizes, kv_layout, layer)
     check_dtypes({"key": key, "value": value}, cache)
     if sizes["s"] > sizes["S"]:
         raise ValueError(
             f"key: expected at most s=S={sizes['S']} tokens, as many as a row can hold, got "
             f"s={sizes['s']}; make a larger cache{sizes.understood('key')}"
         )
-    check_index(cache.index, config, sizes)
+    return sizes
 
 
-def check_cache(cache: Any, sizes: Sizes, kv_layout: Any, layer: Any) -> None:
-    """Checks the arrays of a cache against each other."""
+def check_cache(
+    cache: Any, config: IndexerConfig, sizes: Sizes, kv_layout: Any, layer: Any
+) -> None:
+    """Checks the arrays of a cache against each other and against the config."""
     if not isinstance(cache, DecodeCache):
         raise ValueError(
             f"cache: expected a DecodeCache, got {type(cache).__name__}; "
@@ -528,9 +575,8 @@ def check_cache(cache: Any, sizes: Sizes, kv_layout: Any, layer: Any) -> None:
     sizes.stacked = layer is not None
     check_key("cache.key", cache.key, "S", kv_layout, sizes)
     check_key("cache.value", cache.value, "S", kv_layout, sizes, head="H'")
-    check_index_type(cache.index)
-    codes = annotated_arrays(PQIndex)["codes"].of(sizes)
-    check_array("cache.index.codes", cache.index.codes, codes, sizes)
+    check_index(cache.index, config, sizes, "cache.index")
+    check_phi(cache.index, config, "cache.index")
 
 
 def check_dtypes(new: Mapping[str, Any], cache: DecodeCache) -> None:

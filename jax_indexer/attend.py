@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import math
 import numbers
 from typing import Any
 
@@ -90,7 +91,7 @@ def logits_of(scale: Any, logits_soft_cap: Any, head_dimension: int) -> Logits:
     """How logits are made, on the device; ValueError for what are no numbers."""
     scale = head_dimension**-0.5 if scale is None else _number("scale", scale)
     cap = None if logits_soft_cap is None else _number("logits_soft_cap", logits_soft_cap)
-    if isinstance(cap, float) and not cap > 0:
+    if isinstance(cap, float) and not 0 < cap < math.inf:
         raise ValueError(f"logits_soft_cap: expected a positive number, got {cap}; or use None")
 
     def on_device(x: Any) -> Array:
@@ -160,6 +161,7 @@ def _attend(
     def dispatched(*arguments):
         return backend.dispatch(xla, triton, *arguments, implementation=implementation)
 
+    # All that is traced is an argument: what a custom_vjp closes over, it cannot differentiate.
     attend = jax.custom_vjp(on_shards(dispatched, has_gradients=False))
 
     def forward(*arguments):

@@ -5,7 +5,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array, lax
 from jaxtyping import Bool, Float, Int32
 
@@ -18,7 +17,7 @@ from jax_indexer.config import (
     Selector,
     default_selector,
 )
-from jax_indexer.index import build_index, empty_index, rebuild
+from jax_indexer.index import build_index, check_training, empty_index, rebuild
 from jax_indexer.kernels import backend, pipeline
 from jax_indexer.kernels.step import Step
 from jax_indexer.layout import KVLayout, key_letters, token_axis
@@ -75,11 +74,18 @@ def decode_attention(
 
     Source: CONTRACT.md, section 4.
     """
-    _arguments.check_decode(query, key_new, value_new, cache, kv_layout, layer)
-    index = cache.index
-    _arguments.check_append(index, key_new, config, counts, layer, kv_layout, implementation)
-    _arguments.check_select(query, index, config, counts, layer, False, implementation, selector)
-    _arguments.check_implementation(implementation, cache)
+    _arguments.check_decode(
+        query,
+        key_new,
+        value_new,
+        cache,
+        config,
+        counts,
+        layer,
+        kv_layout,
+        implementation,
+        selector,
+    )
     return _decode(
         query,
         key_new,
@@ -217,13 +223,9 @@ def empty_cache(
         value_head_dim=head_dim if value_head_dim is None else value_head_dim,
         layers=1 if layers is None else layers,
     )
-    try:
-        dtype = np.dtype(dtype)
-    except TypeError:
-        dtype = None
     if dtype not in FLOAT_DTYPES:
         raise ValueError(
-            f"dtype: expected float32, bfloat16 or float16, got {dtype}; use jnp.bfloat16"
+            f"dtype: expected float32, bfloat16 or float16, got {dtype!r}; use jnp.bfloat16"
         )
     B, S, K, H, of_value = (
         sizes[name] for name in ("batch", "capacity", "kv_heads", "head_dim", "value_head_dim")
@@ -287,22 +289,40 @@ def prefill(
 
     Source: CONTRACT.md, section 4.
     """
-    _arguments.check_prefill(key, value, lengths, config, cache, rows, layer, kv_layout)
+    sizes = _arguments.check_prefill(key, value, lengths, config, cache, rows, layer, kv_layout)
     options = {"seed": seed, "kv_layout": kv_layout, "implementation": implementation}
     if cache is None:
         return DecodeCache(key, value, build_index(key, lengths, config, **options))
+    _arguments.check_seed(seed)
+    check_training(implementation, config, sizes, key, cache)
     layer = _arguments.check_layer(layer)
-    if rows is None:
-        rows = jnp.ones(lengths.shape, bool)
-    caches = _put_prompts(Caches(cache.key, cache.value), Caches(key, value), rows, layer)
-    lengths = jnp.clip(lengths, 0, key.shape[token_axis(kv_layout)])
-    index = rebuild(cache.index, caches.key, config, rows, lengths=lengths, layer=layer, **options)
+    caches, prompt_lengths, prompt_rows = _put_prompts(
+        Caches(cache.key, cache.value),
+        Caches(key, value),
+        lengths,
+        rows,
+        layer,
+        kv_layout=kv_layout,
+    )
+    index = rebuild(
+        cache.index, caches.key, config, prompt_rows, lengths=prompt_lengths, layer=layer, **options
+    )
     return DecodeCache(caches.key, caches.value, index)
 
 
-@jax.jit
-def _put_prompts(caches: Caches, prompts: Caches, rows: Array, layer: Array | None) -> Caches:
-    """The caches with prompts at the start of some rows of a layer."""
+@functools.partial(backend.jit, static_argnames=("kv_layout",))
+def _put_prompts(
+    caches: Caches,
+    prompts: Caches,
+    lengths: Array,
+    rows: Array | None,
+    layer: Array | None,
+    *,
+    kv_layout: KVLayout,
+) -> tuple[Caches, Array, Array]:
+    """The caches with prompts at the start of some rows of a layer; clipped lengths, and rows."""
+    lengths = jnp.clip(lengths, 0, prompts.key.shape[token_axis(kv_layout)])
+    rows = jnp.ones_like(lengths, bool) if rows is None else rows
 
     def put(cache: Array, prompt: Array) -> Array:
         start = [jnp.int32(0)] * cache.ndim
@@ -314,4 +334,5 @@ def _put_prompts(caches: Caches, prompts: Caches, rows: Array, layer: Array | No
         new = jnp.where(jnp.expand_dims(rows, (1, 2, 3)), prompt, old)
         return lax.dynamic_update_slice(cache, new.reshape(size), start)
 
-    return Caches(put(caches.key, prompts.key), put(caches.value, prompts.value))
+    caches = Caches(put(caches.key, prompts.key), put(caches.value, prompts.value))
+    return caches, lengths, rows

@@ -6,7 +6,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, lax
 from jaxtyping import Bool, Float, Int32
 
 from jax_indexer import _arguments, kmeans, reference
@@ -57,7 +57,8 @@ def build_index(
     """
     _arguments.check_config(config)
     sizes = _arguments.Sizes()
-    _arguments.check_key("key", key, "S", kv_layout, sizes)
+    alone = _arguments.STACKED_ALONE
+    _arguments.check_key("key", key, "S", kv_layout, sizes, stacked=alone)
     _arguments.check_subspaces("key", config, sizes)
     if sizes["K"] > sizes["S"]:  # nothing else here would tell that the axes are swapped
         raise ValueError(
@@ -68,7 +69,7 @@ def build_index(
     _arguments.check_seed(seed)
     shape = sizes["B"], sizes["K"], config.num_subspaces, sizes["S"]
     codes = jax.ShapeDtypeStruct(shape, np.uint8)
-    _check_training(implementation, config, sizes, key, codes)
+    check_training(implementation, config, sizes, key, codes)
     return _build(
         key,
         lengths,
@@ -126,7 +127,7 @@ def rebuild(
     if lengths is not None:
         _arguments.check_array("lengths", lengths, _arguments.NUMBERS, sizes)
     _arguments.check_seed(seed)
-    _check_training(implementation, config, sizes, key, index)
+    check_training(implementation, config, sizes, key, index)
     return _rebuild(
         index,
         key,
@@ -185,10 +186,14 @@ def rebuild_gain(
     Source: CONTRACT.md, section 4.
     """
     sizes = _arguments.check_with_cache(index, key, config, kv_layout, layer)
-    _check_training(implementation, config, sizes, key, index)
-    index, key = layer_of((index, key), _arguments.check_layer(layer))
+    check_training(implementation, config, sizes, key, index)
     return _rebuild_gain(
-        index, key, config=config, kv_layout=kv_layout, implementation=implementation
+        index,
+        key,
+        _arguments.check_layer(layer),
+        config=config,
+        kv_layout=kv_layout,
+        implementation=implementation,
     )
 
 
@@ -269,14 +274,9 @@ def with_cells(
         dimensions -= config.metric == "ip"
     sizes.learn("index.codebooks", H=dimensions * config.num_subspaces)
     _arguments.check_quantizer(dataclasses.replace(index, cells=None), config, sizes)
-    if layer is None:
-        make = functools.partial(_with_cells, config=config)
-        bare = dataclasses.replace(index, cells=None)
-        return jax.vmap(make)(bare) if stacked else make(bare)
-    _arguments.check_index(index, config, sizes)
-    layer = _arguments.check_layer(layer)
-    one = _with_cells(dataclasses.replace(layer_of(index, layer), cells=None), config=config)
-    return dataclasses.replace(index, cells=put_layer(index.cells, one.cells, layer))
+    if layer is not None:
+        _arguments.check_index(index, config, sizes)
+    return _with_cells(index, _arguments.check_layer(layer), config=config)
 
 
 def append(
@@ -326,7 +326,7 @@ def append(
     )
 
 
-def _check_training(implementation, config, sizes, *operands) -> None:
+def check_training(implementation, config, sizes, *operands) -> None:
     """Checks that "triton", if it is asked for, trains codebooks of these sizes."""
     dimensions = sizes["H"] // config.num_subspaces
     unsupported = centroid_sums.unsupported(config.num_centroids, dimensions)
@@ -350,7 +350,7 @@ def _emptied(index: PQIndex, rows: Array) -> PQIndex:
 
 
 @functools.partial(backend.jit, static_argnames=("config",))
-def _with_cells(index: PQIndex, *, config: IndexerConfig) -> PQIndex:
+def _with_cells(index: PQIndex, layer: Array | None, *, config: IndexerConfig) -> PQIndex:
     def on_shard(shard: Shard, index: PQIndex) -> PQIndex:
         del shard
         batch, kv_heads, _, capacity = index.codes.shape
@@ -359,7 +359,14 @@ def _with_cells(index: PQIndex, *, config: IndexerConfig) -> PQIndex:
         cells = seal(cells, index.codes, index.lengths, every_row, config)
         return dataclasses.replace(index, cells=cells)
 
-    return by_shards(on_shard, index=(None, index))
+    def make(index: PQIndex) -> PQIndex:
+        return by_shards(on_shard, index=(None, index))
+
+    bare = dataclasses.replace(index, cells=None)
+    if layer is not None:
+        cells = put_layer(index.cells, make(layer_of(bare, layer)).cells, layer)
+        return dataclasses.replace(index, cells=cells)
+    return lax.map(make, bare) if index.lengths.ndim == 2 else make(bare)
 
 
 def empty_index(
@@ -469,6 +476,7 @@ def _rebuilt(
 def _rebuild_gain(
     index: PQIndex,
     key: Array,
+    layer: Array | None,
     *,
     config: IndexerConfig,
     kv_layout: KVLayout,
@@ -483,6 +491,7 @@ def _rebuild_gain(
         of_rows = (jnp.sum(x, axis=1) for x in errors)
         return kmeans.gain(*map(shard.sum_over_heads, of_rows))
 
+    index, key = layer_of((index, key), layer)
     return by_shards(on_shard, index=(None, index), key=(key_letters(kv_layout), key))
 
 

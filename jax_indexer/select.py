@@ -105,7 +105,8 @@ def indexer_next(
 
     Source: CONTRACT.md, section 4.
     """
-    _arguments.check_step(query, key_new, kv_layout)
+    apart = "call append and select apart for other numbers"
+    _arguments.check_step(query, key_new, kv_layout, apart)
     _arguments.check_append(index, key_new, config, counts, layer, kv_layout, implementation)
     _arguments.check_select(
         query, index, config, counts, layer, return_weights, implementation, selector

@@ -3,6 +3,8 @@
 It comes before anything is compiled. What depends on data is no error: see test_select.
 """
 
+import dataclasses
+import inspect
 import re
 
 import jax
@@ -11,21 +13,27 @@ import numpy as np
 import pytest
 
 from jax_indexer import (
+    DecodeCache,
     IndexerConfig,
     PQIndex,
     Selection,
     append,
     build_index,
+    decode_attention,
+    empty_cache,
     indexer_next,
+    prefill,
     rebuild,
     rebuild_gain,
     reset,
     select,
     sparse_attention,
+    with_cells,
 )
 from jax_indexer._arguments import annotated_arrays
 
 B, T, N, K, H, S, M, C, P = 2, 1, 4, 2, 8, 32, 2, 4, 14
+VALUE_H, PROMPT, LAYERS = 6, 20, 3
 CONFIG = IndexerConfig(num_subspaces=M, num_bits=2, heavy_size=4, sink_size=2, window_size=3)
 IP = IndexerConfig(
     num_subspaces=M, num_bits=2, heavy_size=4, sink_size=2, window_size=3, metric="ip"
@@ -51,6 +59,7 @@ INDEX = {
     "phi": None,
 }
 IP_INDEX = INDEX | {"codebooks": f32(B, K, M, C, H // M + 1), "phi": f32(B, K, M)}
+CACHE = {"key": f32(B, S, K, H), "value": f32(B, S, K, VALUE_H)}
 SELECTION = {"indices": i32(B, T, N, P), "counts": i32(B, T, N), "weights": None}
 ARGUMENTS = {
     "build_index": {"key": f32(B, S, K, H), "lengths": i32(B), "config": CONFIG},
@@ -77,6 +86,21 @@ ARGUMENTS = {
         "value": f32(B, S, K, H),
         "selection": SELECTION,
     },
+    "decode_attention": {
+        "query": f32(B, T, N, H),
+        "key_new": f32(B, T, K, H),
+        "value_new": f32(B, T, K, VALUE_H),
+        "cache": CACHE | {"index": INDEX},
+        "config": CONFIG,
+    },
+    "prefill": {
+        "key": f32(B, PROMPT, K, H),
+        "value": f32(B, PROMPT, K, VALUE_H),
+        "lengths": i32(B),
+        "config": CONFIG,
+        "cache": CACHE | {"index": INDEX},
+    },
+    "empty_cache": {"config": CONFIG, "batch": B, "capacity": S, "kv_heads": K, "head_dim": H},
 }
 FUNCTIONS = {
     f.__name__: f
@@ -89,6 +113,9 @@ FUNCTIONS = {
         select,
         indexer_next,
         sparse_attention,
+        decode_attention,
+        prefill,
+        empty_cache,
     )
 }
 
@@ -223,6 +250,82 @@ CASES = [
     ("sparse_attention", "scale", True, "real", "True"),
     ("sparse_attention", "scale", i32(), "real", "int32"),
     ("sparse_attention", "scale", 10**400, "real", "1000"),
+    ("sparse_attention", "return_lse", 1, "True", "1"),
+    ("sparse_attention", "return_lse", "yes", "True", "yes"),
+    ("sparse_attention", "logits_soft_cap", 0, "positive", "0"),
+    ("sparse_attention", "logits_soft_cap", -2.5, "positive", "-2.5"),
+    ("sparse_attention", "logits_soft_cap", float("inf"), "positive", "inf"),
+    ("sparse_attention", "logits_soft_cap", float("nan"), "positive", "nan"),
+    ("sparse_attention", "logits_soft_cap", "none", "real", "none"),
+    ("sparse_attention", "logits_soft_cap", True, "real", "True"),
+    ("sparse_attention", "logits_soft_cap", f32(1), "real", "array"),
+    # A decode step: its tokens against each other, and against the cache.
+    ("decode_attention", "query", f32(B, 2, N, H), "", ""),
+    ("decode_attention", "query", f32(B, T, 3, H), "K=2", "N=3"),
+    ("decode_attention", "query", f32(B, T, N, 7), "", ""),
+    ("decode_attention", "key_new", f32(B, 2, K, H), "T=1", "t=2"),
+    ("decode_attention", "key_new", f32(B, T, K, H).astype(np.float16), "float32", "float16"),
+    ("decode_attention", "key_new", f32(B, T, K, H).astype(np.float64), "float32", "float64"),
+    ("decode_attention", "value_new", f32(B, 2, K, VALUE_H), "T=1", "[2, 2, 2, 6]"),
+    ("decode_attention", "value_new", f32(B, T, N, VALUE_H), "K=2", "[2, 1, 4, 6]"),
+    ("decode_attention", "value_new", f32(B, T, K), "H'", "[2, 1, 2]"),
+    ("decode_attention", "value_new", f32(B, T, K, VALUE_H).astype(np.float16), "float32",
+     "float16"),
+    ("decode_attention", "cache", None, "DecodeCache", "NoneType"),
+    ("decode_attention", "cache", PQIndex(**INDEX), "DecodeCache", "PQIndex"),
+    ("decode_attention", "cache.key", f32(B + 1, S, K, H), "B=2", "[3, 32, 2, 8]"),
+    ("decode_attention", "cache.key", f32(B, S, K + 1, H), "K=2", "[2, 32, 3, 8]"),
+    ("decode_attention", "cache.key", f32(B, S, K, 2 * H), "H=8", "[2, 32, 2, 16]"),
+    ("decode_attention", "cache.key", CACHE["key"].astype(np.int8), "float32", "int8"),
+    ("decode_attention", "cache.key", None, "float32", "NoneType"),
+    ("decode_attention", "cache.value", f32(B, S + 1, K, VALUE_H), "S=32", "[2, 33, 2, 6]"),
+    ("decode_attention", "cache.value", f32(B, S, K, H), "H'=6", "[2, 32, 2, 8]"),
+    ("decode_attention", "cache.index", None, "PQIndex", "NoneType"),
+    ("decode_attention", "cache.index.codes", u8(B, K, M, S + 1), "S=32", "[2, 2, 2, 33]"),
+    ("decode_attention", "cache.index.codes", i32(B, K, M, S), "uint8", "int32"),
+    ("decode_attention", "cache.index.lengths", i32(B + 1), "B=2", "int32[3]"),
+    ("decode_attention", "cache.index.codebooks", f32(B, K, M, 2 * C, H // M), "C=4",
+     "[2, 2, 2, 8, 4]"),
+    ("decode_attention", "cache.index.cells", 7, "None", "int"),
+    ("decode_attention", "config", 6, "IndexerConfig", "int"),
+    ("decode_attention", "counts", i32(B + 1), "B=2", "int32[3]"),
+    ("decode_attention", "counts", i32(B).astype(np.int64), "int32", "int64"),
+    ("decode_attention", "scale", "auto", "real", "auto"),
+    ("decode_attention", "logits_soft_cap", 0, "positive", "0"),
+    ("decode_attention", "selector", "sort", "top_k", "sort"),
+    ("decode_attention", "selector", "cells", "cells", "cells"),
+    ("decode_attention", "implementation", "cuda", "xla", "cuda"),
+    ("decode_attention", "kv_layout", "BHSK", "BSKH", "BHSK"),
+    # A prompt, and the cache that it goes into.
+    ("prefill", "key", f32(B, PROMPT, K, 7), "num_subspaces=2", "H=7"),
+    ("prefill", "key", f32(B, PROMPT, K, H).astype(np.float16), "float32", "float16"),
+    ("prefill", "value", f32(B, PROMPT - 1, K, VALUE_H), "s=20", "[2, 19, 2, 6]"),
+    ("prefill", "value", f32(B, PROMPT, K, VALUE_H).astype(np.float16), "float32", "float16"),
+    ("prefill", "lengths", 7, "int32", "int"),
+    ("prefill", "lengths", i32(B + 1), "B=2", "int32[3]"),
+    ("prefill", "config", None, "IndexerConfig", "NoneType"),
+    ("prefill", "cache", PQIndex(**INDEX), "DecodeCache", "PQIndex"),
+    ("prefill", "cache.key", f32(B, S, K + 1, H), "K=2", "[2, 32, 3, 8]"),
+    ("prefill", "cache.value", f32(B, S, K, VALUE_H + 1), "H'=6", "[2, 32, 2, 7]"),
+    ("prefill", "cache.index.codes", u8(B, K, M + 1, S), "M=2", "[2, 2, 3, 32]"),
+    ("prefill", "rows", i32(B), "bool", "int32"),
+    ("prefill", "rows", np.ones(B + 1, bool), "B=2", "bool[3]"),
+    ("prefill", "seed", -1, "0", "-1"),
+    ("prefill", "implementation", "cuda", "xla", "cuda"),
+    ("prefill", "kv_layout", "BHSK", "BSKH", "BHSK"),
+    # Sizes of an empty cache.
+    ("empty_cache", "config", 3, "IndexerConfig", "int"),
+    ("empty_cache", "batch", 0, "at least 1", "0"),
+    ("empty_cache", "capacity", 32.0, "integer", "32.0"),
+    ("empty_cache", "kv_heads", True, "integer", "True"),
+    ("empty_cache", "head_dim", 7, "num_subspaces=2", "7"),
+    ("empty_cache", "value_head_dim", -1, "at least 1", "-1"),
+    ("empty_cache", "layers", 0, "at least 1", "0"),
+    ("empty_cache", "dtype", np.float64, "bfloat16", "float64"),
+    ("empty_cache", "dtype", jnp.int8, "bfloat16", "int8"),
+    ("empty_cache", "dtype", "fp16", "bfloat16", "fp16"),
+    ("empty_cache", "dtype", None, "bfloat16", "None"),
+    ("empty_cache", "kv_layout", "BHSK", "BSKH", "BHSK"),
 ]  # fmt: skip
 IP_CASES = [
     ("select", "index.codebooks", f32(B, K, M, C, H // M), "=5]", "[2, 2, 2, 4, 4]"),
@@ -232,23 +335,40 @@ IP_CASES = [
     ("append", "index.phi", f32(B, K), "B=2, K=2, M=2", "[2, 2]"),
     ("append", "index.phi", f32(B, K, M).astype(np.float64), "float32", "float64"),
     ("indexer_next", "index.phi", f32(B, K, M + 1), "M=2", "[2, 2, 3]"),
+    ("decode_attention", "cache.index.phi", None, "float32", "None"),
+    ("prefill", "cache.index.phi", None, "float32", "None"),
 ]
 
 
 def call(function, **changes):
     """Calls a function with good arguments but for the changes, which may name an attribute."""
+    kinds = {"index": PQIndex, "selection": Selection, "cache": DecodeCache}
+    is_ip = changes.get("config") is IP
+
+    def made(name, value, path):
+        if isinstance(value, dict) and name in kinds:
+            value = IP_INDEX if is_ip and name == "index" else value
+            fields = {k: made(k, v, f"{path}.{k}") for k, v in value.items()}
+            rest = {k.removeprefix(f"{path}."): v for k, v in changes.items() if "." in k}
+            fields |= {k: v for k, v in rest.items() if k in fields or k == "cells"}
+            return kinds[name](**fields)
+        return value
+
     arguments = ARGUMENTS[function] | {k: v for k, v in changes.items() if "." not in k}
-    if changes.get("config") is IP:
-        arguments["index"] = IP_INDEX
-    for name, kind in (("index", PQIndex), ("selection", Selection)):
-        if isinstance(arguments.get(name), dict):
-            fields = {
-                k.removeprefix(f"{name}."): v
-                for k, v in changes.items()
-                if k.startswith(f"{name}.")
-            }
-            arguments[name] = kind(**(arguments[name] | fields))
-    return FUNCTIONS[function](**arguments)
+    return FUNCTIONS[function](**{k: made(k, v, k) for k, v in arguments.items()})
+
+
+def of_layers(function, **changes):
+    """Good arguments of a function for state and caches of several layers, and the changes."""
+    stacked = ("index", "cache", *(["key", "value"] if function != "prefill" else []))
+
+    def stack(name, value):
+        if isinstance(value, dict) and name in stacked:
+            return {k: stack("index", v) for k, v in value.items()}
+        return np.stack([value] * LAYERS) if name in stacked and value is not None else value
+
+    arguments = {k: stack(k, v) for k, v in ARGUMENTS[function].items()}
+    return arguments | {"layer": 1} | changes
 
 
 def check_message(error, argument, expected, got):
@@ -263,14 +383,18 @@ def check_message(error, argument, expected, got):
 
 def name_of(case):
     function, argument, value = case[:3]
-    kind = f"{value.dtype}{list(value.shape)}" if hasattr(value, "dtype") else repr(value)
+    kind = (
+        f"{value.dtype}{list(value.shape)}"
+        if isinstance(value, (np.ndarray, jax.Array))
+        else repr(value)
+    )
     return f"{function}-{argument}-{kind}".replace(" ", "")
 
 
 @pytest.mark.parametrize("function", ARGUMENTS)
 def test_the_good_arguments_are_good(function):
     jax.block_until_ready(call(function))
-    if function in ("rebuild", "rebuild_gain", "append", "select", "indexer_next"):
+    if "config" in ARGUMENTS[function]:
         jax.block_until_ready(call(function, config=IP))
 
 
@@ -281,7 +405,8 @@ def test_a_wrong_argument_is_named(case, compilations):
         call(function, **{argument: value})
     # Of two arguments that contradict each other either may be named.
     name = argument if expected or got else str(error.value).partition(":")[0]
-    assert name in (argument, "index.codebooks", "index.codes", "index.lengths", "index.phi")
+    index = ("index.codebooks", "index.codes", "index.lengths", "index.phi")
+    assert name in (argument, "key_new", *index)
     check_message(error, name, expected, got)
     assert compilations() == 0
 
@@ -299,7 +424,7 @@ ANNOTATED = [
     (function, argument, expected)
     for function in FUNCTIONS
     for argument, expected in annotated_arrays(FUNCTIONS[function]).items()
-    if argument not in ("return", "scale")
+    if argument not in ("return", "scale", "layer")
 ]
 
 
@@ -445,12 +570,152 @@ def test_a_cache_of_8_bits_is_to_be_cast_to_16(function, argument, dtype):
         call(function, **{argument: array.astype(np.int8)})
 
 
-def test_an_index_for_several_layers_is_known_by_its_axes():
-    layers = jax.tree.map(lambda x: np.stack([x, x]), PQIndex(**ARGUMENTS["select"]["index"]))
-    with pytest.raises(ValueError, match=r"^index.codebooks: .*lax\.scan or jax\.vmap"):
-        call("select", index=layers)
-    with pytest.raises(ValueError, match=r"^index.lengths: .*lax\.scan or jax\.vmap"):
-        call("reset", index=layers)
+LAYERED = (
+    "rebuild",
+    "rebuild_gain",
+    "reset",
+    "append",
+    "select",
+    "indexer_next",
+    "sparse_attention",
+    "decode_attention",
+    "prefill",
+)
+
+
+def test_every_function_that_takes_a_layer_is_tested_with_one():
+    takes = {f for f in FUNCTIONS if "layer" in inspect.signature(FUNCTIONS[f]).parameters}
+    assert takes == set(LAYERED)
+
+
+@pytest.mark.parametrize("function", LAYERED)
+def test_what_is_no_number_of_a_layer_is_refused(function, compilations):
+    for layer, got in (
+        (1.0, "float"),
+        (True, "bool"),
+        (np.True_, "bool"),
+        ("first", "str"),
+        (i32(1), "int32[1]"),
+        (np.array(1), "int64[]"),
+        (f32(), "float32[]"),
+    ):
+        with pytest.raises(ValueError, match="expected") as error:
+            call(function, **of_layers(function, layer=layer))
+        check_message(error, "layer", "int32", got)
+    assert compilations() == 0
+
+
+@pytest.mark.parametrize("function", [f for f in LAYERED if f != "reset"])
+def test_several_layers_ask_for_the_number_of_one(function, compilations):
+    with pytest.raises(ValueError, match=r"; of several layers say which with layer=\.\.\.$"):
+        call(function, **of_layers(function, layer=None))
+    assert compilations() == 0
+
+
+@pytest.mark.parametrize("function", LAYERED)
+def test_a_layer_of_what_has_no_layers_is_refused(function, compilations):
+    with pytest.raises(ValueError, match=r", got .*; leave layer= out for what has no axis of lay"):
+        call(function, layer=1)
+    assert compilations() == 0
+
+
+def test_with_cells_asks_for_layers_too(compilations):
+    config = IndexerConfig(**{**dataclasses.asdict(CONFIG), "cells": True})
+    index = PQIndex(**INDEX)
+    stacked = jax.tree.map(lambda x: np.stack([x] * LAYERS), index)
+    with pytest.raises(ValueError, match=r"^index.codebooks: .*; leave layer= out"):
+        with_cells(index, config, layer=1)
+    with pytest.raises(ValueError, match=r"^index.cells: .*; use with_cells\(index, config\)"):
+        with_cells(stacked, config, layer=1)
+    assert compilations() == 0
+    made = with_cells(stacked, config)
+    with pytest.raises(ValueError, match=r"^layer: expected an int32 scalar"):
+        with_cells(made, config, layer=1.5)
+
+
+@pytest.mark.parametrize(
+    ("function", "changes", "argument", "advice"),
+    [
+        # One of two has layers: to add or to leave out layer= would not mend it.
+        ("rebuild", {"index": INDEX, "layer": 1}, "index.codebooks", "needs an axis of layers in"),
+        ("rebuild", {"key": f32(B, S, K, H), "layer": None}, "index.codebooks", "take the layer"),
+        ("sparse_attention", {"value": f32(B, S, K, H)}, "value", "as key has"),
+        ("sparse_attention", {"key": f32(B, S, K, H), "layer": None}, "value", "take the layer"),
+        ("sparse_attention", {"value": f32(2, B, S, K, H)}, "value", "axis layers must be 3"),
+        ("decode_attention", {"cache": CACHE | {"index": INDEX}, "layer": 1}, "cache.key", "leave"),
+        ("decode_attention", {"cache.index": PQIndex(**INDEX)}, "cache.index.codebooks",
+         "needs an axis of layers in front, as cache.key has"),
+        ("decode_attention", {"cache.index.lengths": i32(2, B)}, "cache.index.lengths",
+         "axis layers must be 3, as in cache.key"),
+        ("prefill", {"cache.value": f32(2, B, S, K, VALUE_H)}, "cache.value", "must be 3"),
+    ],
+)  # fmt: skip
+def test_layers_must_agree(function, changes, argument, advice, compilations):
+    with pytest.raises(ValueError, match=rf"^{re.escape(argument)}: expected .*; .*{advice}"):
+        call(function, **of_layers(function, **changes))
+    assert compilations() == 0
+
+
+def test_build_index_takes_the_cache_of_one_layer():
+    """It has no `layer` to be told of."""
+    with pytest.raises(ValueError, match=r"^key: .*; of several layers take one, or .*jax\.vmap"):
+        call("build_index", key=f32(LAYERS, B, S, K, H))
+
+
+def test_reset_of_layers_that_are_not_told_is_of_all():
+    lengths = call("reset", **of_layers("reset", layer=None)).lengths
+    assert lengths.shape == (LAYERS, B)
+
+
+@pytest.mark.parametrize("function", ["select", "reset"])
+def test_a_cache_is_not_its_index(function):
+    with pytest.raises(ValueError, match=r"^index: expected a PQIndex, got DecodeCache; pass its"):
+        call(function, index=DecodeCache(**CACHE, index=PQIndex(**INDEX)))
+
+
+@pytest.mark.parametrize(
+    ("function", "name"), [("decode_attention", "key_new"), ("prefill", "key")]
+)
+def test_a_key_and_a_cache_in_each_others_place_are_seen_as_such(function, name):
+    cache = DecodeCache(**CACHE, index=PQIndex(**INDEX))
+    with pytest.raises(ValueError, match=rf"^{name}: .* got DecodeCache; mind the order of the"):
+        call(function, **{name: cache, "cache": ARGUMENTS[function][name]})
+
+
+def test_a_step_of_more_tokens_than_a_row_can_hold_is_refused_without_counts():
+    tokens = {"query": f32(B, S + 1, N, H), "key_new": f32(B, S + 1, K, H)}
+    tokens |= {"value_new": f32(B, S + 1, K, VALUE_H)}
+    with pytest.raises(ValueError, match=r"^key_new: expected at most T=S=32 .*, got T=33; "):
+        call("decode_attention", **tokens)
+    call("decode_attention", counts=i32(B), **tokens)
+
+
+def test_a_prompt_that_is_longer_than_the_cache_is_refused(compilations):
+    prompt = {"key": f32(B, S + 1, K, H), "value": f32(B, S + 1, K, VALUE_H)}
+    with pytest.raises(ValueError, match=r"^key: expected at most s=S=32 .*, got s=33; .*larger"):
+        call("prefill", **prompt)
+    assert compilations() == 0
+
+
+@pytest.mark.parametrize(("argument", "value"), [("rows", np.ones(B, bool)), ("layer", 0)])
+def test_rows_and_layer_of_no_cache_are_refused(argument, value, compilations):
+    with pytest.raises(ValueError, match=rf"^{argument}: expected None without a cache, got .*; p"):
+        call("prefill", cache=None, **{argument: value})
+    assert compilations() == 0
+
+
+@pytest.mark.parametrize("fields", [{"num_bits": 3}, {"cells": True}, {"window_size": 1}])
+def test_a_cache_of_another_config_is_refused(fields, compilations):
+    """What cells are kept for is in the config too."""
+    config = IndexerConfig(**{**dataclasses.asdict(CONFIG), "cells": "window_size" in fields})
+    cache = empty_cache(config, B, S, K, H, value_head_dim=VALUE_H, dtype=np.float32)
+    other = dataclasses.replace(config, **fields)
+    jax.block_until_ready(cache)
+    before = compilations()
+    for function in ("decode_attention", "prefill"):
+        with pytest.raises(ValueError, match=r"^cache\.index\..*config"):
+            call(function, cache=cache, config=other)
+    assert compilations() == before
 
 
 def test_a_traced_seed_is_said_to_be_none():
@@ -485,9 +750,7 @@ def test_empty_axes_are_refused(axis, compilations):
 
 def test_what_is_not_there_is_not_implemented():
     """The caller's mistake is a ValueError, the library's limit is not."""
-    with pytest.raises(NotImplementedError, match=r"^implementation: .+"):
-        call("sparse_attention", implementation="triton")
     if jax.devices()[0].platform == "cpu":
-        for function in sorted(set(ARGUMENTS) - {"reset", "sparse_attention"}):
+        for function in sorted(set(ARGUMENTS) - {"reset", "empty_cache"}):
             with pytest.raises(NotImplementedError, match=r"^implementation: .+"):
                 call(function, implementation="triton")

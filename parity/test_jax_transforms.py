@@ -1,5 +1,6 @@
 """The functions inside jit, vmap, scan and shard_map."""
 
+import dataclasses
 import functools
 import json
 import os
@@ -18,7 +19,10 @@ from jax_indexer import (
     Selection,
     append,
     build_index,
+    decode_attention,
+    empty_cache,
     indexer_next,
+    prefill,
     rebuild,
     rebuild_gain,
     reset,
@@ -28,6 +32,7 @@ from jax_indexer import (
 )
 from jax_indexer.kernels import append as append_kernels
 from jax_indexer.kernels import backend
+from parity import test_layers as layered
 from parity.inputs import SMALL, make_inputs
 
 WORKLOAD = SMALL["small-grouped"]
@@ -381,6 +386,36 @@ def test_eager_calls_transfer_nothing_unasked_and_promote_no_ranks(metric, cells
         jax.block_until_ready((index, gain, out, scaled))
 
 
+@pytest.mark.parametrize("layer", [None, 1, jnp.int32(1)], ids=repr)
+def test_the_life_of_a_cache_transfers_nothing_unasked_and_promotes_no_ranks(layer):
+    config = layered.PLAIN if layer is None else layered.CELLS
+    key, value, lengths = layered.prompts()
+    rows, x = jnp.asarray(layered.ROWS), layered.step_inputs()
+    sizes = layered.B, layered.S, layered.K, layered.H
+    layers = None if layer is None else layered.LAYERS
+    of_layer = {} if layer is None else {"layer": layer}
+    jax.block_until_ready((key, value, lengths, rows, x))
+    with jax.transfer_guard("disallow"), jax.numpy_rank_promotion("raise"):
+        cache = empty_cache(
+            config, *sizes, value_head_dim=layered.VALUE_H, dtype=jnp.float32, layers=layers
+        )
+        cache = prefill(key, value, lengths, config, cache=cache, **of_layer)
+        cache = prefill(key, value, lengths, config, cache=cache, rows=rows, **of_layer)
+        out, cache = decode_attention(
+            **x, cache=cache, config=config, scale=0.5, logits_soft_cap=9, **of_layer
+        )
+        index = append(cache.index, x["key_new"], config, **of_layer)
+        selection, index = indexer_next(x["query"], x["key_new"], index, config, **of_layer)
+        selection = select(x["query"], index, config, **of_layer)
+        attended = sparse_attention(
+            x["query"], cache.key, cache.value, selection, return_lse=True, **of_layer
+        )
+        gain = rebuild_gain(index, cache.key, config, **of_layer)
+        index = rebuild(reset(index, rows, **of_layer), cache.key, config, rows, **of_layer)
+        index = with_cells(index, config, **of_layer) if config.cells else index
+        jax.block_until_ready((out, index, attended, gain))
+
+
 def test_gradients_flow_around_the_selection():
     index, query, key_new, cache = arrays()
 
@@ -394,3 +429,203 @@ def test_gradients_flow_around_the_selection():
     around = jax.grad(loss)(query[0], key_new[0], selection)
     np.testing.assert_array_equal(through[0], around)
     assert not through[1].any()
+
+
+# Attention and its gradients, by kernels in the interpreter as by XLA.
+
+
+def attention_inputs():
+    """Caches of several layers with NaN where nothing is listed, and lists, one of them empty."""
+    rng = np.random.default_rng(0)
+    L, B, N, K, S = layered.LAYERS, layered.B, layered.N, layered.K, layered.S
+    indices = np.full((B, 1, N, 7), -1, np.int32)
+    indices[..., :5] = [1, 4, 9, 20, S - 2]
+    indices[0, 0, 2] = -1
+    query = rng.standard_normal((B, 1, N, layered.H)).astype(np.float32)
+    key = rng.standard_normal((L, B, S, K, layered.H)).astype(np.float32)
+    value = rng.standard_normal((L, B, S, K, layered.VALUE_H)).astype(np.float32)
+    unlisted = np.setdiff1d(np.arange(S), indices)
+    key[:, :, unlisted] = value[:, :, unlisted] = np.nan
+    counts = (indices >= 0).sum(-1, dtype=np.int32)
+    selection = Selection(jnp.asarray(indices), jnp.asarray(counts))
+    return jnp.asarray(query), jnp.asarray(key), jnp.asarray(value), selection
+
+
+def attention_loss(selection, implementation, **options):
+    """Of outputs, and of what they weigh, through which gradients flow too."""
+
+    def loss(query, key, value, scale, soft_cap):
+        found = sparse_attention(
+            query,
+            key,
+            value,
+            selection,
+            scale=scale,
+            logits_soft_cap=soft_cap,
+            implementation=implementation,
+            **options,
+        )
+        if not options.get("return_lse"):
+            return jnp.sum(found**2)
+        out, lse = found
+        return jnp.sum(out**2) + jnp.sum(jnp.exp(lse))
+
+    return loss
+
+
+@pytest.mark.parametrize("return_lse", [False, True], ids=["output", "output and lse"])
+@pytest.mark.parametrize("layer", [None, 2], ids=["one layer", "stacked layers"])
+def test_kernels_have_the_gradients_of_xla(layer, return_lse):
+    query, key, value, selection = attention_inputs()
+    if layer is None:
+        key, value = key[0], value[0]
+    arguments = query, key, value, jnp.float32(0.4), jnp.float32(2.5)
+    options = {"layer": layer, "return_lse": return_lse}
+    found = {}
+    with backend.interpreted():
+        for implementation in ("xla", "triton"):
+            loss = attention_loss(selection, implementation, **options)
+            found[implementation] = jax.jit(jax.value_and_grad(loss, range(5)))(*arguments)
+    (want_loss, want), (got_loss, got) = found["xla"], found["triton"]
+    np.testing.assert_allclose(got_loss, want_loss, rtol=1e-6)
+    for one, other in zip(got, want, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
+        assert jnp.isfinite(one).all()
+        assert (one != 0).any()
+    of_query, of_key, of_value = got[:3]
+    assert (of_query[0, 0, 2] == 0).all()
+    for gradient, array in ((of_key, key), (of_value, value)):
+        assert (gradient[jnp.isnan(array)] == 0).all()
+        if layer is not None:
+            assert (np.delete(gradient, layer, axis=0) == 0).all()
+
+
+def test_gradients_by_xla_are_those_of_finite_differences():
+    query, key, value, selection = attention_inputs()
+    loss = attention_loss(selection, "xla", return_lse=True, layer=1)
+    key, value = jnp.nan_to_num(key), jnp.nan_to_num(value)
+    arguments = query, key, value, jnp.float32(0.4), jnp.float32(2.5)
+    gradients = jax.grad(loss, range(5))(*arguments)
+    for place, gradient in enumerate(gradients):
+        direction = jax.random.normal(jax.random.key(place), arguments[place].shape) / 8
+        step = 1e-2
+
+        def along(sign, place=place, direction=direction, step=step):
+            moved = list(arguments)
+            moved[place] += sign * step * direction
+            return loss(*moved)
+
+        numeric = (along(1.0) - along(-1.0)) / (2 * step)
+        np.testing.assert_allclose(jnp.sum(gradient * direction), numeric, rtol=2e-2, atol=1e-3)
+
+
+def test_xla_has_forward_mode_too():
+    query, key, value, selection = attention_inputs()
+    loss = attention_loss(selection, "xla", return_lse=True)
+    arguments = query, jnp.nan_to_num(key[0]), jnp.nan_to_num(value[0])
+    arguments = (*arguments, jnp.float32(0.4), jnp.float32(2.5))
+    tangents = jax.tree.map(jnp.ones_like, arguments)
+    _, forward = jax.jvp(loss, arguments, tangents)
+    gradients = jax.grad(loss, range(5))(*arguments)
+    backward = sum(jnp.sum(gradient) for gradient in gradients)
+    np.testing.assert_allclose(forward, backward, rtol=1e-4)
+
+
+def test_gradients_of_what_vmap_maps():
+    """Lists of its own for each, and the caches in common."""
+    query, key, value, selection = attention_inputs()
+    indices = jnp.stack([selection.indices, jnp.flip(selection.indices, axis=2)])
+    queries = jnp.stack([query, -query])
+
+    def loss(query, indices, implementation):
+        lists = Selection(indices, selection.counts)
+        return attention_loss(lists, implementation, layer=1)(
+            query, key, value, jnp.float32(0.4), jnp.float32(2.5)
+        )
+
+    with backend.interpreted():
+        by_kernels = jax.grad(functools.partial(loss, implementation="triton"))
+        got = jax.jit(jax.vmap(by_kernels))(queries, indices)
+    for i in range(2):
+        want = jax.grad(functools.partial(loss, implementation="xla"))(queries[i], indices[i])
+        np.testing.assert_allclose(got[i], want, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("mapped", "name"),
+    [
+        ("all", "xla, inner product, cells"),
+        ("queries", "xla"),
+        ("layers", "xla"),
+        ("all", "kernels"),
+        ("layers", "kernels, inner product, cells"),
+    ],
+)
+def test_vmap_of_decode_attention(mapped, name):
+    """Over everything, over queries for one cache, and over the layers of one cache."""
+    case = layered.CASES[name]
+    cache, x = layered.stacked_cache(case.config), layered.step_inputs()
+    queries = jnp.stack([x["query"], 1 - x["query"]])
+    layers = jnp.asarray([2, 0], jnp.int32)
+    caches = jax.tree.map(lambda x: jnp.stack([x, jnp.flip(x, axis=0)]), cache)
+    if case.config.cells:
+        again = [with_cells(jax.tree.map(lambda x, i=i: x[i], caches.index), case.config)
+                 for i in range(2)]  # fmt: skip
+        index = jax.tree.map(lambda *x: jnp.stack(x), *again)
+        caches = dataclasses.replace(caches, index=index)
+    axes = {"all": (0, 0, 0), "queries": (0, None, None), "layers": (None, None, 0)}[mapped]
+    arguments = queries, caches, layers
+    arguments = [
+        whole if axis == 0 else one
+        for axis, whole, one in zip(axes, arguments, (queries[0], cache, layers[1]), strict=True)
+    ]
+
+    def step(query, cache, layer):
+        return decode_attention(
+            query,
+            x["key_new"],
+            x["value_new"],
+            cache,
+            case.config,
+            layer=layer,
+            implementation=case.implementation,
+            selector=case.selector,
+        )
+
+    with case.runs():
+        got = jax.jit(jax.vmap(step, axes))(*arguments)
+        one = jax.jit(step)
+        for i in range(2):
+            own = [
+                jax.tree.map(lambda x, i=i: x[i], x) if axis == 0 else x
+                for axis, x in zip(axes, arguments, strict=True)
+            ]
+            out, state = jax.tree.map(lambda x, i=i: x[i], got)
+            want, want_state = one(*own)
+            check_same(state, want_state)
+            np.testing.assert_allclose(out, want, rtol=1e-6, atol=1e-6)
+
+
+def test_a_donated_scan_of_decode_steps_gives_what_eager_steps_give():
+    case, steps = layered.CASES["xla, inner product, cells"], 5
+    cache, x = layered.stacked_cache(case.config), layered.step_inputs()
+    queries = layered.draw(steps, *x["query"].shape, seed=11)
+    options = {"config": case.config, "layer": 1, "implementation": case.implementation}
+
+    def step(cache, query):
+        out, cache = decode_attention(query, x["key_new"], x["value_new"], cache, **options)
+        return cache, out
+
+    want, outputs = cache, []
+    for query in queries:
+        want, out = step(want, query)
+        outputs.append(out)
+    run = jax.jit(lambda cache, queries: lax.scan(step, cache, queries), donate_argnums=0)
+    given = jax.tree.map(jnp.copy, cache)
+    place = given.key.unsafe_buffer_pointer()
+    after, got = run(given, queries)
+    assert given.key.is_deleted()
+    assert after.key.unsafe_buffer_pointer() == place
+    check_same(after, want)
+    np.testing.assert_allclose(got, jnp.stack(outputs), rtol=1e-6, atol=1e-6)
+    assert after.index.lengths[1].tolist() == (layered.LENGTHS[1] + [0, steps]).tolist()

@@ -20,6 +20,7 @@ from jax_indexer import (
     append,
     build_index,
     decode_attention,
+    empty_cache,
     indexer_next,
     rebuild,
     rebuild_gain,
@@ -486,3 +487,67 @@ def test_a_decode_step_of_a_layer_lowers_to_kernels_alone(name, selector, layers
     signature = text[text.index("@main(") : text.index("->", text.index("@main("))]
     donated = len(re.findall(r"tf.aliasing_output|jax.buffer_donor", signature))
     assert donated == len(jax.tree.leaves(cache))
+
+
+CAPACITY = 5003  # no other size is this
+
+
+def stacked_step(selector, *, layers, cells=True):
+    """A decode step of a layer of many by kernels, and the arrays it takes but for the layer."""
+    config = IndexerConfig(cells=cells)
+    query, key_new, _ = arguments(B=2, S=CAPACITY, dtype=jnp.bfloat16)
+    make = functools.partial(empty_cache, config, 2, CAPACITY, 2, 64, layers=layers)
+    options = {"config": config, "implementation": "triton", "selector": selector}
+
+    def step(query, key_new, cache, layer):
+        return decode_attention(query, key_new, key_new, cache, layer=layer, **options)
+
+    return step, (query, key_new, jax.eval_shape(make))
+
+
+@pytest.mark.parametrize("selector", ["cells", "threshold"])
+def test_a_step_of_stacked_layers_moves_nothing_of_the_size_of_a_cache(selector):
+    """What has an axis of the capacity goes into kernels and comes out of them, or is reshaped."""
+    step, arrays = stacked_step(selector, layers=4)
+    with an_h100():
+        text = lowered(step, *arrays, shaped((), jnp.int32), donate_argnums=2)
+    of_capacity = re.compile(rf"[<x]{CAPACITY}[x>]")
+    found = [line.strip() for line in text.splitlines() if of_capacity.search(line)]
+    operations = {
+        re.match(r"(?:[%\w:, ]+ = )?(\"?[\w.]+\"?)", line)[1] for line in found
+    }  # fmt: skip
+    assert operations == {
+        "func.func",
+        "call",
+        "return",
+        "stablehlo.reshape",
+        "stablehlo.custom_call",
+    }
+    calls = [line for line in found if "custom_call" in line]
+    assert all("xla.gpu.triton" in line for line in calls)
+    # The whole cache, every layer of it, is what kernels take and what they write into.
+    assert all(f"4x2x{CAPACITY}x2x64xbf16" in line for line in (calls[0], calls[-1]))
+    signature = text[text.index("@main(") : text.index("->", text.index("@main("))]
+    donated = re.findall(
+        r"tensor<([^>]*)> \{[^}]*(?:tf.aliasing_output|jax.buffer_donor)", signature
+    )
+    assert donated.count(f"4x2x{CAPACITY}x2x64xbf16") == 2
+    assert f"4x2x2x2x{CAPACITY}xui8" in donated
+
+
+@pytest.mark.parametrize("selector", ["cells", "threshold"])
+def test_many_unrolled_layers_lower_each_kernel_once(selector):
+    """All call one function, since the number of the layer is no part of it."""
+    step, (query, key_new, cache) = stacked_step(selector, layers=32)
+
+    def token(query, key_new, cache):
+        for layer in range(32):
+            query, cache = step(query, key_new, cache, layer)
+        return query, cache
+
+    with an_h100():
+        text = lowered(token, query, key_new, cache, donate_argnums=2)
+    names = re.findall(r'name = \\?"(\w+_kernel)', text)
+    assert len(names) == len(set(names)) == text.count("custom_call @__gpu$xla.gpu.triton")
+    assert len(names) == {"cells": 2, "threshold": 5}[selector]
+    assert len(re.findall(r"call @_decode\(", text)) == 32
