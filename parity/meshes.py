@@ -8,6 +8,7 @@ the number of host devices is fixed when JAX starts.
 """
 
 import argparse
+import dataclasses
 import functools
 import re
 import time
@@ -21,12 +22,14 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jax_indexer import (
+    DecodeCache,
     IndexerConfig,
     PQIndex,
-    Selection,
     append,
     build_index,
+    decode_attention,
     indexer_next,
+    prefill,
     rebuild,
     rebuild_gain,
     reset,
@@ -34,8 +37,10 @@ from jax_indexer import (
     sparse_attention,
     with_cells,
 )
+from jax_indexer.kernels import backend
 
-B, K, G, H, S = 4, 4, 2, 16, 256
+B, K, G, H, S, LAYERS = 4, 4, 2, 16, 256, 2
+TRAINED = ("build_index", "rebuild", "prefill of layers")
 COLLECTIVES = r"all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter"
 SPLITS = {"batch": ("rows", None), "heads": (None, "heads"), "both": ("rows", "heads")}
 
@@ -50,9 +55,11 @@ def draw(config: IndexerConfig) -> dict[str, Any]:
     key_new = rng.standard_normal((B, 1, K, H)).astype(np.float32)
     selection = jax.tree.map(np.asarray, select(query, index, config))
     rows, counts = np.arange(B) % 2 == 0, np.asarray([1, 0, 1, 1], np.int32)
+    one = DecodeCache(cache, 2 * cache, index)
+    layers = jax.tree.map(lambda x: np.stack([x] * LAYERS), one)
     return {
         "cache": cache, "lengths": lengths, "index": index, "query": query, "key_new": key_new,
-        "selection": selection, "rows": rows, "counts": counts,
+        "selection": selection, "rows": rows, "counts": counts, "one": one, "layers": layers,
     }  # fmt: skip
 
 
@@ -79,26 +86,69 @@ def functions(config: IndexerConfig) -> dict[str, Callable]:
         "sparse_attention": lambda x: sparse_attention(
             x["query"], x["cache"], x["cache"], x["selection"]
         ),
-    }
+        "decode_attention": lambda x: decode_attention(
+            x["query"], x["key_new"], x["key_new"], x["one"], config, counts=x["counts"]
+        ),
+    } | {
+        f"{name} of layers": function for name, function in functions_of_layers(config).items()
+    }  # fmt: skip
 
 
-def spec_of(rows: str | None, heads: str | None, name: str, x) -> PartitionSpec:
-    """How one array is split."""
-    if x.ndim == 1:
-        return PartitionSpec(rows)
-    if name == "index":
-        return PartitionSpec(rows, heads)
-    return PartitionSpec(rows, None, heads)
+def functions_of_layers(config: IndexerConfig) -> dict[str, Callable]:
+    """Likewise, for a layer of several."""
+
+    def decode(x):
+        new = x["key_new"]
+        return decode_attention(x["query"], new, new, x["layers"], config, layer=1)
+
+    def attend(x):
+        of_layer = {"layer": 1, "return_lse": True}
+        caches = x["layers"].key, x["layers"].value
+        return sparse_attention(x["query"], *caches, x["selection"], **of_layer)
+
+    def fill(x):
+        prompt = x["cache"][:, :150], x["cache"][:, :150]
+        options = {"cache": x["layers"], "rows": x["rows"], "layer": 0}
+        return prefill(*prompt, x["lengths"], config, **options)
+
+    return {
+        "decode_attention": decode,
+        "sparse_attention": attend,
+        "append": lambda x: append(x["layers"].index, x["key_new"], config, layer=1),
+        "indexer_next": lambda x: indexer_next(
+            x["query"], x["key_new"], x["layers"].index, config, layer=1
+        ),
+        "reset": lambda x: reset(x["layers"].index, x["rows"]),
+    } | ({"with_cells": lambda x: with_cells(x["layers"].index, config)} if config.cells
+         else {"prefill": fill})  # fmt: skip
+
+
+def specs_of(value: Any, rows: str | None, heads: str | None, *, stacked: bool = False) -> Any:
+    """How the arrays of an argument or a result are split."""
+    lead = (None,) * stacked
+    if isinstance(value, PQIndex):
+        return jax.tree.map(
+            lambda x: PartitionSpec(*lead, rows, *[heads] * (x.ndim > 1 + stacked)), value
+        )
+    if isinstance(value, DecodeCache):
+        cache, index = PartitionSpec(*lead, rows, None, heads), value.index
+        return DecodeCache(cache, cache, specs_of(index, rows, heads, stacked=stacked))
+    if isinstance(value, tuple):
+        return tuple(specs_of(x, rows, heads, stacked=stacked) for x in value)
+    return jax.tree.map(
+        lambda x: PartitionSpec(rows) if x.ndim == 1 else PartitionSpec(rows, None, heads), value
+    )
 
 
 def on_mesh(arguments: dict, mesh, rows: str | None, heads: str | None) -> dict:
     """The same arguments, split."""
 
-    def put(name, x):
-        return jax.device_put(x, NamedSharding(mesh, spec_of(rows, heads, name, x)))
+    def put(x, spec):
+        return jax.device_put(x, NamedSharding(mesh, spec))
 
     return {
-        name: jax.tree.map(functools.partial(put, name), value) for name, value in arguments.items()
+        name: jax.tree.map(put, value, specs_of(value, rows, heads, stacked=name == "layers"))
+        for name, value in arguments.items()
     }
 
 
@@ -110,7 +160,11 @@ def check_same(name: str, got, want) -> None:
     ):
         if jnp.issubdtype(one.dtype, jnp.floating):
             np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5, err_msg=name)
-        elif name in ("build_index", "rebuild"):  # near ties may fall elsewhere
+        elif name in (
+            "build_index",
+            "rebuild",
+            "prefill of layers",
+        ):  # near ties may fall elsewhere
             assert (np.asarray(one) == np.asarray(other)).mean() > 0.99, (name, path)
         else:
             np.testing.assert_array_equal(one, other, err_msg=f"{name} {path}")
@@ -118,12 +172,10 @@ def check_same(name: str, got, want) -> None:
 
 def check_split(name: str, got, mesh, rows: str | None, heads: str | None) -> None:
     """Results lie where the arguments do."""
-    results = got if isinstance(got, tuple) else (got,)
-    for result in results:
-        kind = {PQIndex: "index", Selection: "selection"}.get(type(result), "")
-        for x in jax.tree.leaves(result):
-            wanted = NamedSharding(mesh, spec_of(rows, heads, kind, x))
-            assert x.sharding.is_equivalent_to(wanted, x.ndim), (name, x.shape, x.sharding)
+    specs = specs_of(got, rows, heads, stacked=name.endswith("of layers"))
+    for x, spec in zip(jax.tree.leaves(got), jax.tree.leaves(specs), strict=True):
+        wanted = NamedSharding(mesh, spec)
+        assert x.sharding.is_equivalent_to(wanted, x.ndim), (name, x.shape, x.sharding)
 
 
 def check(
@@ -187,17 +239,62 @@ def check_uneven(kind: AxisType) -> None:
     print(f"checked uneven heads, {kind}", flush=True)
 
 
-def check_attention_gradients() -> None:
+def check_kernels(kind: AxisType, config: IndexerConfig) -> None:
+    """Kernels in the interpreter, on stacked layers, inside a shard_map of the caller's own.
+
+    The interpreter knows nothing of what varies over which axes; of that the types alone are looked
+    at, of the kernels and of what they are instead of.
+    """
+    arguments = {name: draw(config)[name] for name in ("query", "key_new", "layers", "selection")}
+    mesh = jax.make_mesh((2, 2), ("rows", "heads"), axis_types=(kind, kind))
+    specs = {
+        name: specs_of(value, "rows", "heads", stacked=name == "layers")
+        for name, value in arguments.items()
+    }
+    out_specs = specs["query"], specs["query"], specs["layers"]
+
+    def run(x, implementation, selector):
+        new, by = x["key_new"], {"implementation": implementation, "layer": 1}
+        caches = x["layers"].key, x["layers"].value
+        attended = sparse_attention(x["query"], *caches, x["selection"], **by)
+        step = x["query"], new, new, x["layers"], config
+        out, cache = decode_attention(*step, selector=selector, **by)
+        return out, attended, cache
+
+    placed = on_mesh(arguments, mesh, "rows", "heads")
+    whole = functools.partial(run, implementation=None, selector=None)
+    jax.eval_shape(jax.shard_map(whole, mesh=mesh, in_specs=(specs,), out_specs=out_specs), placed)
+    kernels = functools.partial(
+        run, implementation="triton", selector="cells" if config.cells else "threshold"
+    )
+    with backend.interpreted():
+        want = jax.jit(kernels)(arguments)
+        mapped = jax.shard_map(
+            kernels, mesh=mesh, in_specs=(specs,), out_specs=out_specs, check_vma=False
+        )
+        got = jax.jit(mapped)(placed)
+    check_same("kernels", got, want)
+    check_split("kernels of layers", got[2], mesh, "rows", "heads")
+    print(f"checked kernels, {kind}", flush=True)
+
+
+def check_attention_gradients(kind: AxisType) -> None:
     """Gradients of what is split, and of a query that is whole while caches are split."""
     arguments = draw(PLAIN)
-    mesh = jax.make_mesh((2, 2), ("rows", "heads"))
+    mesh = jax.make_mesh((2, 2), ("rows", "heads"), axis_types=(kind, kind))
     placed = on_mesh(arguments, mesh, "rows", "heads")
-    names = "query", "cache", "selection"
+    names = "query", "cache", "layers", "selection"
 
-    def loss(query, cache, selection):
-        return jnp.sum(sparse_attention(query, cache, 2 * cache, selection) ** 2)
+    def loss(query, cache, layers, selection):
+        of_layer = sparse_attention(query, layers.key, layers.value, selection, layer=1)
+        return jnp.sum(sparse_attention(query, cache, 2 * cache, selection) ** 2 + of_layer)
 
-    gradient = jax.grad(loss, (0, 1))
+    def gradient(query, cache, layers, selection):
+        def of_floats(query, cache, key):
+            return loss(query, cache, dataclasses.replace(layers, key=key), selection)
+
+        return jax.grad(of_floats, (0, 1, 2))(query, cache, layers.key)
+
     want = gradient(*(arguments[name] for name in names))
     for whole in ((), ("query", "selection")):
         on_devices = placed | {
@@ -209,7 +306,7 @@ def check_attention_gradients() -> None:
             got = gradient(*(on_devices[name] for name in names))
         for one, other in zip(got, want, strict=True):
             np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)
-    print("checked gradients", flush=True)
+    print(f"checked gradients, {kind}", flush=True)
 
 
 def check_messages() -> None:
@@ -221,7 +318,7 @@ def check_messages() -> None:
     def put(x, *axes):
         return jax.device_put(x, NamedSharding(mesh, PartitionSpec(*axes)))
 
-    x, index = arguments, arguments["index"]
+    x, index, layers = arguments, arguments["index"], arguments["layers"]
     of_tokens = jax.tree.map(lambda x: put(x, *[None] * (x.ndim - 1), "rows"), index.codes)
     for call, message in (
         (lambda: build_index(put(x["cache"], None, "rows"), x["lengths"], config),
@@ -238,6 +335,16 @@ def check_messages() -> None:
          "counts: expected axis B to be split over rows, as in key_new, got heads"),
         (lambda: select(put(x["query"][:, :, :1], None, None, None), jax.tree.map(
             lambda a: put(a[:, :1] if a.ndim > 1 else a), index), config), None),
+        (lambda: append(jax.tree.map(lambda a: put(a, "rows"), layers.index), x["key_new"], config,
+                        layer=1),
+         "index.codebooks: expected none but axes B, K and N .* got layers split over rows"),
+        (lambda: decode_attention(
+            x["query"], x["key_new"], x["key_new"],
+            dataclasses.replace(layers, value=put(layers.value, "heads")), config, layer=1),
+         "value: expected none but axes B, K and N .* got layers split over heads; gather it with"),
+        (lambda: sparse_attention(x["query"], put(layers.key, "rows"), layers.value,
+                                  x["selection"], layer=1),
+         "key: expected none but axes B, K and N .* got layers split over rows"),
     ):  # fmt: skip
         if message is None:
             call()
@@ -317,6 +424,7 @@ if __name__ == "__main__":
         check(kind, PLAIN, ("both",), plainly=tuple(plainly))
         check(kind, OTHER, ("heads",), plainly=())
         check_uneven(kind)
+        check_kernels(kind, PLAIN if kind == AxisType.Explicit else OTHER)
+        check_attention_gradients(kind)
         if kind == AxisType.Explicit:
-            check_attention_gradients()
             check_messages()

@@ -1,5 +1,6 @@
 """A growing context compiles nothing anew."""
 
+import dataclasses
 import functools
 
 import jax
@@ -13,6 +14,8 @@ from jax_indexer import (
     PQIndex,
     append,
     build_index,
+    decode_attention,
+    empty_cache,
     indexer_next,
     rebuild,
     rebuild_gain,
@@ -137,3 +140,22 @@ def test_equal_configs_share_a_program(compilations):
     same = IndexerConfig(num_bits=4, heavy_size=np.int64(6), sink_size=8, window_size=4)
     jax.block_until_ready(select(query[0], index, same))
     assert compilations() == before
+
+
+def test_a_whole_decode_of_all_layers_compiles_one_program(compilations):
+    """Called from Python, layer by layer, while rows grow; one fills up."""
+    layers, steps = 3, 6
+    config = IndexerConfig(num_bits=2, heavy_size=4, sink_size=2, window_size=3, cells=True)
+    cache = empty_cache(config, B, 8, K, H, dtype=jnp.float32, layers=layers)
+    lengths = jnp.asarray(np.array([[0, 2, 5], [1, 0, 0], [0, 8, 0]]), jnp.int32)
+    cache = dataclasses.replace(cache, index=dataclasses.replace(cache.index, lengths=lengths))
+    _, query, key_new = inputs()
+    query, key_new = jnp.asarray(query[0]), jnp.asarray(key_new[0])
+    jax.block_until_ready((cache, query, key_new))
+    before = compilations()
+    for _ in range(steps):
+        for layer in range(layers):
+            out, cache = decode_attention(query, key_new, key_new, cache, config, layer=layer)
+    jax.block_until_ready((out, cache))
+    assert compilations() - before == 1
+    assert cache.index.lengths.tolist() == [[6, 8, 8], [7, 6, 6], [6, 8, 6]]

@@ -207,9 +207,17 @@ def launch(what: Launch, *, num_warps: int) -> Any:
     varying = frozenset().union(*(_varying_axes(x) for x in jax.tree.leaves(operands)))
     varies = ManualAxisType(varying=varying)
 
-    def varied(x: jax.Array) -> jax.Array:
+    # What has a type of its own, and memory in common with an input, has the type of that.
+    typed = {
+        name
+        for name, x in zip(names_of(what.outputs), jax.tree.leaves(what.outputs), strict=True)
+        if x.manual_axis_type is not None
+    }
+
+    def varied(x: jax.Array, name: str = "") -> jax.Array:
         missing = tuple(varying - _varying_axes(x))
-        return lax.pcast(x, missing, to="varying") if missing else x
+        keeps = name in what.in_place and name in typed
+        return lax.pcast(x, missing, to="varying") if missing and not keeps else x
 
     def kernel(inputs, layer, outputs):
         inputs = one_layer(what, inputs, what.inputs, layer)
@@ -241,7 +249,9 @@ def launch(what: Launch, *, num_warps: int) -> Any:
         name=name_of(what.kernel),
     )
     with jax.enable_x64(False):  # or Python's integers in a kernel would be 64 bits wide
-        (outputs,) = call(*jax.tree.map(varied, operands))
+        leaves, structure = jax.tree.flatten(what.inputs)
+        inputs = jax.tree.unflatten(structure, map(varied, leaves, names_of(what.inputs)))
+        (outputs,) = call(inputs, jax.tree.map(varied, layer))
     return outputs
 
 
