@@ -68,13 +68,14 @@ def record_with_torch(run: Callable[[], None]) -> list[Kernel]:
     from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
 
-    with warnings.catch_warnings(), profile(activities=[ProfilerActivity.CUDA]) as profiler:
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that another recording drops what this one has
-        # Activities outside of the recording are dropped, and the clocks of GPU and host are
-        # matched to some microseconds only: keep away from its edges.
-        time.sleep(0.01)
-        run()
-        time.sleep(0.01)
+        with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+            # Activities outside of the recording are dropped, and the clocks of GPU and host are
+            # matched to some microseconds only: keep away from its edges.
+            time.sleep(0.01)
+            run()
+            time.sleep(0.01)
     # The profiler's own records: its trace file says the same in a hundred times the time.
     events = profiler.profiler.kineto_results.events()
     events = [event for event in events if event.device_type() == DeviceType.CUDA]

@@ -23,7 +23,6 @@ from jax_indexer.config import MOST_CELLS
 from jax_indexer.kernels import backend, centroid_sums, pipeline
 from jax_indexer.kernels.attend import launch_listed
 from jax_indexer.kernels.step import Step
-from jax_indexer.kernels.tuning import H100
 from jax_indexer.reference import Caches, Logits
 from jax_indexer.state import MOST_NEW, RATE, layer_of
 from parity.checked_memory import check_canaries, poisoned
@@ -146,7 +145,7 @@ def check_cells(index, query, key_new, config, lists) -> None:
 
 
 def check_attention(index, query, key_new, config, lists) -> None:
-    """A whole layer's step by every selector, alone and in the last of two layers."""
+    """A whole layer's step, in the last of two layers."""
     (B, T, N, H), (_, K, _, S) = query.shape, index.codes.shape
     of_value = H // 2 + 1
     rng = np.random.default_rng(S)
@@ -158,22 +157,16 @@ def check_attention(index, query, key_new, config, lists) -> None:
     caches = Caches(draw(B, S, K, H), draw(B, S, K, of_value))
     logits = Logits(jnp.float32(H**-0.5), jnp.float32(20))
     want = None
-    steps = [("threshold", None), ("threshold", 1)]
-    if T == 1 and config.num_cells <= MOST_CELLS:
-        steps += [("cells", 1), ("cells, apart", None)]
-    for selector, layer in steps:
-        its_config, state, tuning = config, index, H100
-        if "cells" in selector:
+    has_cells = T == 1 and config.num_cells <= MOST_CELLS
+    layer, counts = jnp.int32(1), jnp.full(B, T, jnp.int32)
+    for selector in ("threshold", "cells") if has_cells else ("threshold",):
+        its_config, state = config, index
+        if selector == "cells":
             its_config = dataclasses.replace(config, cells=True)
             state = with_cells(index, its_config)
-        if "apart" in selector:
-            tuning = dataclasses.replace(H100, attended_at_once=-1)
-        before, counts = (state, caches), None
-        if layer is not None:
-            before = jax.tree.map(lambda x: jnp.stack([x, x]), before)
-            layer, counts = jnp.int32(layer), jnp.full(B, T, jnp.int32)
-        step = Step.of(before[0], its_config, T=T, N=N, tuning=tuning)
-        inputs = query, new, before[1], before[0], counts, logits, selector.split(",")[0]
+        before = jax.tree.map(lambda x: jnp.stack([x, x]), (state, caches))
+        step = Step.of(before[0], its_config, T=T, N=N)
+        inputs = query, new, before[1], before[0], counts, logits, selector
         out, written, _ = pipeline.launch_decode(step, *inputs, layer)
         if want is None:
             listed = launch_listed(query, written, lists.indices, logits, None, "BSKH")

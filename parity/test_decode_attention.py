@@ -493,7 +493,7 @@ def test_sink_and_window_are_attended_to_before_they_are_written(run, kv_layout,
 
 def merge(parts, lengths, after):
     query = jax.ShapeDtypeStruct((*parts[0].largest.shape[:3], 1), np.float32)
-    shapes = kernels.shapes_of_end(query, parts[0].values.shape[-1], lengths)
+    shapes = kernels.shapes_of_end(query, parts[0].values.shape[-1], lengths, after, None)
     inputs = kernels.MergeInputs(parts, after, lengths)
     return backend.launch(
         backend.Launch(

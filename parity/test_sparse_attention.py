@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -110,7 +111,8 @@ def test_a_list_of_everything_is_dense_attention(attend):
     everything = jnp.broadcast_to(jnp.arange(S, dtype=jnp.int32), (B, 2, N, S))
     selection = Selection(everything, jnp.full((B, 2, N), S, jnp.int32))
     got = attend(query, key, value, selection)
-    want = jax.nn.dot_product_attention(query, key, value)
+    with jax.default_matmul_precision("highest"):
+        want = jax.nn.dot_product_attention(query, key, value)
     np.testing.assert_allclose(got, want, rtol=2e-6, atol=2e-6)
 
 
@@ -206,7 +208,9 @@ def test_gradients_come_from_what_is_listed_alone(garbage, attend):
     unlisted[1] = True
     key[unlisted] = value[unlisted] = garbage
     got = differentiate(query, key, value)
-    jax.tree.map(np.testing.assert_array_equal, got, want)
+    # A GPU adds what falls on one token in no order.
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
+    jax.tree.map(close, got, want)
     of_query, of_key, of_value = got
     assert (of_query[1] == 0).all()
     assert (of_query[0, 0, 2] == 0).all()
