@@ -64,15 +64,8 @@ DEFAULT = [
 SWEEP = "layer"  # its name in results
 SWEEP_BASE = "llama-32k"
 # What a sweep and a scan have beside ours, unless told otherwise.
-BESIDE_OURS = (
-    "jax:xla",
-    "jax:full-cudnn",
-    "jax:full-cudnn-folded",
-    "jax:full-cudnn-unrolled",
-    "jax:full-cudnn-folded-unrolled",
-    "torch:original",
-    "torch:sdpa",
-)
+BESIDE_OURS_SWEPT = ("jax:xla", "jax:full-cudnn", "torch:original", "torch:sdpa")
+BESIDE_OURS_SCANNED = ("jax:full-cudnn", "jax:full-cudnn-unrolled")
 SWEPT = [{"B": rows, "L": 2**exponent} for exponent in range(10, 21, 2) for rows in (1, 4)]
 
 REPETITIONS = Repetitions(pipeline=200, warm=30, cold=60, calls=30, amortised=100, rounds=5)
@@ -87,8 +80,8 @@ def _refusal(
 ) -> str | None:
     if w.count > 1 and not scans:
         return "a scan is one jit"
-    if unrolled and not w.layers:
-        return "there are no layers to unroll"
+    if full and unrolled != bool(w.layers):
+        return "of stacked layers, and only these, it wants an array each: unrolled"
     if min(w.lengths) < w.steps:
         return f"a row of L={min(w.lengths)} has no room for {w.steps} steps"
     return "full attention is that of one query token here" if full and w.T != 1 else None
@@ -122,11 +115,6 @@ def _torch(name: str, step: type[TorchLayer]) -> Implementation:
     return Implementation(name, build, needs_gpu=False, refuses=refuses)
 
 
-FULL = {
-    "full-cudnn": {"implementation": "cudnn", "folded": False},
-    "full-cudnn-folded": {"implementation": "cudnn", "folded": True},
-    "full-xla": {"implementation": "xla", "folded": False},
-}
 IMPLEMENTATIONS = {
     implementation.name: implementation
     for implementation in (
@@ -134,9 +122,9 @@ IMPLEMENTATIONS = {
         _jax("threshold", ours, "triton", selector="threshold"),
         _jax("xla", ours, "xla"),
         *(
-            _jax(f"{name}{'-unrolled' * unrolled}", full, unrolled=unrolled, **options)
+            _jax(f"full-{name}{'-unrolled' * unrolled}", full, name, unrolled=unrolled)
             for unrolled in (False, True)
-            for name, options in FULL.items()
+            for name in ("cudnn", "xla")
         ),
         _torch("torch:original", Original),
         _torch("torch:sdpa", Sdpa),
@@ -189,7 +177,8 @@ def chosen_rows(arguments: argparse.Namespace) -> Iterable[list[Row]]:
         if (sweep or w.count > 1) and not names and results.has_gpu():  # Ours as a user gets it.
             config = dataclasses.replace(w.config, cells=True)
             user = f"jax:{default_selector(config, w.capacity, w.T)}"
-            here = [form for form in here if form.name in (user, *BESIDE_OURS)]
+            beside = BESIDE_OURS_SWEPT if sweep else BESIDE_OURS_SCANNED
+            here = [form for form in here if form.name in (user, *beside)]
         for separate in (False, True):
             group = [form for form in here if form.name.endswith("-unrolled") == separate]
             if group:

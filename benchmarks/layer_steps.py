@@ -228,28 +228,19 @@ def ours(config: Any, **options: Any) -> Callable[..., Any]:
     return attend
 
 
-def full(config: Any, *, implementation: str, folded: bool) -> Callable[..., Any]:
-    """`jax.nn.dot_product_attention` of one token.
-
-    Folded, query heads that share a kv head are given as query tokens of one head.
-    """
+def full(config: Any, *, implementation: str) -> Callable[..., Any]:
+    """`jax.nn.dot_product_attention` of one token, in a layer with arrays of its own."""
 
     def attend(query, key_new, value_new, caches, layer):
-        batch, _, heads, head_dim = query.shape
-        kv_heads, lengths = key_new.shape[2], caches.index
-        place = (np.arange(batch), lengths) if layer is None else (layer, np.arange(batch), lengths)
-        write = {"mode": "drop", "unique_indices": True}
+        assert layer is None
+        lengths = caches.index
+        place, write = (np.arange(len(query)), lengths), {"mode": "drop", "unique_indices": True}
         key = caches.key.at[place].set(key_new[:, 0], **write)
         value = caches.value.at[place].set(value_new[:, 0], **write)
-        if folded:
-            query = query.reshape(batch, kv_heads, heads // kv_heads, head_dim).swapaxes(1, 2)
-        here = (key, value) if layer is None else (key[layer], value[layer])
         options = {"key_value_seq_lengths": lengths + 1, "implementation": implementation}
         with jax.numpy_dtype_promotion("standard"):  # which it needs
-            out = jax.nn.dot_product_attention(query, *here, **options)
-        if folded:
-            out = out.swapaxes(1, 2).reshape(batch, 1, heads, head_dim)
-        return out, Caches(key, value, lengths + 1 if layer is None else lengths)
+            out = jax.nn.dot_product_attention(query, key, value, **options)
+        return out, Caches(key, value, lengths + 1)
 
     return attend
 

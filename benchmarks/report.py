@@ -56,13 +56,12 @@ ABOUT_LAYERS = (
 )
 ABOUT_FULL = (
     "*Full attention* is the fastest of `jax.nn.dot_product_attention` with cuDNN or XLA and "
-    "`scaled_dot_product_attention`, as they are and with query heads of a kv head *folded* into "
-    "query tokens; the *original* is its indexer and its attention, eager."
+    "`scaled_dot_product_attention`; the *original* is its indexer and its attention, eager."
 )
 ABOUT_SCANS = (
     "Microseconds a layer, many in one jit: by the wall clock, calls in a row, and of its kernels. "
-    "`layers` are 32 stacked ones of one step, `steps` 64 steps of one layer. Full attention in a "
-    "scan copies a layer's cache out of the stack; *unrolled*, each layer has arrays of its own."
+    "`layers` are 32 stacked ones of one step, `steps` 64 steps of one layer. Full attention would "
+    "copy a layer's cache out of a stack; *unrolled*, each layer has arrays of its own."
 )
 ABOUT_CALLS = "There was no GPU: times are wall-clock times of one call, in microseconds."
 ABOUT_SEED = (

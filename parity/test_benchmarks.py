@@ -995,8 +995,14 @@ def test_layers_and_steps_are_scanned_and_unrolled(folder, gpu, scans):
     status, others = of_layer(
         folder / "b.json", "--workload layers --implementation torch:sdpa jax:full-xla-unrolled"
     )
-    assert [row["status"] for row in [*rows, *others]] == ["ok"] * 4 + ["skipped", "ok"]
-    for row in [*rows, others[1]]:
+    there = [row for row in [*rows, *others] if row["status"] == "ok"]
+    assert [(row["workload"], row["implementation"]) for row in there] == [
+        ("layers", "jax:xla"),
+        ("steps", "jax:xla"),
+        ("steps", "jax:full-xla"),
+        ("layers", "jax:full-xla-unrolled"),
+    ]
+    for row in there:
         assert 8 <= row["warm"]["median"] <= 9
         assert row["amortised"]["median"] > 0
     assert main(["report"]) == 0
@@ -1072,20 +1078,6 @@ def test_full_attention_that_misses_tokens_is_not_timed(tmp_path, monkeypatch):
     words = "--workload small-grouped --implementation jax:full-xla"
     _, (row,) = of_layer(tmp_path / "r.json", words)
     assert row["reason"].startswith("wrong output: batch row 1, query token 0, head 7: not att")
-
-
-def test_folded_heads_attend_to_all_tokens_too():
-    rng = np.random.default_rng(0)
-    query, key, new = (
-        jnp.asarray(rng.standard_normal(shape, np.float32))
-        for shape in ((2, 1, 8, 16), (2, 64, 2, 16), (2, 1, 2, 16))
-    )
-    cache = layer_steps.Caches(key, key, jnp.array([63, 20], jnp.int32))
-    plain, folded = (
-        layer_steps.full(None, implementation="xla", folded=folded)(query, new, new, cache, None)[0]
-        for folded in (False, True)
-    )
-    np.testing.assert_allclose(plain, folded, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["jax:cells", "jax:threshold"])
