@@ -295,7 +295,12 @@ def launch_together(launches: Mapping[str, Launch], *, num_warps: int) -> dict[s
         {name: part.outputs for name, part in launches.items()},
         sum(part.programs for part in launches.values()),
         tuple(f"{name}.{field}" for name, part in launches.items() for field in part.in_place),
-        tuple(f"{name}.{field}" for name, part in launches.items() for field in part.state),
+        tuple(
+            f"{name}.{field}"
+            for name, part in launches.items()
+            for field in part.state
+            if part.layer is not None
+        ),
         next((part.layer for part in launches.values() if part.layer is not None), None),
     )
     return launch(everything, num_warps=num_warps)

@@ -1,6 +1,7 @@
 """The one writer of lists, counts and dense weights."""
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -97,24 +98,46 @@ class AttendedOutputs(NamedTuple):
 
 
 def always_attended_kernel(
-    program, inputs: AttendedInputs, outputs: AttendedOutputs, *, step: Step
+    program,
+    inputs: AttendedInputs,
+    outputs: AttendedOutputs,
+    *,
+    step: Step,
+    plan_of: Callable[..., QueryPlan],
 ):
     block_size = step.tuning.weights_block
     num_blocks = pl.cdiv(step.S, block_size)
     block, query = program % num_blocks, program // num_blocks % step.Q
     kv_row = program // (num_blocks * step.Q)
-    plan = plan_query(step, inputs.lengths, kv_row, query // step.G)
+    plan = plan_of(step, inputs.lengths, kv_row, query // step.G)
     position = block * block_size + jnp.arange(block_size, dtype=jnp.int32)
     weights = plan.always_attends(position, step.config).astype(outputs.weights.dtype)
     into = outputs.weights.at[kv_row, query, position]
     backend.store(into, weights, mask=position < step.S)
 
 
-def weights_launch(step: Step, lengths: Lengths) -> backend.Launch:
-    """The launch that writes 1 at tokens that are always attended, 0 elsewhere."""
+def weights_launch(
+    step: Step,
+    lengths: Lengths,
+    layer: Array | None = None,
+    plan_of: Callable[..., QueryPlan] = plan_query,
+) -> backend.Launch:
+    """The launch that writes 1 at tokens that are always attended, 0 elsewhere.
+
+    Args:
+      step: the step.
+      lengths: of the rows, or with `plan_after` those before the step.
+      layer: of the lengths, None where they have no axis of layers.
+      plan_of: of a query, from these lengths.
+
+    Returns:
+      A launch with outputs `AttendedOutputs`.
+    """
     return backend.Launch(
-        functools.partial(always_attended_kernel, step=step),
+        functools.partial(always_attended_kernel, step=step, plan_of=plan_of),
         AttendedInputs(lengths),
         AttendedOutputs(weights_shape(step)),
         programs=step.R * step.Q * pl.cdiv(step.S, step.tuning.weights_block),
+        state=("lengths.lengths",),
+        layer=layer,
     )

@@ -17,11 +17,11 @@ from jax_indexer.kernels.cells_select import attend_cells, select_cells
 from jax_indexer.kernels.lookup_table import Tables, tables_launch
 from jax_indexer.kernels.output import Lists, weights_launch
 from jax_indexer.kernels.seal import seal_launch
-from jax_indexer.kernels.step import Lengths, Step
+from jax_indexer.kernels.step import Lengths, Step, plan_after
 from jax_indexer.kernels.threshold import select_threshold
 from jax_indexer.kernels.top_k import select_top_k
 from jax_indexer.layout import by_query_head
-from jax_indexer.reference import Caches, Logits, make_room
+from jax_indexer.reference import Caches, Logits
 from jax_indexer.state import MOST_NEW, PQIndex, Selection, layer_of, put_layer
 
 
@@ -117,11 +117,14 @@ def launch_step(
     """Both, with all that does not depend on a selection in one launch."""
     # The longest programs last: they would hold up what comes behind them.
     others = append_launches(step, key_new, index, counts, layer)
-    first = {"codes": others.pop("codes")}
-    # Lengths after the step are known there only: for weights the compiler computes them too.
-    room, lengths = make_room(layer_of(index.lengths, layer), counts, step.T, step.S)
-    after = Lengths(lengths, None if counts is None else room.taken)
-    made = launched(step, first | query_launches(step, query, index, after, layer) | others)
+    first = {
+        "codes": others.pop("codes"),
+        "tables": tables_launch(step, query, index.codebooks, layer),
+    }
+    if step.weights_dtype is not None:
+        before = Lengths(index.lengths, counts)
+        first["weights"] = weights_launch(step, before, layer, plan_after)
+    made = launched(step, first | others)
     index, after = appended(step, index, made, layer)
     return selected(step, made, index, after, selector, layer), index
 
