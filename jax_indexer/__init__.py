@@ -1,4 +1,4 @@
-"""A product-quantization sparse-attention indexer for JAX on NVIDIA GPUs; see CONTRACT.md."""
+"""Sparse decode attention by product quantization for JAX on NVIDIA GPUs; see CONTRACT.md."""
 
 from jax_indexer.attend import sparse_attention
 from jax_indexer.config import IndexerConfig
