@@ -52,19 +52,32 @@ def attention(query, key, value, selection, scale):
     return oracle.attention(query, key, value, np.asarray(selection.indices), scale=scale)[0]
 
 
-@pytest.fixture(params=["xla", "interpreter", pytest.param("triton", marks=pytest.mark.gpu)])
-def attend(request):
-    """sparse_attention by its implementations."""
+def attend_by(way):
+    """sparse_attention by one implementation."""
 
     def attend(*arguments, **options):
         with contextlib.ExitStack() as stack:
-            if request.param == "interpreter":
+            if way == "interpreter":
                 stack.enter_context(jax.default_device(CPU))
                 stack.enter_context(backend.interpreted())
-            implementation = "xla" if request.param == "xla" else "triton"
+            implementation = "xla" if way == "xla" else "triton"
             return sparse_attention(*arguments, implementation=implementation, **options)
 
     return attend
+
+
+ON_A_GPU = pytest.param("triton", marks=pytest.mark.gpu)
+
+
+@pytest.fixture(params=["xla", "interpreter", ON_A_GPU])
+def attend(request):
+    return attend_by(request.param)
+
+
+@pytest.fixture(params=["xla", ON_A_GPU])
+def attend_compiled(request):
+    """For what `test_kernels_attend_to_what_is_listed` interprets: that compiles for each shape."""
+    return attend_by(request.param)
 
 
 def close(got, want, dtype="float32"):
@@ -74,43 +87,43 @@ def close(got, want, dtype="float32"):
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("T", [1, 2])
-def test_it_equals_attention_over_the_list(T, dtype, attend):
+def test_it_equals_attention_over_the_list(T, dtype, attend_compiled):
     query, key, value = inputs(T=T, dtype=dtype)
     selection = lists(T=T)
-    got = attend(jnp.asarray(query), jnp.asarray(key), jnp.asarray(value), selection)
+    got = attend_compiled(jnp.asarray(query), jnp.asarray(key), jnp.asarray(value), selection)
     assert (got.shape, got.dtype) == ((B, T, N, H), jnp.dtype(dtype))
     close(got, attention(query, key, value, selection, H**-0.5), dtype)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("cache_dtype", TOLERANCE)
-def test_dtypes_may_differ(dtype, cache_dtype, attend):
+def test_dtypes_may_differ(dtype, cache_dtype, attend_compiled):
     query, key, value = inputs()
     query, key, value = (
         x.astype(jnp.dtype(d))
         for x, d in ((query, dtype), (key, cache_dtype), (value, cache_dtype))
     )
     selection = lists()
-    got = attend(query, key, value, selection)
+    got = attend_compiled(query, key, value, selection)
     assert got.dtype == jnp.dtype(dtype)
     close(got, attention(query, key, value, selection, H**-0.5), dtype)
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.01, 3, np.int32(2), np.float16(0.5), 2**40])
-def test_scale(scale, attend):
+def test_scale(scale, attend_compiled):
     query, key, value = inputs()
     selection = lists()
-    got = attend(query, key, value, selection, scale=scale)
+    got = attend_compiled(query, key, value, selection, scale=scale)
     # Large logits: an error of 2**-24 of one is that much of its weight.
     want = attention(query, key, value, selection, scale)
     np.testing.assert_allclose(got, want, rtol=2e-5, atol=2e-5)
 
 
-def test_a_list_of_everything_is_dense_attention(attend):
+def test_a_list_of_everything_is_dense_attention(attend_compiled):
     query, key, value = map(jnp.asarray, inputs(T=2))
     everything = jnp.broadcast_to(jnp.arange(S, dtype=jnp.int32), (B, 2, N, S))
     selection = Selection(everything, jnp.full((B, 2, N), S, jnp.int32))
-    got = attend(query, key, value, selection)
+    got = attend_compiled(query, key, value, selection)
     with jax.default_matmul_precision("highest"):
         want = jax.nn.dot_product_attention(query, key, value)
     np.testing.assert_allclose(got, want, rtol=2e-6, atol=2e-6)
@@ -156,10 +169,10 @@ def test_nan_stays_in_its_row(attend):
     assert np.isnan(got[hit]).any(-1).all()
 
 
-def test_large_logits_do_not_overflow(attend):
+def test_large_logits_do_not_overflow(attend_compiled):
     query, key, value = inputs()
     selection = lists()
-    got = attend(query * 1e4, key * 1e4, value, selection)
+    got = attend_compiled(query * 1e4, key * 1e4, value, selection)
     want = attention(query * 1e4, key * 1e4, value, selection, H**-0.5)
     # The softmax is a maximum here: one value each, unless two logits of 1e8 nearly agree.
     np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-6)
@@ -221,13 +234,13 @@ def test_gradients_come_from_what_is_listed_alone(garbage, attend):
     assert (of_value[2, listed] != 0).all()
 
 
-def test_it_consumes_what_select_returns(attend):
+def test_it_consumes_what_select_returns(attend_compiled):
     query, key, value = inputs()
     config = IndexerConfig(num_bits=2, heavy_size=5, sink_size=2, window_size=3)
     index = build_index(jnp.asarray(key), jnp.asarray([S, 20, 0], jnp.int32), config)
     selection = select(jnp.asarray(query), index, config)
     assert selection.counts[:, 0, 0].tolist() == [10, 10, 0]
-    got = attend(query, key, value, selection)
+    got = attend_compiled(query, key, value, selection)
     close(got, attention(query, key, value, selection, H**-0.5))
 
 
