@@ -536,7 +536,7 @@ def test_a_step_of_stacked_layers_moves_nothing_of_the_size_of_a_cache(selector)
 
 
 @pytest.mark.parametrize("selector", ["cells", "threshold"])
-def test_many_unrolled_layers_lower_each_kernel_once(selector):
+def test_many_unrolled_layers_lower_each_kernel_at_most_twice(selector):
     """All call one function, since the number of the layer is no part of it."""
     step, (query, key_new, cache) = stacked_step(selector, layers=32)
 
@@ -548,6 +548,7 @@ def test_many_unrolled_layers_lower_each_kernel_once(selector):
     with an_h100():
         text = lowered(token, query, key_new, cache, donate_argnums=2)
     names = re.findall(r'name = \\?"(\w+_kernel)', text)
-    assert len(names) == len(set(names)) == text.count("custom_call @__gpu$xla.gpu.triton")
-    assert len(names) == {"cells": 2, "threshold": 5}[selector]
-    assert len(re.findall(r"call @_decode\(", text)) == 32
+    # Twice by JAX 0.12, once by those before.
+    assert len(names) == text.count("custom_call @__gpu$xla.gpu.triton") <= 2 * len(set(names))
+    assert len(set(names)) == {"cells": 2, "threshold": 5}[selector]
+    assert len(re.findall(r"call @_decode\w*\(", text)) == 32
