@@ -4,6 +4,7 @@ Segments and blocks are small here, so that many are sealed. The kernels run in 
 once on checked memory.
 """
 
+import contextlib
 import dataclasses
 import functools
 
@@ -370,6 +371,25 @@ def test_built_reset_and_rebuilt_rows():
     assert again.cells.sealed(again.lengths).tolist() == [82, 62, 3]
     none = rebuild(grown, key, config, some, lengths=jnp.zeros(B, jnp.int32))
     check_state(none, config)
+
+
+@pytest.mark.parametrize("implementation", ["xla", "kernels"])
+def test_a_row_that_takes_none_of_many_tokens_keeps_its_cells(implementation):
+    """Lengths set by hand too, past the end and before the beginning."""
+    config = IndexerConfig(num_bits=2, heavy_size=4, sink_size=2, window_size=3, cells=True)
+    S, tokens = 40, 9
+    rng = np.random.default_rng(0)
+    key = jnp.asarray(rng.standard_normal((4, S, 1, 8)), F32)
+    built = build_index(key, jnp.full(4, 30, jnp.int32), config)
+    index = dataclasses.replace(built, lengths=jnp.asarray([S + 5, -3, 35, 30], jnp.int32))
+    with backend.interpreted() if implementation == "kernels" else contextlib.nullcontext():
+        counts = jnp.asarray([tokens, 0, tokens, tokens], jnp.int32)
+        after = append(index, key[:, :tokens], config, counts=counts)
+    assert after.lengths.tolist() == [S + 5, -3, 35, 39]
+    for name in ("starts", "order", "base"):
+        got, before = getattr(after.cells, name), getattr(index.cells, name)
+        np.testing.assert_array_equal(got[:3], before[:3], err_msg=name)
+        assert name == "order" or (got[3] != before[3]).any()
 
 
 def test_with_cells_makes_what_build_index_makes():

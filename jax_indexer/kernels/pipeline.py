@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int32, Shaped
 
@@ -72,8 +71,8 @@ def appended(
         cells = dataclasses.replace(cells, **state)
     elif cells is not None:
         one, its_codes, before = layer_of((cells, codes, index.lengths), layer)
-        has_grown = after.lengths > jnp.clip(before, 0, step.S)
-        one = seal(one, its_codes, after.lengths, has_grown, step.config)
+        # A row that takes nothing keeps its length, whatever that is.
+        one = seal(one, its_codes, after.lengths, after.lengths != before, step.config)
         cells = put_layer(cells, one, layer)
     lengths = put_layer(index.lengths, after.lengths, layer)
     return dataclasses.replace(index, codes=codes, lengths=lengths, cells=cells), after
