@@ -23,7 +23,7 @@ from jax_indexer.kernels.step import Step
 from jax_indexer.layout import KVLayout, key_letters, token_axis
 from jax_indexer.reference import Caches, Logits
 from jax_indexer.sharding import Shard, by_shards
-from jax_indexer.state import DecodeCache, PQIndex, layer_of
+from jax_indexer.state import DecodeCache, PQIndex
 
 
 def decode_attention(
@@ -127,21 +127,8 @@ def _decode(
         chosen = selector or default_selector(config, step.S, T)
 
         def xla(query, new, caches, index, counts, logits, layer):
-            before = layer_of(index.lengths, layer)
-            room, lengths = reference.make_room(before, counts, T, step.S)
-            taken = None if counts is None else room.taken
             return reference.decode(
-                query,
-                new,
-                caches,
-                index,
-                room,
-                lengths,
-                taken,
-                logits,
-                config,
-                kv_layout,
-                layer,
+                query, new, caches, index, counts, logits, config, kv_layout, layer
             )
 
         def triton(query, new, caches, index, counts, logits, layer):
@@ -150,15 +137,14 @@ def _decode(
             )
 
         new, caches = Caches(key_new, value_new), Caches(key, value)
-        logits = Logits(scale.astype(jnp.float32), soft_cap)
-        arguments = query, new, caches, index, counts, logits, layer
+        arguments = query, new, caches, index, counts, Logits(scale, soft_cap), layer
         out, caches, index = backend.dispatch(
             xla, triton, *arguments, implementation=implementation
         )
         return out, *caches, index
 
     of_cache = key_letters(kv_layout), key_letters(kv_layout, head="H'")
-    soft_cap = logits.soft_cap
+    logits = jax.tree.map(lambda x: x.astype(jnp.float32), logits)
     out, key, value, index = by_shards(
         on_shard,
         results=("B T N H'", *of_cache, None),
@@ -170,7 +156,7 @@ def _decode(
         index=(None, cache.index),
         counts=("B", counts),
         scale=("", logits.scale),
-        logits_soft_cap=("", None if soft_cap is None else soft_cap.astype(jnp.float32)),
+        logits_soft_cap=("", logits.soft_cap),
         layer=("", layer),
     )
     return out, DecodeCache(key, value, index)

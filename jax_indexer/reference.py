@@ -18,6 +18,7 @@ from jax_indexer.layout import (
     KVLayout,
     by_kv_head,
     by_query_head,
+    head_axis,
     head_major,
     subvectors,
     token_axis,
@@ -514,10 +515,10 @@ class Logits(NamedTuple):
 
 
 class Attention(NamedTuple):
-    """The output of an attention, and the log of the sum of the logits' exponentials."""
+    """[B, T, N, H'], and f32[B, T, N]: the log of the sum of the logits' exponentials."""
 
-    out: Float[Array, "B T N H_"]
-    lse: Float[Array, "B T N"]
+    out: Any
+    lse: Any
 
 
 def attend(
@@ -530,7 +531,7 @@ def attend(
     layer: Int32[Array, ""] | None = None,
 ) -> Attention:
     """Softmax attention over the listed tokens, in float32 (CONTRACT.md, section 4)."""
-    capacity, kv_heads = (key.shape[kv_layout.index(x) - 4] for x in "SK")
+    capacity, kv_heads = (key.shape[of(kv_layout) - 4] for of in (token_axis, head_axis))
     listed = by_kv_head((indices >= 0) & (indices < capacity), kv_heads)  # [B, K, TG, P]
     place = by_kv_head(jnp.clip(indices, 0, capacity - 1), kv_heads)
     batch, _, group, list_size = place.shape
@@ -574,9 +575,7 @@ def decode(
     new: Caches,
     caches: Caches,
     index: PQIndex,
-    room: Room,
-    lengths: Int32[Array, "B"],
-    taken: Int32[Array, "B"] | None,
+    counts: Int32[Array, "B"] | None,
     logits_of: Logits,
     config: IndexerConfig,
     kv_layout: KVLayout,
@@ -584,6 +583,8 @@ def decode(
 ) -> tuple[Float[Array, "B T N H_"], Caches, PQIndex]:
     """A layer's decode step: new keys and values are written, then the selected are attended to."""
     axis = token_axis(kv_layout) - 4
+    capacity, before = index.codes.shape[-1], layer_of(index.lengths, layer)
+    room, lengths = make_room(before, counts, query.shape[1], capacity)
     caches = Caches(
         *(
             write_tokens(cache, x, room, cache.ndim + axis, layer)
@@ -591,6 +592,6 @@ def decode(
         )
     )
     index = append_tokens(new.key, index, room, lengths, config, kv_layout, layer)
-    selection = select_tokens(query, layer_of(index, layer), config, taken, None)
-    indices = selection.indices
+    taken = None if counts is None else room.taken
+    indices = select_tokens(query, layer_of(index, layer), config, taken, None).indices
     return attend(query, *caches, indices, logits_of, kv_layout, layer).out, caches, index

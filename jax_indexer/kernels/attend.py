@@ -24,7 +24,7 @@ from jax_indexer.kernels import backend
 from jax_indexer.kernels.step import Lengths, Step, plan_after, plan_query, room_in
 from jax_indexer.kernels.tuning import H100, Tuning
 from jax_indexer.layout import KVLayout, head_axis, power_of_2_from, token_axis
-from jax_indexer.reference import Caches, Logits
+from jax_indexer.reference import Attention, Caches, Logits
 
 # Queries that share what they attend to, at the most: what a tensor core takes at the least.
 ROWS = 16
@@ -44,13 +44,6 @@ class Parts(NamedTuple):
     largest: Any
     total: Any
     values: Any
-
-
-class Output(NamedTuple):
-    """[B, T, N, H'], and f32[B, T, N]: the log of the sum of exponentials."""
-
-    out: Any
-    lse: Any
 
 
 class Softmax(NamedTuple):
@@ -224,7 +217,7 @@ def read_parts(parts: Parts, row: Array, token: Array, head: Array) -> Softmax:
     return lax.fori_loop(1, turns, lambda i, so_far: merge_two(so_far, read(i)), read(0))
 
 
-def write_output(output: Output, row: Array, token: Array, head: Array, found: Softmax) -> None:
+def write_output(output: Attention, row: Array, token: Array, head: Array, found: Softmax) -> None:
     """Writes the attention of one query: zeros if it attends to nothing."""
     d = jnp.arange(found.values.shape[0], dtype=jnp.int32)
     total = jnp.where(found.total == 0, 1, found.total)
@@ -302,7 +295,7 @@ class MergeInputs(NamedTuple):
 class Ended(NamedTuple):
     """An output, and i32[B] lengths in the memory of those before a step, if it is one."""
 
-    output: Output
+    output: Attention
     lengths: Any
 
 
@@ -429,7 +422,7 @@ def shapes_of_end(
 ) -> Ended:
     """The outputs of a launch that ends an attention, and a step if there are lengths."""
     out = jax.ShapeDtypeStruct((*query.shape[:3], value_size), query.dtype)
-    output = Output(out, jax.ShapeDtypeStruct(query.shape[:3], np.float32))
+    output = Attention(out, jax.ShapeDtypeStruct(query.shape[:3], np.float32))
     if lengths is None:
         return Ended(output, None)
     return Ended(output, backend.follows(lengths.shape, np.int32, lengths, after, layer))

@@ -22,7 +22,6 @@ from jax_indexer.config import LARGEST_BUDGET_OF_CELLS
 from jax_indexer.kernels import backend
 from jax_indexer.kernels.attend import (
     Ended,
-    Output,
     Parts,
     attend,
     block_of,
@@ -49,7 +48,7 @@ from jax_indexer.kernels.lookup_table import Tables
 from jax_indexer.kernels.output import Lists, Writer, list_shapes
 from jax_indexer.kernels.step import Lengths, QueryPlan, Step, plan_query
 from jax_indexer.layout import power_of_2_from
-from jax_indexer.reference import NOT_A_CANDIDATE, Caches, Logits, ordered
+from jax_indexer.reference import NOT_A_CANDIDATE, Attention, Caches, Logits, ordered
 from jax_indexer.state import Cells, PQIndex, Progress, Sealing, progress, sealed_at
 
 # Counts of tokens and of cells share an integer, and so do a cell and a place.
@@ -402,6 +401,37 @@ class Search(NamedTuple):
         place = jnp.where(mask, place, scratch.shape[2])
         backend.store(scratch.at[self.kv_row, self.query, place], position, mask=mask)
 
+    def find(
+        self,
+        fits: Array,
+        fill: Callable[[Array, Array, Array], None],
+        put: Callable[[Array, Array, Array], None],
+        arrange: Callable[[Array], None],
+    ) -> None:
+        """Puts the winners, or if the state does not fit some candidates; `fill` comes before.
+
+        Args:
+          fits: what `state_fits` says.
+          fill: takes positions, places and a mask, of what is written again.
+          put: likewise, of winners.
+          arrange: takes how many winners lie in scratch.
+        """
+        plan, place = self.plan, self.place
+
+        @pl.when((plan.num_heavy > 0) & ~fits)
+        def _():
+            put(plan.first + place, place, place < plan.num_heavy)
+
+        @pl.when((plan.num_heavy > 0) & fits)
+        def _():
+            self.prepare(fill)
+            parts, tail = self.score_all()
+            taken = self.take(parts, self.find_cut(parts, tail))
+            self.read_lists(taken)
+            count = self.look_for_tied(taken)
+            arrange(count)
+            self.put_tail(tail, taken, count, put)
+
 
 def search_for(
     step: Step,
@@ -430,21 +460,8 @@ def cells_select_kernel(
     writer = Writer(Lists(outputs.indices, outputs.counts, outputs.weights), kv_row, query, plan)
     writer.settle()
     search = search_for(step, sealing, num_warps, inputs, outputs, kv_row, query, plan)
-    place, fits = search.place, search.state_fits()
-
-    @pl.when((plan.num_heavy > 0) & ~fits)
-    def _():
-        writer.put(plan.first + place, place, place < plan.num_heavy)
-
-    @pl.when((plan.num_heavy > 0) & fits)
-    def _():
-        search.prepare(writer.fill)
-        parts, tail = search.score_all()
-        taken = search.take(parts, search.find_cut(parts, tail))
-        search.read_lists(taken)
-        count = search.look_for_tied(taken)
-        search.list_sealed(count, writer)
-        search.put_tail(tail, taken, count, writer.put)
+    fits = search.state_fits()
+    search.find(fits, writer.fill, writer.put, lambda count: search.list_sealed(count, writer))
 
 
 class AttendInputs(NamedTuple):
@@ -463,7 +480,7 @@ class AttendOutputs(NamedTuple):
     """The scratch of a search, which has no lists, and what ends a step."""
 
     search: Outputs
-    output: Output
+    output: Attention
     lengths: Any
 
 
@@ -485,22 +502,9 @@ def cells_attend_kernel(
     search = search_for(
         step, sealing, num_warps, inputs.search, outputs.search, kv_row, query, plan
     )
-    place, fits = search.place, search.state_fits()
+    fits = search.state_fits()
     write_length(inputs.search.lengths, outputs.lengths, row, (kv_head == 0) & (query == 0))
-
-    @pl.when((plan.num_heavy > 0) & ~fits)
-    def _():
-        search.put_in_scratch(plan.first + place, place, place < plan.num_heavy)
-
-    @pl.when((plan.num_heavy > 0) & fits)
-    def _():
-        search.prepare(search.put_in_scratch)
-        parts, tail = search.score_all()
-        taken = search.take(parts, search.find_cut(parts, tail))
-        search.read_lists(taken)
-        count = search.look_for_tied(taken)
-        search.put_tail(tail, taken, count, search.put_in_scratch)
-
+    search.find(fits, search.put_in_scratch, search.put_in_scratch, lambda count: None)
     backend.barrier()
     # Not before the search, which needs the registers.
     vector, logits = read_query(inputs.query, row, token, head), read_logits(inputs.logits)

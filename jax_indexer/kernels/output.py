@@ -126,7 +126,7 @@ def weights_launch(
 
     Args:
       step: the step.
-      lengths: of the rows, or with `plan_after` those before the step.
+      lengths: of the rows; with `plan_after`, before the step.
       layer: of the lengths, None where they have no axis of layers.
       plan_of: of a query, from these lengths.
 

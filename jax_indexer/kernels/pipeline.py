@@ -1,7 +1,7 @@
 """The kernels put together: what one step launches, for arrays in the public layout."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from jax import Array
@@ -16,7 +16,7 @@ from jax_indexer.kernels.cells_select import attend_cells, select_cells
 from jax_indexer.kernels.lookup_table import Tables, tables_launch
 from jax_indexer.kernels.output import Lists, weights_launch
 from jax_indexer.kernels.seal import seal_launch
-from jax_indexer.kernels.step import Lengths, Step, plan_after
+from jax_indexer.kernels.step import Lengths, QueryPlan, Step, plan_after, plan_query
 from jax_indexer.kernels.threshold import select_threshold
 from jax_indexer.kernels.top_k import select_top_k
 from jax_indexer.layout import by_query_head
@@ -45,11 +45,15 @@ def query_launches(
     index: PQIndex,
     lengths: Lengths,
     layer: Array | None = None,
+    plan_of: Callable[..., QueryPlan] = plan_query,
 ) -> dict[str, backend.Launch]:
-    """The launches that a selection begins with: tables, and weights if they are asked for."""
+    """The launches that a selection begins with: tables, and weights if they are asked for.
+
+    Lengths are those of `plan_of`, of all layers if there are any.
+    """
     launches = {"tables": tables_launch(step, query, index.codebooks, layer)}
     if step.weights_dtype is not None:
-        launches["weights"] = weights_launch(step, lengths)
+        launches["weights"] = weights_launch(step, lengths, layer, plan_of)
     return launches
 
 
@@ -99,8 +103,9 @@ def launch_select(
     layer: Array | None = None,
 ) -> Selection:
     """What `reference.select_tokens` does, in one layer."""
-    lengths = Lengths(layer_of(index.lengths, layer), counts)
+    lengths = Lengths(index.lengths, counts)
     made = launched(step, query_launches(step, query, index, lengths, layer))
+    lengths = lengths._replace(lengths=layer_of(index.lengths, layer))
     return selected(step, made, index, lengths, selector, layer)
 
 
@@ -116,14 +121,10 @@ def launch_step(
     """Both, with all that does not depend on a selection in one launch."""
     # The longest programs last: they would hold up what comes behind them.
     others = append_launches(step, key_new, index, counts, layer)
-    first = {
-        "codes": others.pop("codes"),
-        "tables": tables_launch(step, query, index.codebooks, layer),
-    }
-    if step.weights_dtype is not None:
-        before = Lengths(index.lengths, counts)
-        first["weights"] = weights_launch(step, before, layer, plan_after)
-    made = launched(step, first | others)
+    first = {"codes": others.pop("codes")}
+    before = Lengths(index.lengths, counts)
+    of_query = query_launches(step, query, index, before, layer, plan_after)
+    made = launched(step, first | of_query | others)
     index, after = appended(step, index, made, layer)
     return selected(step, made, index, after, selector, layer), index
 
@@ -150,9 +151,9 @@ def launch_decode(
         "caches": write_launch(step, new, caches, before, layer),
         "always": always_launch(step, query, new, written, before, logits, layer),
         "codes": others.pop("codes"),
-        "tables": tables_launch(step, query, index.codebooks, layer),
     }
-    made = launched(step, first | others)
+    of_query = query_launches(step, query, index, before, layer, plan_after)
+    made = launched(step, first | of_query | others)
     caches, always = made["caches"], made["always"]
     lengths = index.lengths
     index, after = appended(step, index, made, layer)
