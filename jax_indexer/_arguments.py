@@ -412,15 +412,20 @@ def check_append(
     check_key("key_new", key_new, "t", kv_layout, sizes)
     check_subspaces("key_new", config, sizes)
     check_index(index, config, sizes)
-    if counts is not None:
-        check_array("counts", counts, NUMBERS, sizes)
-    elif sizes["t"] > sizes["S"]:
-        raise ValueError(
-            f"key_new: expected at most t=S={sizes['S']} tokens, as many as a row can hold, "
-            f"got t={sizes['t']}; pass fewer, or counts{sizes.understood('key_new')}"
-        )
+    check_counts(counts, "t", sizes)
     check_phi(index, config)
     check_implementation(implementation, key_new, index)
+
+
+def check_counts(counts: Any, tokens: str, sizes: Sizes) -> None:
+    """Checks how many of the `tokens` of key_new rows take, all where it is not said."""
+    if counts is not None:
+        check_array("counts", counts, NUMBERS, sizes)
+    elif sizes[tokens] > sizes["S"]:
+        raise ValueError(
+            f"key_new: expected at most {tokens}=S={sizes['S']} tokens, as many as a row can hold, "
+            f"got {tokens}={sizes[tokens]}; pass fewer, or counts{sizes.understood('key_new')}"
+        )
 
 
 def check_select(
@@ -516,13 +521,7 @@ def check_decode(
     check_key("value_new", value_new, "T", kv_layout, sizes, head="H'")
     check_cache(cache, config, sizes, kv_layout, layer)
     check_dtypes({"key_new": key_new, "value_new": value_new}, cache)
-    if counts is not None:
-        check_array("counts", counts, NUMBERS, sizes)
-    elif sizes["T"] > sizes["S"]:
-        raise ValueError(
-            f"key_new: expected at most T=S={sizes['S']} tokens, as many as a row can hold, "
-            f"got T={sizes['T']}; pass fewer, or counts{sizes.understood('key_new')}"
-        )
+    check_counts(counts, "T", sizes)
     check_selector(selector, config, sizes["T"], implementation, query, cache)
 
 

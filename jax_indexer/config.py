@@ -83,16 +83,8 @@ class IndexerConfig:
                 f"metric: expected one of {get_args(Metric)}, got {self.metric!r}; "
                 'use "euclidean" unless the codebooks were trained on augmented keys'
             )
-        try:
-            table_dtype = np.dtype(self.table_dtype)
-        except Exception:  # numpy reads strings as types in more ways than one
-            table_dtype = None
-        if table_dtype not in FLOAT_DTYPES:
-            raise ValueError(
-                "table_dtype: expected float32, bfloat16 or float16, "
-                f"got {self.table_dtype!r}; use jnp.float32 for exact table entries"
-            )
-        object.__setattr__(self, "table_dtype", table_dtype)
+        fix = "use jnp.float32 for exact table entries"
+        object.__setattr__(self, "table_dtype", float_dtype("table_dtype", self.table_dtype, fix))
         if not isinstance(self.cells, bool):
             raise ValueError(f"cells: expected True or False, got {self.cells!r}; pass a bool")
         if self.cells and self.num_cells > MOST_CELLS:
@@ -142,6 +134,17 @@ class IndexerConfig:
         """
         attended = self.sink_size + self.heavy_size + self.window_size
         return max(attended, self.short_context(num_query_tokens))
+
+
+def float_dtype(name: str, value: Any, fix: str) -> np.dtype:
+    """A dtype of FLOAT_DTYPES; ValueError for anything else."""
+    try:
+        dtype = np.dtype(value)
+    except Exception:  # numpy reads strings as types in more ways than one
+        dtype = None
+    if dtype is None or dtype not in FLOAT_DTYPES:
+        raise ValueError(f"{name}: expected float32, bfloat16 or float16, got {value!r}; {fix}")
+    return dtype
 
 
 def beyond_cells(config: IndexerConfig, num_query_tokens: int) -> str | None:

@@ -1,7 +1,7 @@
 """decode_attention: a whole attention layer's decode step, and the life of its cache."""
 
 import functools
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -11,11 +11,11 @@ from jaxtyping import Bool, Float, Int32
 from jax_indexer import _arguments, reference
 from jax_indexer.attend import logits_of
 from jax_indexer.config import (
-    FLOAT_DTYPES,
     Implementation,
     IndexerConfig,
     Selector,
     default_selector,
+    float_dtype,
 )
 from jax_indexer.index import build_index, check_training, empty_index, rebuild
 from jax_indexer.kernels import backend, pipeline
@@ -200,7 +200,7 @@ def empty_cache(
     Source: CONTRACT.md, section 4.
     """
     _arguments.check_config(config)
-    _arguments.check_choice("kv_layout", kv_layout, ("BSKH", "BKSH"))
+    _arguments.check_choice("kv_layout", kv_layout, get_args(KVLayout))
     sizes = _arguments.check_sizes(
         batch=batch,
         capacity=capacity,
@@ -209,10 +209,7 @@ def empty_cache(
         value_head_dim=head_dim if value_head_dim is None else value_head_dim,
         layers=1 if layers is None else layers,
     )
-    if dtype not in FLOAT_DTYPES:
-        raise ValueError(
-            f"dtype: expected float32, bfloat16 or float16, got {dtype!r}; use jnp.bfloat16"
-        )
+    dtype = float_dtype("dtype", dtype, "use jnp.bfloat16")
     B, S, K, H, of_value = (
         sizes[name] for name in ("batch", "capacity", "kv_heads", "head_dim", "value_head_dim")
     )
@@ -270,7 +267,8 @@ def prefill(
       A DecodeCache, with the index that `build_index` makes of each row that got a prompt.
 
     Raises:
-      ValueError: for arguments of wrong type, shape or dtype, before anything is updated.
+      ValueError: for arguments of wrong type, shape or dtype, before anything is updated; without
+        `cache` also for more kv heads than tokens, as `build_index` does.
       NotImplementedError: for an implementation that is not there.
 
     Source: CONTRACT.md, section 4.
