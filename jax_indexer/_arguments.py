@@ -483,8 +483,8 @@ def check_step(query: Any, key_new: Any, kv_layout: Any, fix: str) -> None:
         )
 
 
-def check_selection(selection: Any, sizes: Sizes) -> None:
-    """Checks that `selection` is one, and of an index of the cache's capacity."""
+def check_selection(selection: Any, config: Any, sizes: Sizes) -> None:
+    """Checks that `selection` is one, of an index of the cache's capacity, and by `config`."""
     if not isinstance(selection, Selection):
         raise ValueError(
             f"selection: expected a Selection, got {type(selection).__name__}; "
@@ -497,6 +497,14 @@ def check_selection(selection: Any, sizes: Sizes) -> None:
         )
     lists = annotated_arrays(Selection)["indices"]
     check_array("selection.indices", selection.indices, lists, sizes)
+    if config is None:
+        return
+    check_config(config)
+    if sizes["P"] != (size := config.max_selected(sizes["T"])):
+        raise ValueError(
+            f"selection: expected lists of P={size} entries, as select makes them with this "
+            f"config, got P={sizes['P']}; pass the config that was given to select, or None"
+        )
 
 
 def check_decode(

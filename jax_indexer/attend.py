@@ -13,9 +13,9 @@ from jax import Array
 from jaxtyping import Float, Int32
 
 from jax_indexer import _arguments, reference
-from jax_indexer.config import Implementation
+from jax_indexer.config import Implementation, IndexerConfig
 from jax_indexer.kernels import backend
-from jax_indexer.kernels.attend import launch_listed
+from jax_indexer.kernels.attend import Entries, launch_listed
 from jax_indexer.layout import KVLayout, key_letters
 from jax_indexer.reference import Caches, Logits
 from jax_indexer.sharding import by_shards
@@ -28,6 +28,7 @@ def sparse_attention(
     value: Float[Array, "B _ _ H'"],
     selection: Selection,
     *,
+    config: IndexerConfig | None = None,
     scale: float | Array | None = None,
     logits_soft_cap: float | Array | None = None,
     return_lse: bool = False,
@@ -44,6 +45,9 @@ def sparse_attention(
       value: like `key`, but with a head dimension H' of its own.
       selection: what `select` returned for an index of the cache's capacity S; only its indices
         are read.
+      config: what `select` made the selection with. "triton" then reads sink and window, which
+        query heads of a kv head have in common, once for all of them, by the list of the first.
+        None for lists of any other kind.
       scale: of the logits; None for H**-0.5.
       logits_soft_cap: logits become cap * tanh(logit / cap); None for as they are.
       return_lse: whether to return the log of the sum of exponentials too.
@@ -70,7 +74,7 @@ def sparse_attention(
     _arguments.check_key("key", key, "S", kv_layout, sizes)
     _arguments.check_array("query", query, _arguments.QUERY, sizes)
     _arguments.check_groups(sizes)
-    _arguments.check_selection(selection, sizes)
+    _arguments.check_selection(selection, config, sizes)
     _arguments.check_key("value", value, "S", kv_layout, sizes, head="H'")
     _arguments.check_choice("return_lse", return_lse, (True, False))
     _arguments.check_implementation(implementation, query, key, value)
@@ -81,6 +85,7 @@ def sparse_attention(
         selection.indices,
         logits_of(scale, logits_soft_cap, sizes["H"]),
         _arguments.check_layer(layer),
+        own=config and Entries.of(config),
         kv_layout=kv_layout,
         implementation=implementation,
     )
@@ -111,7 +116,7 @@ def _number(name: str, value: Any) -> Any:
     raise ValueError(f"{name}: expected a real number, got {value!r}; pass a float or None")
 
 
-@functools.partial(backend.jit, static_argnames=("kv_layout", "implementation"))
+@functools.partial(backend.jit, static_argnames=("own", "kv_layout", "implementation"))
 def _attend(
     query: Array,
     key: Array,
@@ -120,6 +125,7 @@ def _attend(
     logits: Logits,
     layer: Array | None,
     *,
+    own: Entries | None,
     kv_layout: KVLayout,
     implementation: Implementation | None,
 ) -> reference.Attention:
@@ -128,7 +134,7 @@ def _attend(
 
     def triton(query, key, value, indices, logits, layer):
         caches = Caches(key, value)
-        ended = launch_listed(query, caches, indices, logits, layer, kv_layout)
+        ended = launch_listed(query, caches, indices, logits, layer, kv_layout, own=own)
         return ended.output
 
     def on_shards(function, has_gradients):

@@ -21,7 +21,7 @@ import numpy as np
 from jax_indexer import IndexerConfig, PQIndex, with_cells
 from jax_indexer.config import MOST_CELLS
 from jax_indexer.kernels import backend, centroid_sums, pipeline
-from jax_indexer.kernels.attend import launch_listed
+from jax_indexer.kernels.attend import Entries, launch_listed
 from jax_indexer.kernels.step import Step
 from jax_indexer.reference import Caches, Logits
 from jax_indexer.state import MOST_NEW, RATE, layer_of
@@ -169,9 +169,11 @@ def check_attention(index, query, key_new, config, lists) -> None:
         inputs = query, new, before[1], before[0], counts, logits, selector
         out, written, _ = pipeline.launch_decode(step, *inputs, layer)
         if want is None:
-            listed = launch_listed(query, written, lists.indices, logits, None, "BSKH")
-            want = np.asarray(listed.output.out)
+            listed = query, layer_of(written, layer), lists.indices, logits, None, "BSKH"
+            want = np.asarray(launch_listed(*listed).output.out)
             assert np.isfinite(want).all()
+            shared = launch_listed(*listed, own=Entries.of(config)).output.out
+            np.testing.assert_allclose(shared, want, rtol=1e-4, atol=1e-4)
         # The same numbers in another order.
         np.testing.assert_allclose(out, want, rtol=1e-4, atol=1e-4)
         length = int(index.lengths[0])

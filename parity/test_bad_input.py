@@ -230,6 +230,7 @@ CASES = [
     ("build_index", "kv_layout", "BHSK", "BSKH", "BHSK"),
     ("append", "kv_layout", None, "BKSH", "None"),
     ("sparse_attention", "kv_layout", "bskh", "BSKH", "bskh"),
+    ("sparse_attention", "config", 3, "IndexerConfig", "int"),
     ("indexer_next", "kv_layout", "SBKH", "BSKH", "SBKH"),
     ("select", "implementation", "cuda", "xla", "cuda"),
     ("indexer_next", "implementation", "numpy", "xla", "numpy"),

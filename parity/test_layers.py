@@ -434,3 +434,51 @@ def test_scans_over_steps_and_layers_copy_no_cache(layers, kv_layout, optimized)
     assert sorted(x for x in found if x not in handed_on) == ["fusion"] * 2 + ["scatter"] * 2
     assert compiled.memory_analysis().temp_size_in_bytes < cache.key.nbytes
     assert compiled.memory_analysis().alias_size_in_bytes >= cache.key.nbytes + cache.value.nbytes
+
+
+# Of what has an axis of the capacity: nothing but kernels makes any, and these in place.
+HANDED_ON = {"parameter", "get-tuple-element", "tuple", "bitcast", "while", "call", "custom-call"}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("layers", [None, 4])
+@pytest.mark.parametrize("selector", ["cells", "threshold"])
+@pytest.mark.parametrize("heavy_size", [128, 300])
+def test_scans_on_a_gpu_move_nothing_of_the_size_of_a_cache(heavy_size, selector, layers):
+    """As the program was compiled: over steps, and over the layers of each."""
+    capacity, heads, size = 5003, 2, 64  # no other size is the capacity
+    config = IndexerConfig(cells=selector == "cells", heavy_size=heavy_size)
+
+    def step(cache, x, layer=None):
+        query, new = x
+        out, cache = decode_attention(
+            query, new, new, cache, config, layer=layer, selector=selector, implementation="triton"
+        )
+        return cache, out
+
+    def token(cache, x):
+        if layers is None:
+            return step(cache, x)
+        numbers = jnp.arange(layers, dtype=jnp.int32)
+        return lax.scan(lambda cache, layer: step(cache, x, layer), cache, numbers, unroll=2)
+
+    def decode(cache, tokens):
+        return lax.scan(token, cache, tokens, unroll=2)
+
+    make = functools.partial(empty_cache, config, 2, capacity, heads, size, layers=layers)
+    shapes = (4, 2, 1, 4 * heads, size), (4, 2, 1, heads, size)
+    tokens = tuple(jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes)
+    cache = jax.eval_shape(make)
+    compiled = jax.jit(decode, donate_argnums=0).lower(cache, tokens).compile()
+    made = set()
+    for line in compiled.as_text().splitlines():
+        operation = re.match(r"\s*(?:ROOT )?%?[\w.-]+ = (\(.*?\)|\S+) ([\w-]+)\(", line)
+        if operation and re.search(rf"[\[,]{capacity}[\],]", operation[1]):
+            made.add(operation[2])
+    assert "custom-call" in made
+    assert made <= HANDED_ON, compiled.as_text()
+    bytes_of = {
+        name: x.size * x.dtype.itemsize for name, x in vars(cache).items() if name != "index"
+    }
+    assert compiled.memory_analysis().temp_size_in_bytes < min(bytes_of.values()) // (layers or 1)
+    assert compiled.memory_analysis().alias_size_in_bytes >= sum(bytes_of.values())

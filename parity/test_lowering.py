@@ -444,6 +444,27 @@ def test_attention_over_lists_is_two_kernels(name):
     assert "f64" not in text
 
 
+@pytest.mark.parametrize("heavy_size", [0, 200])
+@pytest.mark.parametrize("name", ATTENTION)
+def test_attention_over_lists_of_select_is_two_kernels(name, heavy_size):
+    """What query heads share is read in the same launch as what they do not."""
+    shape, config = ATTENTION[name], IndexerConfig(heavy_size=heavy_size)
+    query, _, _ = arguments(**{k: v for k, v in shape.items() if k != "of_value"})
+    key, value = caches_of(**shape)
+    lists = shaped((*query.shape[:3], config.max_selected(query.shape[1])), jnp.int32)
+
+    def attend(query, key, value, lists):
+        selection = Selection(lists, lists[..., 0])
+        return sparse_attention(query, key, value, selection, config=config)
+
+    with an_h100():
+        text = lowered(attend, query, key, value, lists)
+    names = ["shared_kernel"] * (query.shape[2] > key.shape[2])
+    names += ["listed_kernel"] * (heavy_size > 0 or not names)
+    assert kernels(text) == {"_and_".join(names), "merge_kernel"}
+    assert "f64" not in text
+
+
 @pytest.mark.parametrize(
     ("selector", "layers"),
     [("threshold", 4), ("top_k", None), ("cells", 4), ("cells, apart", None)],

@@ -18,7 +18,7 @@ from jax_indexer import (
     sparse_attention,
 )
 from jax_indexer.kernels import backend
-from jax_indexer.kernels.attend import launch_listed
+from jax_indexer.kernels.attend import Entries, launch_listed
 from jax_indexer.kernels.tuning import H100
 from jax_indexer.reference import Caches, Logits
 from parity import oracle
@@ -345,6 +345,86 @@ def test_kernels_attend_to_what_is_listed(case, run):
     assert indices.shape[-1] == 1 or (nothing.any() and not nothing.all())
     for writes in run.writes.values():
         assert (writes == 1).all()
+
+
+# Lists as select makes them: (dtype, of caches, layout, K, G, T, H, H', config, S, layers, tuned)
+SHARED = [
+    ("bfloat16", "bfloat16", "BSKH", 2, 4, 1, 64, 64, (33, 70, 40), 300, None, True),
+    ("float32", "float32", "BKSH", 1, 32, 2, 34, 130, (3, 9, 0), 90, 2, True),
+    ("float16", "float32", "BSKH", 1, 17, 1, 8, 3, (0, 5, 30), 120, None, True),
+    ("bfloat16", "bfloat16", "BKSH", 2, 7, 3, 18, 5, (20, 0, 11), 100, None, False),
+    ("float32", "bfloat16", "BKSH", 1, 1, 1, 16, 16, (4, 40, 4), 100, None, False),
+]
+
+
+def draw_shared(case):
+    """Sink, heavy tokens of each head, window; then a row that lists all of its few tokens."""
+    dtype, cache_dtype, layout, heads, group, tokens, size, of_value, budget, capacity, *_ = case
+    rng = np.random.default_rng(SHARED.index(case))
+    sink, heavy, window = budget
+    config = IndexerConfig(
+        num_bits=2, num_subspaces=1, sink_size=sink, heavy_size=heavy, window_size=window
+    )
+    lead = () if case[-2] is None else (case[-2],)
+
+    def real(*shape, dtype):
+        return rng.standard_normal(shape).astype(jnp.dtype(dtype))
+
+    shape = (capacity, heads) if layout == "BSKH" else (heads, capacity)
+    caches = Caches(*(real(*lead, 3, *shape, x, dtype=cache_dtype) for x in (size, of_value)))
+    indices = np.full((3, tokens, heads * group, config.max_selected(tokens)), -1, np.int32)
+    for token in range(tokens):
+        for head in range(heads * group):
+            visible = capacity - tokens + token
+            chosen = rng.choice(np.arange(sink, visible - window), heavy, replace=False)
+            last = np.arange(visible - window, visible)
+            found = np.concatenate([np.arange(sink), np.sort(chosen), last])
+            indices[0, token, head, : found.size] = found
+        few = config.short_context(tokens) - tokens + token
+        indices[1, token, :, :few] = np.arange(few)
+    query = real(3, tokens, heads * group, size, dtype=dtype)
+    return query, caches, indices, config
+
+
+def by_shared_entries(query, caches, indices, scale, layer, *, config, kv_layout, tuning):
+    own, logits = Entries.of(config), Logits(scale, None)
+    return launch_listed(
+        query, caches, indices, logits, layer, kv_layout, own=own, tuning=tuning
+    ).output
+
+
+@each(SHARED, checked=SHARED[1::2])
+def test_sink_and_window_are_attended_to_for_all_heads_of_a_kv_head(case, run):
+    dtype, _, layout, *_, layers, tuned = case
+    query, caches, indices, config = draw_shared(case)
+    scale, layer = np.float32(query.shape[3] ** -0.5), None if layers is None else np.int32(1)
+    out, lse = run(
+        by_shared_entries, query, caches, indices, scale, layer, config=config, kv_layout=layout,
+        tuning=H100 if tuned else SMALL,
+    )  # fmt: skip
+    if layers is not None:
+        caches = jax.tree.map(lambda x: x[1], caches)
+    want = oracle.attention(query, *caches, indices, kv_layout=layout)
+    close(out, want[0], dtype)
+    close(lse, want[1])
+    assert (out[2] == 0).all()
+    assert np.isneginf(lse[2]).all()
+    for writes in run.writes.values():
+        assert (writes == 1).all()
+
+
+@pytest.mark.parametrize("T", [1, 3])
+def test_lists_of_select_are_attended_to_alike_with_its_config(T, attend):
+    """Of rows that are long, short, empty and partly padding."""
+    query, key, value = map(jnp.asarray, inputs(T=T))
+    config = IndexerConfig(num_bits=2, heavy_size=5, sink_size=3, window_size=7)
+    index = build_index(key, jnp.asarray([S, 12, 0], jnp.int32), config)
+    for counts in (None, jnp.asarray([T - 1, T, 0], jnp.int32)):
+        selection = select(query, index, config, counts=counts)
+        got = attend(query, key, value, selection, config=config, return_lse=True)
+        want = attend(query, key, value, selection, return_lse=True)
+        close(got[0], want[0])
+        close(got[1], want[1])
 
 
 def test_listed_keys_that_are_no_numbers_give_what_the_reference_gives(attend):

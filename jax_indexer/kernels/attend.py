@@ -11,6 +11,8 @@ multiplied by tensor cores.
 """
 
 import functools
+import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -20,6 +22,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jaxtyping import Float, Int32
 
+from jax_indexer.config import IndexerConfig
 from jax_indexer.kernels import backend
 from jax_indexer.kernels.step import Lengths, Step, plan_after, plan_query, room_in
 from jax_indexer.kernels.tuning import H100, Tuning
@@ -241,6 +244,25 @@ class ListedInputs(NamedTuple):
     after: Lengths | None  # the step that made the lists
 
 
+class Entries(NamedTuple):
+    """Entries of lists: those from `first` on, before `last`."""
+
+    first: int
+    last: int
+
+    @classmethod
+    def of(cls, config: IndexerConfig) -> "Entries":
+        """Those that differ between query heads of a kv head, in lists that `select` makes.
+
+        A list that holds fewer heavy tokens than a config says holds all there are.
+        """
+        return cls(config.sink_size, config.sink_size + config.heavy_size)
+
+    @property
+    def number(self) -> int:
+        return self.last - self.first
+
+
 def listed_kernel(
     program,
     inputs: ListedInputs,
@@ -248,10 +270,11 @@ def listed_kernel(
     *,
     kv_layout: KVLayout,
     block: int,
+    own: Entries,
     step: Step | None,
 ):
-    """A block of the list of one query head, or of its middle for the lists of a step."""
-    _, num_tokens, num_heads, list_size = inputs.indices.shape
+    """A block of what one query head lists for itself, for the lists of a step where they end."""
+    _, num_tokens, num_heads, _ = inputs.indices.shape
     kv_heads = inputs.key.shape[head_axis(kv_layout)]
     num_parts = parts.largest.shape[3]
     part, head = program % num_parts, program // num_parts % num_heads
@@ -261,8 +284,8 @@ def listed_kernel(
 
     logits = read_logits(inputs.logits)
     slot = part * block + jnp.arange(block, dtype=jnp.int32)
-    entry = slot if step is None else step.config.sink_size + slot
-    exists = entry < list_size
+    entry = own.first + slot
+    exists = entry < own.last
     at = inputs.indices.at[row, token, head, jnp.where(exists, entry, 0)]
     position = backend.load(at, mask=exists, other=-1)
     query = read_query(inputs.query, row, token, head)
@@ -282,6 +305,42 @@ def listed_kernel(
     backend.store(parts.values.at[row, token, head, part, d], found.values, mask=mask)
     parts.largest[row, token, head, part] = found.largest
     parts.total[row, token, head, part] = found.total
+
+
+def shared_kernel(
+    program,
+    inputs: ListedInputs,
+    parts: Parts,
+    *,
+    kv_layout: KVLayout,
+    block: int,
+    own: Entries,
+):
+    """A block of what query heads of one kv head all list, by the list of the first of them."""
+    _, num_tokens, num_heads, list_size = inputs.indices.shape
+    kv_heads, num_parts = inputs.key.shape[head_axis(kv_layout)], parts.largest.shape[3]
+    together = sharing(num_heads // kv_heads)
+    groups = num_heads // together
+    part, head = program % num_parts, program // num_parts % groups * together
+    token = program // (num_parts * groups) % num_tokens
+    row = program // (num_parts * groups * num_tokens)
+    kv_head = head // (num_heads // kv_heads)
+
+    logits = read_logits(inputs.logits)
+    slot = part * block + jnp.arange(block, dtype=jnp.int32)
+    exists = slot < list_size - own.number
+    entry = jnp.where(slot < own.first, slot, own.number + slot)
+    at = inputs.indices.at[row, token, head, jnp.where(exists, entry, 0)]
+    position = backend.load(at, mask=exists, other=-1)
+    query = read_queries(inputs.query, row, token, head, together)
+    live = exists & (position >= 0) & (position < inputs.key.shape[token_axis(kv_layout)])
+    position = jnp.where(live, position, 0)
+    key, value = (
+        read_rows(cache, kv_layout, row, kv_head, position, live)
+        for cache in (inputs.key, inputs.value)
+    )
+    found = attend_together(query, key, value, live, logits)
+    write_parts(parts, row, token, head, together, part, found)
 
 
 class MergeInputs(NamedTuple):
@@ -494,6 +553,7 @@ def launch_listed(
     layer: Array | None,
     kv_layout: KVLayout,
     *,
+    own: Entries | None = None,
     middle: Middle | None = None,
     tuning: Tuning = H100,
 ) -> Ended:
@@ -506,7 +566,8 @@ def launch_listed(
       logits: how to make logits.
       layer: of the caches.
       kv_layout: of the caches.
-      middle: what else is known, where sink and window are attended to already.
+      own: entries that differ between query heads of a kv head; None for all.
+      middle: of the lists of a step, what the other entries give.
       tuning: block sizes.
 
     Returns:
@@ -515,24 +576,43 @@ def launch_listed(
     Source: CONTRACT.md, section 4.
     """
     step, after, known, lengths = middle or (None, None, None, None)
-    value_size = caches.value.shape[-1]
-    block = block_of(query.shape[3], value_size, tuning.attended_tile, tuning)
-    entries = indices.shape[3] if step is None else step.num_middle
-    num_parts = max(pl.cdiv(entries, block), 1)
-    listed = backend.Launch(
-        functools.partial(listed_kernel, kv_layout=kv_layout, block=block, step=step),
-        ListedInputs(query, *caches, indices, vectors(logits), after),
-        shapes_of_parts(query, value_size, num_parts),
-        programs=query.shape[0] * query.shape[1] * query.shape[2] * num_parts,
-        state=Caches._fields,
-        layer=layer,
-    )
-    found = backend.launch(listed, num_warps=tuning.attended_warps)
+    list_size, value_size = indices.shape[3], caches.value.shape[-1]
+    together = sharing(query.shape[2] // caches.key.shape[head_axis(kv_layout) - 4])
+    if step is not None:
+        own = Entries(step.config.sink_size, list_size - step.config.window_size)
+    elif own is None or together == 1:
+        own = Entries(0, list_size)
+
+    def in_parts(
+        kernel: Callable, number: int, tile: int, heads: int = 1, **options: Any
+    ) -> backend.Launch:
+        """The launch that attends to a number of entries in parts, for some heads together."""
+        block = block_of(query.shape[3], value_size, tile, tuning)
+        num_parts = max(pl.cdiv(number, block), 1)
+        return backend.Launch(
+            functools.partial(kernel, kv_layout=kv_layout, block=block, own=own, **options),
+            ListedInputs(query, *caches, indices, vectors(logits), after),
+            shapes_of_parts(query, value_size, num_parts),
+            programs=math.prod(query.shape[:3]) // heads * num_parts,
+            state=Caches._fields,
+            layer=layer,
+        )
+
+    listed = in_parts(listed_kernel, own.number, tuning.attended_tile, step=step)
+    warps = tuning.attended_warps
+    if step is not None or own.number == list_size:
+        found = backend.launch(listed, num_warps=warps)
+        parts = (found,) if known is None else (known, found)
+    else:
+        number = list_size - own.number
+        shared = in_parts(shared_kernel, number, tuning.always_tile, together)
+        launches = {"shared": shared} | ({"listed": listed} if own.number else {})
+        parts = tuple(backend.launch_together(launches, num_warps=warps).values())
     merge = backend.Launch(
         merge_kernel,
-        MergeInputs((found,) if known is None else (known, found), after, lengths),
+        MergeInputs(parts, after, lengths),
         shapes_of_end(query, value_size, lengths, after, layer),
-        programs=query.shape[0] * query.shape[1] * query.shape[2],
+        programs=math.prod(query.shape[:3]),
         in_place=("lengths",),
         state=("lengths",),
         layer=layer,
