@@ -284,7 +284,7 @@ STAGES = {
         ("threshold select", r"threshold_select_kernel"),
         ("scores", r"score_kernel"),
         ("cells select, attention", r"cells_attend_kernel"),
-        ("attention", r"listed_kernel|merge_kernel|always_kernel"),
+        ("attention", r"listed_kernel|merge_kernel|always_kernel|shared_kernel"),
         ("sparse index", r"count_kernel|verify_cut_kernel|sparse_index_kernel"),
         ("k-means", r"centroid_sums_kernel|add_parts_kernel"),
         ("top-k", r"sort|top_?k|radix|raft|select_k"),

@@ -390,7 +390,7 @@ def attention_programs(w: LayerWorkload, forms: Forms) -> Programs:
     once = forms._replace(user=True, recorded=False)
 
     def attend(*arguments):
-        return sparse_attention(*arguments)[None]
+        return sparse_attention(*arguments, config=w.config)[None]
 
     return {
         "step": Program(forms, attend, (query, cache, cache, selection)),

@@ -139,7 +139,7 @@ def measure_lists(
         if index is not None:
             now = dataclasses.replace(index, lengths=lengths)
             selection = select(query, now, config)
-        out = sparse_attention(query, key, value, selection)
+        out = sparse_attention(query, key, value, selection, config=config)
         visible = jnp.where(
             jnp.arange(capacity) < length, scores * query.shape[-1] ** -0.5, -jnp.inf
         )

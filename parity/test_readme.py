@@ -22,7 +22,7 @@ def test_the_examples_run_as_pasted(capsys):
     assert scope["cache"].index.lengths.tolist() == [[3008], [3008]]
     assert np.isfinite(scope["query"]).all()
     exec(compile(serve, README.name, "exec"), scope)
-    assert scope["index"].lengths.tolist() == [[3000], [0]]
+    assert scope["cache"].index.lengths.tolist() == [[3000], [0]]
     assert scope["drifted"].tolist() == [False]
     exec(compile(parts, README.name, "exec"), scope)
     shape = scope["selection"].indices.shape

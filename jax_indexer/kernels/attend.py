@@ -617,4 +617,6 @@ def launch_listed(
         state=("lengths",),
         layer=layer,
     )
-    return backend.launch(merge, num_warps=tuning.merged_warps)
+    num_parts = sum(part.largest.shape[3] for part in parts)
+    num_warps = 1 if num_parts <= MERGED_AT_ONCE else tuning.merged_warps
+    return backend.launch(merge, num_warps=num_warps)

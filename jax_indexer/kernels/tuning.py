@@ -51,7 +51,8 @@ class Tuning:
         attends to, for one query head and for those that share them, and the most tokens. The bits
         of an output depend on them.
       attended_at_once: tokens that a program attends to behind its own search, at the most.
-      attended_warps, merged_warps: of programs that attend to a block of a list, that merge.
+      attended_warps, merged_warps: of programs that attend to a block of a list, that merge more
+        parts than are read at once; fewer take one warp.
       tokens_per_part, sums_block: k-means: tokens that one program sums, and sums that one adds
         up. The bits of a codebook depend on the first, and memory: C / 4096 floats for each
         dimension of a key.
