@@ -2,10 +2,10 @@
 
     compute-sanitizer --tool memcheck --error-exitcode 9 python -m parity.memcheck
 
-All shapes take minutes, `--case` is for one of them. With `--plant` a kernel stores past the end
-of its output instead, which the checker must report. Arrays come from CUDA's own asynchronous
-allocator, whose ends the checker knows to the byte: JAX's pool hides them, and so do the 2 MiB
-granules of its "platform" allocator.
+All shapes take minutes: `--case` is for one of them, `--check` for some kernels. With `--plant` a
+kernel stores past the end of its output instead, which the checker must report. Arrays come from
+CUDA's own asynchronous allocator, whose ends the checker knows to the byte: JAX's pool hides them,
+and so do the 2 MiB granules of its "platform" allocator.
 """
 
 import argparse
@@ -13,6 +13,7 @@ import contextlib
 import dataclasses
 import os
 import tempfile
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -49,12 +50,31 @@ CASES = (
 )
 
 
-def run_case(case) -> None:
-    """A decode step kernel by kernel: inside one jit, intermediate arrays share an allocation.
+class Inputs(NamedTuple):
+    """What is checked of a case.
 
-    Outputs are poisoned beforehand and end in a row that no kernel may touch, which finds what
-    stays inside of an allocation.
+    Attributes:
+      index: with room for `key_new`.
+      query: [B, T, N, H].
+      key_new: [B, T, K, H].
+      config: without cells.
     """
+
+    index: PQIndex
+    query: Any
+    key_new: Any
+    config: IndexerConfig
+
+    def listed(self) -> Any:
+        """The lists of the step, by a selector that needs no cells."""
+        _, T, N, _ = self.query.shape
+        step = Step.of(self.index, self.config, T=T, N=N)
+        return pipeline.launch_step(step, self.query, self.key_new, self.index, None, "threshold")[
+            0
+        ]
+
+
+def inputs_of(case) -> Inputs:
     B, T, N, K, H, S, config = case
     rng = np.random.default_rng(S)
     M, C, augmented = config.num_subspaces, config.num_centroids, config.metric == "ip"
@@ -64,44 +84,38 @@ def run_case(case) -> None:
     def draw(*shape, dtype=jnp.float32):
         return jnp.asarray(rng.standard_normal(shape), dtype)
 
-    with poisoned() as canaries:
-        index = PQIndex(
-            codebooks=draw(B, K, M, C, H // M + augmented),
-            codes=jnp.asarray(rng.integers(0, 256, (B, K, M, S), dtype=np.uint8)),
-            lengths=jnp.asarray(lengths - T),
-            phi=jnp.full((B, K, M), 9.0, jnp.float32) if augmented else None,
-        )
-        key_new, query = draw(B, T, K, H, dtype=jnp.bfloat16), draw(B, T, N, H)
-        lists = check_step(index, query, key_new, config, with_none=case in (CASES[0], CASES[-1]))
-        if not centroid_sums.unsupported(C, H // M):
-            check_training(index, draw(B, S, K, H, dtype=jnp.bfloat16), lengths)
-        if T == 1 and config.num_cells <= MOST_CELLS:
-            check_cells(index, query, key_new, config, lists)
-        check_attention(index, query, key_new, config, lists)
-    check_canaries(canaries)
+    index = PQIndex(
+        codebooks=draw(B, K, M, C, H // M + augmented),
+        codes=jnp.asarray(rng.integers(0, 256, (B, K, M, S), dtype=np.uint8)),
+        lengths=jnp.asarray(lengths - T),
+        phi=jnp.full((B, K, M), 9.0, jnp.float32) if augmented else None,
+    )
+    return Inputs(index, draw(B, T, N, H), draw(B, T, K, H, dtype=jnp.bfloat16), config)
 
 
-def check_step(index, query, key_new, config, *, with_none):
+def check_step(inputs: Inputs) -> None:
     """Both selectors, after an append in the same launch and after one alone."""
+    index, query, key_new, config = inputs
     _, T, N, _ = query.shape
     step = Step.of(index, config, T=T, N=N, weights_dtype=np.dtype(np.float32))
+    bare = dataclasses.replace(step, weights_dtype=None)
     alone = pipeline.launch_append(step, key_new, index, None)
     for selector in ("threshold", "top_k"):
         lists, after = pipeline.launch_step(step, query, key_new, index, None, selector)
         np.testing.assert_array_equal(after.codes, alone.codes)
         np.testing.assert_array_equal((np.asarray(lists.indices) >= 0).sum(-1), lists.counts)
         np.testing.assert_array_equal(np.asarray(lists.weights).sum(-1), lists.counts)
-        if with_none:
-            bare = dataclasses.replace(step, weights_dtype=None)
-            again = pipeline.launch_select(bare, query, alone, None, selector)
-            np.testing.assert_array_equal(again.indices, lists.indices)
-    return lists
+        again = pipeline.launch_select(bare, query, alone, None, selector)
+        np.testing.assert_array_equal(again.indices, lists.indices)
 
 
-def check_training(index, cache, lengths) -> None:
+def check_training(inputs: Inputs) -> None:
     """One pass over what the cache would hold."""
+    index = inputs.index
     B, K, M, S = index.codes.shape
-    of_rows = jnp.asarray(lengths)[:, None, None]
+    shape = B, S, K, inputs.query.shape[3]
+    cache = jnp.asarray(np.random.default_rng(S).standard_normal(shape), jnp.bfloat16)
+    of_rows = index.lengths[:, None, None]
     trainable = jnp.broadcast_to(jnp.arange(S)[None, None, None] < of_rows[..., None], (B, K, M, S))
     sums, nearest = centroid_sums.centroid_sums(
         cache,
@@ -117,11 +131,12 @@ def check_training(index, cache, lengths) -> None:
     assert (np.asarray(nearest)[np.asarray(trainable)] < index.codebooks.shape[3]).all()
 
 
-def check_cells(index, query, key_new, config, lists) -> None:
+def check_cells(inputs: Inputs) -> None:
     """Selects from cells of rows at every stage of sealing: two steps around each bound.
 
     What was due before them is left out, so that numbers have no meaning but in the first stage.
     """
+    index, query, key_new, config = inputs
     config = dataclasses.replace(config, cells=True)
     start, sealing = index.lengths, with_cells(index, config).cells.sealing
     step = Step.of(index, config, N=query.shape[2], weights_dtype=np.dtype(np.float32))
@@ -141,12 +156,13 @@ def check_cells(index, query, key_new, config, lists) -> None:
             now = dataclasses.replace(now, lengths=jnp.maximum(first, 0))
             got, now = pipeline.launch_step(step, query, key_new, now, None, "cells")
         if number == 0:
-            np.testing.assert_array_equal(got.indices, lists.indices)
+            np.testing.assert_array_equal(got.indices, inputs.listed().indices)
             np.testing.assert_array_equal(np.asarray(got.weights).sum(-1), got.counts)
 
 
-def check_attention(index, query, key_new, config, lists) -> None:
+def check_attention(inputs: Inputs) -> None:
     """A whole layer's step, in the last of two layers."""
+    index, query, key_new, config = inputs
     (B, T, N, H), (_, K, _, S) = query.shape, index.codes.shape
     of_value = H // 2 + 1
     rng = np.random.default_rng(S)
@@ -158,19 +174,18 @@ def check_attention(index, query, key_new, config, lists) -> None:
     caches = Caches(draw(B, S, K, H), draw(B, S, K, of_value))
     logits = Logits(jnp.float32(H**-0.5), jnp.float32(20))
     want = None
-    has_cells = T == 1 and config.num_cells <= MOST_CELLS
     layer, counts = jnp.int32(1), jnp.full(B, T, jnp.int32)
-    for selector in ("threshold", "cells") if has_cells else ("threshold",):
+    for selector in ("threshold", "cells") if has_cells(T, config) else ("threshold",):
         its_config, state = config, index
         if selector == "cells":
             its_config = dataclasses.replace(config, cells=True)
             state = with_cells(index, its_config)
         before = jax.tree.map(lambda x: jnp.stack([x, x]), (state, caches))
         step = Step.of(before[0], its_config, T=T, N=N)
-        inputs = query, new, before[1], before[0], counts, logits, selector
-        out, written, _ = pipeline.launch_decode(step, *inputs, layer)
+        arguments = query, new, before[1], before[0], counts, logits, selector
+        out, written, _ = pipeline.launch_decode(step, *arguments, layer)
         if want is None:
-            listed = query, layer_of(written, layer), lists.indices, logits, None, "BSKH"
+            listed = query, layer_of(written, layer), inputs.listed().indices, logits, None, "BSKH"
             want = np.asarray(launch_listed(*listed).output.out)
             assert np.isfinite(want).all()
             shared = launch_listed(*listed, own=Entries.of(config)).output.out
@@ -182,12 +197,42 @@ def check_attention(index, query, key_new, config, lists) -> None:
             np.testing.assert_array_equal(one[0, length : length + T], other[0])
 
 
-def run_kernels(cases) -> None:
+def has_cells(T: int, config: IndexerConfig) -> bool:
+    return T == 1 and config.num_cells <= MOST_CELLS
+
+
+CHECKS = {
+    "step": check_step,
+    "training": check_training,
+    "cells": check_cells,
+    "attention": check_attention,
+}
+
+
+def checks_of(case) -> list[str]:
+    """What there is to check."""
+    _, T, _, _, H, _, config = case
+    missing = set()
+    if centroid_sums.unsupported(config.num_centroids, H // config.num_subspaces):
+        missing.add("training")
+    if not has_cells(T, config):
+        missing.add("cells")
+    return [name for name in CHECKS if name not in missing]
+
+
+def run_case(case, names: Sequence[str]) -> None:
+    """Kernel by kernel: inside one jit, intermediate arrays share an allocation.
+
+    Outputs are poisoned beforehand and end in a row that no kernel may touch, which finds what
+    stays inside of an allocation.
+    """
     on_cpu = backend.no_gpu() is not None
-    with backend.interpreted() if on_cpu else contextlib.nullcontext():
-        for case in cases:
-            run_case(case)
-            print(f"checked {case[:-1]}", flush=True)
+    with backend.interpreted() if on_cpu else contextlib.nullcontext(), poisoned() as canaries:
+        inputs = inputs_of(case)
+        for name in names:
+            CHECKS[name](inputs)
+            print(f"checked {name} of {case[:-1]}", flush=True)
+    check_canaries(canaries)
 
 
 class Numbers(NamedTuple):
@@ -235,9 +280,12 @@ if __name__ == "__main__":
     group = parser.add_mutually_exclusive_group()
     group.add_argument("--case", type=int, choices=range(len(CASES)), help="default: all")
     group.add_argument("--plant", action="store_true", help="store past the end of an output")
+    parser.add_argument("--check", choices=CHECKS, help="default: all")
     arguments = parser.parse_args()
     with compiled_once():
         if arguments.plant:
             run_overrun()
         else:
-            run_kernels(CASES if arguments.case is None else [CASES[arguments.case]])
+            for case in CASES if arguments.case is None else [CASES[arguments.case]]:
+                names = checks_of(case)
+                run_case(case, [x for x in names if arguments.check in (None, x)])

@@ -792,11 +792,14 @@ needs_sanitizer = pytest.mark.skipif(
 
 
 @needs_sanitizer
-@pytest.mark.parametrize("case", range(len(memcheck.CASES)))
-def test_memcheck_finds_nothing(case):
-    status, text = under_memcheck("--case", str(case))
+@pytest.mark.parametrize(
+    ("case", "check"),
+    [(number, name) for number, x in enumerate(memcheck.CASES) for name in memcheck.checks_of(x)],
+)
+def test_memcheck_finds_nothing(case, check):
+    status, text = under_memcheck("--case", str(case), "--check", check)
     assert status == 0, text[-3000:]
-    assert "checked" in text, text[-3000:]
+    assert f"checked {check}" in text, text[-3000:]
     assert "ERROR SUMMARY: 0 errors" in text
 
 
