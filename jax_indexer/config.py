@@ -7,6 +7,8 @@ from typing import Any, Literal, get_args
 import jax.numpy as jnp
 import numpy as np
 
+from jax_indexer.layout import Grouping
+
 Metric = Literal["euclidean", "ip"]
 Implementation = Literal["triton", "xla"]
 Selector = Literal["top_k", "threshold", "cells"]
@@ -29,6 +31,8 @@ class IndexerConfig:
     Attributes:
       num_subspaces: M, the number of PQ subspaces a key is cut into; it divides H.
       num_bits: bits of a code, 1 to 8; a subspace has C = 2**num_bits centroids.
+      grouping: which dimensions form a subspace: "contiguous", D neighbours each, or "strided",
+        every M-th dimension.
       heavy_size: the budget, in tokens chosen by score for each query head.
       sink_size: tokens at the start that are always attended.
       window_size: tokens at the end that are always attended.
@@ -52,6 +56,7 @@ class IndexerConfig:
 
     num_subspaces: int = 2
     num_bits: int = 6
+    grouping: Grouping = "contiguous"
     heavy_size: int = 128
     sink_size: int = 128
     window_size: int = 128
@@ -82,6 +87,11 @@ class IndexerConfig:
             raise ValueError(
                 f"metric: expected one of {get_args(Metric)}, got {self.metric!r}; "
                 'use "euclidean" unless the codebooks were trained on augmented keys'
+            )
+        if not isinstance(self.grouping, str) or self.grouping not in get_args(Grouping):
+            raise ValueError(
+                f"grouping: expected one of {get_args(Grouping)}, got {self.grouping!r}; "
+                'use "contiguous" for subspaces of neighbouring dimensions'
             )
         fix = "use jnp.float32 for exact table entries"
         object.__setattr__(self, "table_dtype", float_dtype("table_dtype", self.table_dtype, fix))

@@ -487,7 +487,7 @@ def _rebuild_gain(
         keys = kmeans.training_set(key, lengths, config, kv_layout)
         if config.metric == "ip":  # distances are to the centroids as they were trained
             keys = keys._replace(phi=index.phi)
-        errors = kmeans.first_step_errors(keys, index.codebooks, kv_layout, implementation)
+        errors = kmeans.first_step_errors(keys, index.codebooks, config, kv_layout, implementation)
         of_rows = (jnp.sum(x, axis=1) for x in errors)
         return kmeans.gain(*map(shard.sum_over_heads, of_rows))
 

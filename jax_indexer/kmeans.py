@@ -13,7 +13,7 @@ from jax_indexer import reference
 from jax_indexer.config import Implementation, IndexerConfig
 from jax_indexer.kernels import backend
 from jax_indexer.kernels.centroid_sums import centroid_sums, unsupported
-from jax_indexer.layout import KVLayout, subvectors, token_axis
+from jax_indexer.layout import KVLayout, subvectors, subvectors_of, token_axis
 
 # Tokens counted at once to find the n-th trainable one; their number fits into a uint8.
 COUNTED_TOKENS = 128
@@ -96,7 +96,7 @@ def training_set(
 
     def inspect(row) -> tuple[Bool[Array, "K M S"], Float[Array, "K M"]]:
         key, exists = row
-        parts = subvectors(key.astype(jnp.float32), config.num_subspaces)
+        parts = subvectors(key.astype(jnp.float32), config.num_subspaces, config.grouping)
         # The order of a sum would depend on the cache's shape, and codes depend on phi.
         norms = reference.squared_norm(parts) if augmented else jnp.sum(parts * parts, axis=-1)
         norms = jnp.moveaxis(norms, axis - 1, -1)
@@ -130,7 +130,7 @@ def train(
       lengths: tokens in each row.
       seed: of the random numbers.
       first_head: number of the first of these kv heads among all of the model's.
-      config: `num_bits` and `kmeans_iters` count.
+      config: what of it is about quantization counts.
       kv_layout: of the keys.
       implementation: "triton", "xla", or None.
 
@@ -140,15 +140,15 @@ def train(
     num_centroids = config.num_centroids
     count = jnp.sum(keys.trainable, axis=-1, dtype=jnp.int32)  # [B, K, M]
     rank = _draw_ranks(count, lengths, seed, first_head, num_centroids)
-    drawn = _subvectors_at(keys, _nth_trainable(keys.trainable, rank), kv_layout)
+    drawn = _subvectors_at(keys, _nth_trainable(keys.trainable, rank), config, kv_layout)
     start = jnp.where((count > 0)[..., None, None], drawn, 0)
-    origin = _origin(keys, kv_layout)
+    origin = _origin(keys, config, kv_layout)
 
     def update(state):
         iteration, centroids, moving = state
         stop = jnp.where(moving, keys.stop[:, None, None], 0)
         means, sizes, nearest = cluster_means(
-            keys, centroids, origin, stop, kv_layout, implementation
+            keys, centroids, origin, stop, config, kv_layout, implementation
         )
         has_keys = (sizes > 0) & moving[..., None]
         is_empty = (sizes == 0) & moving[..., None]
@@ -158,7 +158,7 @@ def train(
             draw = iteration + 1  # the start is draw 0
             return _fractions(seed, lengths[b], first_head + k, m, draw, nearest.shape[-1])
 
-        new = _fill(new, is_empty, keys, centroids, nearest, numbers, kv_layout)
+        new = _fill(new, is_empty, keys, centroids, nearest, numbers, config, kv_layout)
         # Equal keys would go round all centroids that equal them: each becomes their rounded mean.
         moved = jnp.abs(new - centroids) > ROUNDING * jnp.abs(new)
         return iteration + 1, new, jnp.any(moved, axis=(-2, -1))
@@ -177,6 +177,7 @@ def cluster_means(
     centroids: Float[Array, "B K M C D_"],
     origin: Float[Array, "B K M D_"],
     stop: Int32[Array, "B K M"],
+    config: IndexerConfig,
     kv_layout: KVLayout,
     implementation: Implementation | None,
 ) -> tuple[Float[Array, "B K M C D_"], Float[Array, "B K M C"], UInt8[Array, "B K M S"]]:
@@ -188,12 +189,13 @@ def cluster_means(
     """
     dimensions = keys.key.shape[-1] // centroids.shape[2]
     arguments = (keys.key, keys.trainable, centroids, origin, keys.phi, stop)
+    layouts = {"kv_layout": kv_layout, "grouping": config.grouping}
 
     def xla(*arguments):
-        return reference.assign_and_sum(*arguments, kv_layout=kv_layout)
+        return reference.assign_and_sum(*arguments, **layouts)
 
     def triton(*arguments):
-        return centroid_sums(*arguments, kv_layout=kv_layout)
+        return centroid_sums(*arguments, **layouts)
 
     if implementation is None and unsupported(centroids.shape[3], dimensions):
         implementation = "xla"
@@ -208,6 +210,7 @@ def cluster_means(
 def first_step_errors(
     keys: TrainingSet,
     centroids: Float[Array, "B K M C D_"],
+    config: IndexerConfig,
     kv_layout: KVLayout,
     implementation: Implementation | None,
 ) -> StepErrors:
@@ -220,18 +223,21 @@ def first_step_errors(
     Args:
       keys: the keys whose error it is.
       centroids: in the codebooks' dtype, augmented for the inner-product metric.
+      config: what they were trained with.
       kv_layout: of the keys.
       implementation: "triton", "xla", or None.
     """
     dtype, centroids = centroids.dtype, centroids.astype(jnp.float32)
     stop = jnp.broadcast_to(keys.stop[:, None, None], centroids.shape[:3])
-    origin = _origin(keys, kv_layout)
-    means, sizes, nearest = cluster_means(keys, centroids, origin, stop, kv_layout, implementation)
+    origin = _origin(keys, config, kv_layout)
+    means, sizes, nearest = cluster_means(
+        keys, centroids, origin, stop, config, kv_layout, implementation
+    )
     means = means.astype(dtype).astype(jnp.float32)
 
     def errors(row) -> tuple[Float[Array, "K M"], Float[Array, "K M"]]:
         key, trainable, phi, nearest, centroids, means = row
-        parts = subvectors(key.astype(jnp.float32), centroids.shape[1])
+        parts = subvectors(key.astype(jnp.float32), centroids.shape[1], config.grouping)
         parts = jnp.moveaxis(parts, token_axis(kv_layout) - 1, -2)  # [K, M, S, D]
         if phi is not None:
             parts = reference.augment(parts, phi[..., None])
@@ -273,6 +279,7 @@ def _fill(
     assigned: Float[Array, "B K M C D_"],
     nearest: UInt8[Array, "B K M S"],
     numbers: Callable[..., Float[Array, "S"]],
+    config: IndexerConfig,
     kv_layout: KVLayout,
 ) -> Float[Array, "B K M C D_"]:
     """Centroids whose empty clusters have taken up keys that are far from their own centroids.
@@ -288,20 +295,22 @@ def _fill(
       assigned: the centroids of the pass that found `nearest`.
       nearest: the centroid nearest to each key.
       numbers: random numbers in [0, 1) for each key of a codebook, given its b, k and m.
+      config: its grouping counts.
       kv_layout: of the keys.
 
     Source: the seeding of k-means++ (Arthur and Vassilvitskii, 2007), all keys of a pass at once
     (weighted sampling without replacement: Efraimidis and Spirakis, 2006).
     """
-    axis, dimensions = token_axis(kv_layout), keys.key.shape[-1] // centroids.shape[2]
+    axis, num_subspaces = token_axis(kv_layout), centroids.shape[2]
 
     def fill_one(state):
         centroids, waiting = state
         first = lax.argmax(waiting.reshape(-1), 0, jnp.int32)
         b, k, m = jnp.unravel_index(first, waiting.shape)
-        at, size = [b, k, k, m * dimensions], [1, 1, 1, dimensions]
+        at, size = [b, k, k], [1, 1, 1]
         at[axis], size[axis] = jnp.int32(0), nearest.shape[-1]
-        parts = lax.dynamic_slice(keys.key, at, size).reshape(-1, dimensions).astype(jnp.float32)
+        parts = subvectors_of(keys.key, at, size, m, num_subspaces, config.grouping)
+        parts = parts.reshape(-1, parts.shape[-1]).astype(jnp.float32)
         if keys.phi is not None:
             parts = reference.augment(parts, keys.phi[b, k, m])
         error = _squared_errors(parts, assigned[b, k, m], nearest[b, k, m])
@@ -334,7 +343,9 @@ def _squared_errors(
     return jnp.sum(jnp.where(is_real, jnp.square(difference), 0), axis=-1)
 
 
-def _origin(keys: TrainingSet, kv_layout: KVLayout) -> Float[Array, "B K M D_"]:
+def _origin(
+    keys: TrainingSet, config: IndexerConfig, kv_layout: KVLayout
+) -> Float[Array, "B K M D_"]:
     """Where distances are taken from: in each coordinate the median of some keys.
 
     It is where most keys are, wherever a few others may be.
@@ -345,7 +356,7 @@ def _origin(keys: TrainingSet, kv_layout: KVLayout) -> Float[Array, "B K M D_"]:
     fraction = fraction.astype(np.float32)[None, None, None]
     rank = (fraction * count.astype(jnp.float32)).astype(jnp.int32)
     rank = jnp.clip(rank, 0, jnp.maximum(count - 1, 0))
-    some = _subvectors_at(keys, _nth_trainable(keys.trainable, rank), kv_layout)
+    some = _subvectors_at(keys, _nth_trainable(keys.trainable, rank), config, kv_layout)
     return jnp.where(count > 0, jnp.sort(some, axis=-2)[..., ORIGIN_KEYS // 2, :], 0)
 
 
@@ -422,10 +433,13 @@ def _nth_trainable(
 
 
 def _subvectors_at(
-    keys: TrainingSet, position: Int32[Array, "B K M R"], kv_layout: KVLayout
+    keys: TrainingSet,
+    position: Int32[Array, "B K M R"],
+    config: IndexerConfig,
+    kv_layout: KVLayout,
 ) -> Float[Array, "B K M R D_"]:
     batch, kv_heads, num_subspaces, _ = position.shape
-    parts = subvectors(keys.key, num_subspaces)
+    parts = subvectors(keys.key, num_subspaces, config.grouping)
     b, k, m = jnp.ogrid[:batch, :kv_heads, :num_subspaces]
     b, k, m = b[..., None], k[..., None], m[..., None]
     at = (b, position, k, m) if kv_layout == "BSKH" else (b, k, position, m)

@@ -1,11 +1,13 @@
 """How heads, tokens and subspaces are laid out."""
 
-from typing import Literal
+from collections.abc import Sequence
+from typing import Any, Literal
 
-from jax import Array
+from jax import Array, lax
 from jaxtyping import Float, Shaped
 
 KVLayout = Literal["BSKH", "BKSH"]
+Grouping = Literal["contiguous", "strided"]
 
 
 def power_of_2_from(number: int) -> int:
@@ -33,9 +35,38 @@ def head_major(key: Shaped[Array, "B _ _ H"], kv_layout: KVLayout) -> Shaped[Arr
     return key if kv_layout == "BKSH" else key.swapaxes(1, 2)
 
 
-def subvectors(key: Float[Array, "*batch H"], num_subspaces: int) -> Float[Array, "*batch M D"]:
-    """Cuts the head dimension into `num_subspaces` contiguous parts."""
-    return key.reshape(*key.shape[:-1], num_subspaces, -1)
+def dimension_of(
+    subspace: Any, d: Any, num_subspaces: int, dimensions: int, grouping: Grouping
+) -> Any:
+    """The dimension of a head that is the d-th of a subspace."""
+    if grouping == "contiguous":
+        return subspace * dimensions + d
+    return d * num_subspaces + subspace
+
+
+def subvectors(
+    key: Float[Array, "*batch H"], num_subspaces: int, grouping: Grouping
+) -> Float[Array, "*batch M D"]:
+    """Cuts the head dimension into `num_subspaces` parts."""
+    if grouping == "contiguous":
+        return key.reshape(*key.shape[:-1], num_subspaces, -1)
+    return key.reshape(*key.shape[:-1], -1, num_subspaces).swapaxes(-1, -2)
+
+
+def subvectors_of(
+    key: Float[Array, "*batch H"],
+    at: Sequence[Any],
+    sizes: Sequence[int],
+    subspace: Any,
+    num_subspaces: int,
+    grouping: Grouping,
+) -> Float[Array, "*sizes D"]:
+    """A slice of `key` along all axes but the last, of which it takes one subspace."""
+    dimensions = key.shape[-1] // num_subspaces
+    if grouping == "contiguous":
+        return lax.dynamic_slice(key, [*at, subspace * dimensions], [*sizes, dimensions])
+    parts = key.reshape(*key.shape[:-1], dimensions, num_subspaces)
+    return lax.dynamic_slice(parts, [*at, 0, subspace], [*sizes, dimensions, 1])[..., 0]
 
 
 def by_kv_head(x: Shaped[Array, "B T N *rest"], num_kv_heads: int) -> Shaped[Array, "B K TG *rest"]:

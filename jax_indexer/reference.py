@@ -13,14 +13,16 @@ from jax import Array, lax
 from jaxtyping import Bool, Float, Int32, Shaped, UInt8
 
 from jax_indexer.cells import grow, seal
-from jax_indexer.config import IndexerConfig, Metric
+from jax_indexer.config import IndexerConfig
 from jax_indexer.layout import (
+    Grouping,
     KVLayout,
     by_kv_head,
     by_query_head,
     head_axis,
     head_major,
     subvectors,
+    subvectors_of,
     token_axis,
 )
 from jax_indexer.state import MOST_NEW, PQIndex, Selection, layer_of, put_layer
@@ -38,23 +40,23 @@ NAN_RANK = np.int32(np.iinfo(np.int32).min + 1)
 def lookup_table(
     query: Float[Array, "B T N H"],
     codebooks: Float[Array, "B K M C D_"],
-    table_dtype: np.dtype,
+    config: IndexerConfig,
 ) -> Float[Array, "B T N M C"]:
     """Inner products of the query's subvectors with every centroid (rule 3).
 
     Args:
       query: float32, bfloat16 or float16.
       codebooks: centroids; a coordinate past D = H // M, the augmented one, is not used.
-      table_dtype: what the float32 sums are rounded to, once.
+      config: its `table_dtype` is what the float32 sums are rounded to, once.
 
     Returns:
       The table, in `table_dtype`.
     """
-    parts = subvectors(query.astype(jnp.float32), codebooks.shape[2])
+    parts = subvectors(query.astype(jnp.float32), codebooks.shape[2], config.grouping)
     parts = by_kv_head(parts, codebooks.shape[1])
     centroids = codebooks[..., : parts.shape[-1]].astype(jnp.float32)
     table = jnp.einsum("bkgmd,bkmcd->bkgmc", parts, centroids, precision=lax.Precision.HIGHEST)
-    return by_query_head(table, query.shape[1]).astype(table_dtype)
+    return by_query_head(table, query.shape[1]).astype(config.table_dtype)
 
 
 def adc_scores(
@@ -212,7 +214,7 @@ def select_tokens(
     weights_dtype: np.dtype | None,
 ) -> Selection:
     """All of CONTRACT.md, section 3."""
-    table = lookup_table(query, index.codebooks, config.table_dtype)
+    table = lookup_table(query, index.codebooks, config)
     return select_from_table(table, index.codes, index.lengths, counts, config, weights_dtype)
 
 
@@ -274,7 +276,7 @@ def encode_tokens(
     codebooks: Float[Array, "B K M C D_"],
     phi: Float[Array, "B K M"] | None,
     taken: Int32[Array, "B"],
-    metric: Metric,
+    config: IndexerConfig,
 ) -> UInt8[Array, "B K M t"]:
     """Codes of each row's tokens, in chunks that bound the distances held in memory.
 
@@ -284,8 +286,9 @@ def encode_tokens(
     num_subspaces, num_centroids = codebooks.shape[2:4]
 
     def encode_chunk(key: Float[Array, "K n H"], codebooks, phi) -> UInt8[Array, "K M n"]:
-        parts = jnp.moveaxis(subvectors(key.astype(jnp.float32), num_subspaces), 2, 1)
-        if metric == "ip":
+        parts = subvectors(key.astype(jnp.float32), num_subspaces, config.grouping)
+        parts = jnp.moveaxis(parts, 2, 1)
+        if config.metric == "ip":
             parts = augment(parts, phi[..., None])
         return encode(parts, codebooks.astype(jnp.float32))
 
@@ -320,6 +323,7 @@ def assign_and_sum(
     phi: Float[Array, "B K M"] | None,
     stop: Int32[Array, "B K M"],
     kv_layout: KVLayout,
+    grouping: Grouping,
 ) -> tuple[Float[Array, "B K M C E"], UInt8[Array, "B K M S"]]:
     """One pass of k-means: assigns trainable subvectors to centroids and sums each one's members.
 
@@ -333,6 +337,7 @@ def assign_and_sum(
       phi: largest squared norm of a training subvector, for the inner-product metric, else None.
       stop: 0 for codebooks whose sums are not wanted; a row without any is skipped.
       kv_layout: of `key`.
+      grouping: of its dimensions.
 
     Returns:
       Sums of the members of every cluster, of the augmented coordinate less its origin, and, in
@@ -354,10 +359,10 @@ def assign_and_sum(
 
         def sum_chunk(first):
             start = jnp.minimum(first, capacity - chunk)  # the last chunk may overlap
-            at, size = [k, k, m * dimensions], [1, 1, dimensions]
+            at, size = [k, k], [1, 1]
             at[axis], size[axis] = start, chunk
-            parts = lax.dynamic_slice(key, at, size).astype(jnp.float32)
-            parts = parts.reshape(chunk, dimensions)
+            parts = subvectors_of(key, at, size, m, num_subspaces, grouping)
+            parts = parts.astype(jnp.float32).reshape(chunk, dimensions)
             counts = lax.dynamic_slice_in_dim(trainable[k, m], start, chunk)
             counts &= start + jnp.arange(chunk, dtype=jnp.int32) >= first
             parts = jnp.where(counts[:, None], parts, 0)
@@ -436,7 +441,7 @@ def append_tokens(
     key_new = head_major(key_new, kv_layout)
     phi = index.phi if config.metric == "ip" else None
     codebooks, phi = layer_of((index.codebooks, phi), layer)
-    new = encode_tokens(key_new, codebooks, phi, room.taken, config.metric)
+    new = encode_tokens(key_new, codebooks, phi, room.taken, config)
     codes, cells, after = index.codes, index.cells, room.start + room.taken
     codes = write_tokens(codes, new, room, codes.ndim - 1, layer)
     if cells is not None:

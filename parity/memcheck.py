@@ -187,6 +187,7 @@ def check_training(inputs: Inputs) -> None:
         index.phi,
         jnp.broadcast_to(of_rows, (B, K, M)),
         kv_layout="BSKH",
+        grouping=inputs.config.grouping,
     )
     want = np.broadcast_to(of_rows, (B, K, M))
     np.testing.assert_array_equal(np.asarray(sums)[..., -1].sum(-1), want)

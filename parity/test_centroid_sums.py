@@ -16,6 +16,7 @@ from jax_indexer.kernels import centroid_sums as kernels
 from jax_indexer.kernels.tuning import H100
 from parity.test_kernels import each, run  # noqa: F401  (run is a fixture)
 
+LAYOUTS = {"kv_layout": "BSKH", "grouping": "contiguous"}
 SMALL_PARTS = dataclasses.replace(H100, tokens_per_part=128)  # several of few tokens
 
 # (S, K, M, D, C, dtype, metric, layout)
@@ -78,7 +79,12 @@ def test_sums_are_those_of_the_nearest_centroids_members(run, case):  # noqa: F8
 
     arrays = trainable, centroids, origin, phi, stop
     got, got_clusters = run(
-        kernels.centroid_sums, spoiled, *arrays, kv_layout=layout, tuning=SMALL_PARTS
+        kernels.centroid_sums,
+        spoiled,
+        *arrays,
+        kv_layout=layout,
+        grouping="contiguous",
+        tuning=SMALL_PARTS,
     )
     want, clusters = numpy_sums(np.asarray(key, np.float64), *arrays, layout)
     np.testing.assert_array_equal(got_clusters[clusters >= 0], clusters[clusters >= 0])
@@ -102,9 +108,7 @@ def test_the_reference_gives_the_same_sums(at_once, monkeypatch):
     stop[1] = 0
     origin = rng.integers(-2, 3, (2, 2, 2, D)).astype(np.float32)
     arrays = key, trainable, centroids, origin, None, stop
-    got, got_clusters = jax.jit(functools.partial(reference.assign_and_sum, kv_layout="BSKH"))(
-        *arrays
-    )
+    got, got_clusters = jax.jit(functools.partial(reference.assign_and_sum, **LAYOUTS))(*arrays)
     want, clusters = numpy_sums(*arrays, "BSKH")
     np.testing.assert_array_equal(got, want)
     np.testing.assert_array_equal(np.asarray(got_clusters)[clusters >= 0], clusters[clusters >= 0])
@@ -130,8 +134,8 @@ def test_a_far_centroid_does_not_blur_the_distances_to_the_others(run, case):  #
     want = np.zeros((C, D + 1))
     np.add.at(want, near.argmin(-1), np.concatenate([key[0, :, 0], np.ones((S, 1))], axis=-1))
     for got in (
-        run(kernels.centroid_sums, key, *arrays, kv_layout="BSKH", tuning=SMALL_PARTS),
-        jax.jit(reference.assign_and_sum, static_argnums=6)(key, *arrays, "BSKH"),
+        run(kernels.centroid_sums, key, *arrays, **LAYOUTS, tuning=SMALL_PARTS),
+        jax.jit(functools.partial(reference.assign_and_sum, **LAYOUTS))(key, *arrays),
     ):
         sums, clusters = got
         np.testing.assert_array_equal(sums[0, 0, 0][:, [*range(D), -1]], want)

@@ -18,6 +18,7 @@ def test_defaults():
     assert (config.num_subspaces, config.num_bits) == (2, 6)
     assert (config.heavy_size, config.sink_size, config.window_size) == (128, 128, 128)
     assert config.init_offset is None
+    assert config.grouping == "contiguous"
     assert (config.metric, config.kmeans_iters, config.cells) == ("euclidean", 10, False)
     assert config.table_dtype == jnp.float32
     assert config.train_tokens is None
@@ -117,6 +118,8 @@ def test_every_code_width_is_accepted(num_bits):
         ("kmeans_iters", -1),
         ("train_tokens", 0),
         ("train_tokens", "all"),
+        ("grouping", "interleaved"),
+        ("grouping", None),
         ("metric", "cosine"),
         ("metric", None),
         ("table_dtype", jnp.float64),

@@ -13,6 +13,7 @@ from jaxtyping import Float, Int32
 from jax_indexer.kernels import backend
 from jax_indexer.kernels.codebook import dimension_tiles, tiles
 from jax_indexer.kernels.step import Lengths, Step, room_in
+from jax_indexer.layout import dimension_of
 from jax_indexer.state import PQIndex
 
 
@@ -61,7 +62,7 @@ def append_kernel(program, inputs: Inputs, outputs: Outputs, *, step: Step, at_o
         not_finite = jnp.int32(0)
         distance = jnp.zeros(num_centroids, jnp.float32)
         for d, exists, tile in kept or read_tiles():
-            h = subspace * dimensions + d
+            h = dimension_of(subspace, d, num_subspaces, dimensions, step.config.grouping)
             place = (token, kv_head) if step.kv_layout == "BSKH" else (kv_head, token)
             part = backend.load(inputs.key.at[(row, *place, h)], mask=exists, other=0)
             part = part.astype(jnp.float32)

@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float, Int32, UInt8
 
 from jax_indexer.kernels import backend
 from jax_indexer.kernels.tuning import H100, Tuning
-from jax_indexer.layout import KVLayout, power_of_2_from, token_axis
+from jax_indexer.layout import Grouping, KVLayout, dimension_of, power_of_2_from, token_axis
 
 # Matrix products take no smaller sides.
 SMALLEST_SIDE = 16
@@ -106,7 +106,14 @@ def _read_codebook(inputs: Inputs, kv_row, subspace, c, d, dimensions) -> Codebo
 
 
 def centroid_sums_kernel(
-    program, inputs: Inputs, outputs: Outputs, *, kv_layout: KVLayout, tile: int, part_size: int
+    program,
+    inputs: Inputs,
+    outputs: Outputs,
+    *,
+    kv_layout: KVLayout,
+    grouping: Grouping,
+    tile: int,
+    part_size: int,
 ):
     num_subspaces, num_parts, num_centroids = outputs.sums.shape[1:4]
     kv_heads = inputs.key.shape[2 if kv_layout == "BSKH" else 1]
@@ -122,7 +129,7 @@ def centroid_sums_kernel(
 
     c = jnp.arange(max(num_centroids, SMALLEST_SIDE), dtype=jnp.int32)
     d = jnp.arange(max(power_of_2_from(dimensions), SMALLEST_SIDE), dtype=jnp.int32)
-    h = subspace * dimensions + d
+    h = dimension_of(subspace, d, num_subspaces, dimensions, grouping)
     is_centroid, is_dimension = c < num_centroids, d < dimensions
 
     @pl.when(first_token < stop)
@@ -226,6 +233,7 @@ def centroid_sums(
     stop: Int32[Array, "B K M"],
     *,
     kv_layout: KVLayout,
+    grouping: Grouping,
     tuning: Tuning = H100,
 ) -> tuple[Float[Array, "B K M C E"], UInt8[Array, "B K M S"]]:
     """What `reference.assign_and_sum` computes, with distances from bfloat16 pieces.
@@ -257,6 +265,7 @@ def centroid_sums(
             functools.partial(
                 centroid_sums_kernel,
                 kv_layout=kv_layout,
+                grouping=grouping,
                 tile=tile,
                 part_size=tuning.tokens_per_part,
             ),

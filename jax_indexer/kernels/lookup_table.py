@@ -19,7 +19,7 @@ from jax_indexer.kernels import backend
 from jax_indexer.kernels.codebook import tiles
 from jax_indexer.kernels.step import Step
 from jax_indexer.kernels.tuning import Tuning
-from jax_indexer.layout import by_kv_head, power_of_2_from, subvectors
+from jax_indexer.layout import Grouping, by_kv_head, dimension_of, power_of_2_from
 
 
 class Tables(NamedTuple):
@@ -38,7 +38,7 @@ class Tables(NamedTuple):
 class Inputs(NamedTuple):
     """What tables are made of."""
 
-    query: Any  # [R, Q, M, D]
+    query: Any  # [R, Q, H]
     codebooks: Any  # [R, M, C, D'], of which the first D coordinates count
 
 
@@ -47,8 +47,11 @@ def lanes_of(num_queries: int, itemsize: int, tuning: Tuning) -> int:
     return min(power_of_2_from(num_queries), tuning.lookup_bytes // itemsize)
 
 
-def lookup_table_kernel(program, inputs: Inputs, tables: Tables, *, tuning: Tuning):
-    _, num_queries, num_subspaces, dimensions = inputs.query.shape
+def lookup_table_kernel(
+    program, inputs: Inputs, tables: Tables, *, grouping: Grouping, tuning: Tuning
+):
+    num_queries, num_subspaces = inputs.query.shape[1], inputs.codebooks.shape[1]
+    dimensions = inputs.query.shape[2] // num_subspaces
     num_centroids, (_, lane_groups, _, lanes) = inputs.codebooks.shape[2], tables.by_lane.shape
     subspace = program % num_subspaces
     group = program // num_subspaces % lane_groups
@@ -59,7 +62,8 @@ def lookup_table_kernel(program, inputs: Inputs, tables: Tables, *, tuning: Tuni
     def products(query: Array) -> Array:
         total = jnp.float32(0)
         for d, exists, tile in codebook:
-            at = inputs.query.at[kv_row, query, subspace, d]
+            h = dimension_of(subspace, d, num_subspaces, dimensions, grouping)
+            at = inputs.query.at[kv_row, query, h]
             part = backend.load(at, mask=exists, other=0).astype(jnp.float32)
             # Elementwise, not a dot: that would be rounded to TF32.
             total += jnp.sum(tile * part[None, :], axis=1)
@@ -89,13 +93,12 @@ def tables_launch(
     Source: CONTRACT.md, rules 3 and 7.
     """
     config, dtype = step.config, step.config.table_dtype
-    parts = subvectors(by_kv_head(query, step.K), config.num_subspaces)
     entries = config.num_subspaces * config.num_centroids
     lanes = lanes_of(step.Q, dtype.itemsize, step.tuning)
     groups = pl.cdiv(step.Q, lanes)
     return backend.Launch(
-        functools.partial(lookup_table_kernel, tuning=step.tuning),
-        Inputs(parts.reshape(step.R, *parts.shape[2:]), step.by_rows(codebooks)),
+        functools.partial(lookup_table_kernel, grouping=config.grouping, tuning=step.tuning),
+        Inputs(by_kv_head(query, step.K).reshape(step.R, step.Q, -1), step.by_rows(codebooks)),
         Tables(
             jax.ShapeDtypeStruct((step.R, groups, entries, lanes), dtype),
             jax.ShapeDtypeStruct((step.R, step.Q, entries), dtype),
