@@ -30,6 +30,7 @@ from parity.quality import (
     quality,
     ratio_of_means,
     read_layers,
+    turned_by,
 )
 
 BUDGETS = (128, 512)
@@ -106,7 +107,8 @@ def drift(
 ) -> Iterator[tuple[str, Row]]:
     """Rows of the tables "drift" and "drift, attention".
 
-    Codebooks of the first half of the tokens meet the other half, a part of it at a time.
+    Codebooks of the first half of the tokens meet the other half, a part of it at a time; others
+    looked ahead at so many tokens.
     """
     capacity = layers.key.shape[1]
     half = capacity // 2
@@ -114,11 +116,13 @@ def drift(
         config = config_of(num_subspaces, num_bits)
         about = {"num_subspaces": num_subspaces, "num_bits": num_bits}
         every_row = jnp.ones(len(layers.key), bool)
-        old = build_index(layers.key, full_lengths(layers, half), config)
+        ahead = {"rope": turned_by(layers), "look_ahead": capacity - half}
+        start = layers.key, full_lengths(layers, half), config
+        old, wise = build_index(*start), build_index(*start, **ahead)
         for length in range(half, capacity + 1, half // steps):
             end = int(old.lengths[0])
             if length > end:
-                old = append(old, layers.key[:, end:length], config)
+                old, wise = (append(x, layers.key[:, end:length], config) for x in (old, wise))
             new = rebuild(old, layers.key, config, every_row)
             seen = layers.key[:, :length]
             before = inertia(seen, old.codebooks, config).sum((1, 2))
@@ -129,22 +133,24 @@ def drift(
                 | {
                     "tokens": length,
                     "gain": np.asarray(rebuild_gain(old, layers.key, config)),
+                    "gain, looking ahead": np.asarray(
+                        rebuild_gain(wise, layers.key, config, **ahead)
+                    ),
                     "gain after rebuild": np.asarray(rebuild_gain(new, layers.key, config)),
                     "error that rebuild removes": 1 - after / before,
                 },
             )
         for budget in budgets:
             sized = config_of(num_subspaces, num_bits, heavy_size=budget)
-            (error, new_error), (recall, new_recall) = quality(layers, [old, new], sized)
+            errors, recalls = quality(layers, [old, wise, new], sized)
+            kinds = ("", ", looking ahead", ", rebuilt")
             yield (
                 "drift, attention",
                 about
                 | {
                     "budget": budget,
-                    "error": error,
-                    "error, rebuilt": new_error,
-                    "recall": recall,
-                    "recall, rebuilt": new_recall,
+                    **{f"error{kind}": x for kind, x in zip(kinds, errors, strict=True)},
+                    **{f"recall{kind}": x for kind, x in zip(kinds, recalls, strict=True)},
                 },
             )
         advance(f"{num_subspaces} subspaces, {num_bits} bits, drift")

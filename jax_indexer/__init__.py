@@ -11,6 +11,7 @@ from jax_indexer.index import (
     reset,
     with_cells,
 )
+from jax_indexer.rope import Rope
 from jax_indexer.select import indexer_next, select
 from jax_indexer.state import DecodeCache, PQIndex, Selection
 
@@ -18,6 +19,7 @@ __all__ = [
     "DecodeCache",
     "IndexerConfig",
     "PQIndex",
+    "Rope",
     "Selection",
     "append",
     "build_index",

@@ -22,6 +22,7 @@ from jax_indexer.kernels import backend, pipeline
 from jax_indexer.kernels.step import Step
 from jax_indexer.layout import KVLayout, key_letters, token_axis
 from jax_indexer.reference import Caches, Logits
+from jax_indexer.rope import COPIES, Rope, check_look_ahead
 from jax_indexer.sharding import Shard, by_shards
 from jax_indexer.state import DecodeCache, PQIndex
 
@@ -242,6 +243,9 @@ def prefill(
     rows: Bool[Array, "B"] | None = None,
     layer: int | Int32[Array, ""] | None = None,
     seed: int = 0,
+    rope: Rope | None = None,
+    look_ahead: int | None = None,
+    copies: int = COPIES,
     kv_layout: KVLayout = "BSKH",
     implementation: Implementation | None = None,
 ) -> DecodeCache:
@@ -259,6 +263,8 @@ def prefill(
       layer: which layer of the cache, clipped to those there are, where its arrays have an axis of
         layers in front; None where they have none.
       seed: of the random numbers of training.
+      rope, look_ahead, copies: as in `build_index`: how the keys were turned, and how many tokens
+        are expected to be decoded, for codebooks that fit these too.
       kv_layout: order of the token and head axes of keys and values.
       implementation: "triton", "xla", or None: Triton on an NVIDIA GPU where it supports the
         case, else XLA.
@@ -274,7 +280,9 @@ def prefill(
     Source: CONTRACT.md, section 4.
     """
     sizes = _arguments.check_prefill(key, value, lengths, config, cache, rows, layer, kv_layout)
+    check_look_ahead(rope, look_ahead, copies, sizes["H"])
     options = {"seed": seed, "kv_layout": kv_layout, "implementation": implementation}
+    options |= {"rope": rope, "look_ahead": look_ahead, "copies": copies}
     if cache is None:
         return DecodeCache(key, value, build_index(key, lengths, config, **options))
     _arguments.check_seed(seed)

@@ -15,6 +15,7 @@ from jax_indexer.config import Implementation, IndexerConfig
 from jax_indexer.kernels import backend, centroid_sums, pipeline
 from jax_indexer.kernels.step import Step
 from jax_indexer.layout import KVLayout, head_axis, key_letters, token_axis
+from jax_indexer.rope import COPIES, LookAhead, Rope, check_look_ahead
 from jax_indexer.sharding import Shard, by_shards
 from jax_indexer.state import PQIndex, layer_of, put_layer
 
@@ -25,6 +26,9 @@ def build_index(
     config: IndexerConfig,
     *,
     seed: int = 0,
+    rope: Rope | None = None,
+    look_ahead: int | None = None,
+    copies: int = COPIES,
     kv_layout: KVLayout = "BSKH",
     implementation: Implementation | None = None,
 ) -> PQIndex:
@@ -35,12 +39,19 @@ def build_index(
     subvector that is not finite, or whose squared norm is above 2**124, is not trained on; one that
     is not finite gets code 0. A row with fewer trainable keys than centroids uses these, repeated.
 
+    Keys turn with their positions after RoPE, so codebooks of a prompt fit the prompt's phases and
+    not those to come. With `rope` they are trained on `copies` of each key too, turned on by up to
+    `look_ahead` positions: keys that come later will look like these.
+
     Args:
       key: [B, S, K, H] ("BSKH") or [B, K, S, H] ("BKSH"), float32, bfloat16 or float16: the cache
         at its full capacity S, garbage past each row's length.
       lengths: int32[B], tokens in each row; clipped to 0..S.
       config: static parameters.
       seed: of the random numbers; the same seed gives the same index.
+      rope: how the keys were turned; None to train on the keys alone.
+      look_ahead: with `rope`, how many tokens are expected to be decoded.
+      copies: with `rope`, of each key.
       kv_layout: order of the token and head axes of `key`.
       implementation: "triton", "xla", or None: Triton on an NVIDIA GPU where it supports the
         case, else XLA.
@@ -67,6 +78,7 @@ def build_index(
         )
     _arguments.check_array("lengths", lengths, _arguments.NUMBERS, sizes)
     _arguments.check_seed(seed)
+    ahead = check_look_ahead(rope, look_ahead, copies, sizes["H"])
     shape = sizes["B"], sizes["K"], config.num_subspaces, sizes["S"]
     codes = jax.ShapeDtypeStruct(shape, np.uint8)
     check_training(implementation, config, sizes, key, codes)
@@ -75,6 +87,7 @@ def build_index(
         lengths,
         jax.device_put(np.uint32(seed)),
         config=config,
+        ahead=ahead,
         kv_layout=kv_layout,
         implementation=implementation,
     )
@@ -88,6 +101,9 @@ def rebuild(
     *,
     lengths: Int32[Array, "B"] | None = None,
     seed: int = 0,
+    rope: Rope | None = None,
+    look_ahead: int | None = None,
+    copies: int = COPIES,
     layer: int | Int32[Array, ""] | None = None,
     kv_layout: KVLayout = "BSKH",
     implementation: Implementation | None = None,
@@ -107,6 +123,7 @@ def rebuild(
       lengths: int32[B], the tokens these rows have from now on, clipped to 0..S; None for those
         they have.
       seed: of the random numbers.
+      rope, look_ahead, copies: as in `build_index`.
       layer: which layer of index and cache, clipped to those there are, where their arrays have
         an axis of layers in front; None where they have none.
       kv_layout: order of the token and head axes of `key`.
@@ -127,6 +144,7 @@ def rebuild(
     if lengths is not None:
         _arguments.check_array("lengths", lengths, _arguments.NUMBERS, sizes)
     _arguments.check_seed(seed)
+    ahead = check_look_ahead(rope, look_ahead, copies, sizes["H"])
     check_training(implementation, config, sizes, key, index)
     return _rebuild(
         index,
@@ -136,6 +154,7 @@ def rebuild(
         jax.device_put(np.uint32(seed)),
         _arguments.check_layer(layer),
         config=config,
+        ahead=ahead,
         kv_layout=kv_layout,
         implementation=implementation,
     )
@@ -146,6 +165,9 @@ def rebuild_gain(
     key: Float[Array, "B _ _ H"],
     config: IndexerConfig,
     *,
+    rope: Rope | None = None,
+    look_ahead: int | None = None,
+    copies: int = COPIES,
     layer: int | Int32[Array, ""] | None = None,
     kv_layout: KVLayout = "BSKH",
     implementation: Implementation | None = None,
@@ -169,6 +191,7 @@ def rebuild_gain(
       index: the index.
       key: [B, S, K, H] ("BSKH") or [B, K, S, H] ("BKSH"), the cache.
       config: what the index was built with.
+      rope, look_ahead, copies: as in `build_index`: copies of the keys count too.
       layer: which layer of index and cache, clipped to those there are, where their arrays have
         an axis of layers in front; None where they have none.
       kv_layout: order of the token and head axes of `key`.
@@ -186,12 +209,14 @@ def rebuild_gain(
     Source: CONTRACT.md, section 4.
     """
     sizes = _arguments.check_with_cache(index, key, config, kv_layout, layer)
+    ahead = check_look_ahead(rope, look_ahead, copies, sizes["H"])
     check_training(implementation, config, sizes, key, index)
     return _rebuild_gain(
         index,
         key,
         _arguments.check_layer(layer),
         config=config,
+        ahead=ahead,
         kv_layout=kv_layout,
         implementation=implementation,
     )
@@ -385,13 +410,14 @@ def empty_index(
     )
 
 
-@functools.partial(backend.jit, static_argnames=("config", "kv_layout", "implementation"))
+@functools.partial(backend.jit, static_argnames=("config", "ahead", "kv_layout", "implementation"))
 def _build(
     key: Array,
     lengths: Array,
     seed: Array,
     *,
     config: IndexerConfig,
+    ahead: LookAhead | None,
     kv_layout: KVLayout,
     implementation: Implementation | None,
 ) -> PQIndex:
@@ -401,7 +427,7 @@ def _build(
         empty = empty_index(config, batch, capacity, kv_heads, key.shape[-1])
         every_row = jnp.ones(batch, bool)
         return _rebuilt(
-            shard, empty, key, lengths, every_row, seed, config, kv_layout, implementation
+            shard, empty, key, lengths, every_row, seed, config, ahead, kv_layout, implementation
         )
 
     return by_shards(
@@ -409,7 +435,7 @@ def _build(
     )
 
 
-@functools.partial(backend.jit, static_argnames=("config", "kv_layout", "implementation"))
+@functools.partial(backend.jit, static_argnames=("config", "ahead", "kv_layout", "implementation"))
 def _rebuild(
     index: PQIndex,
     key: Array,
@@ -419,6 +445,7 @@ def _rebuild(
     layer: Array | None,
     *,
     config: IndexerConfig,
+    ahead: LookAhead | None,
     kv_layout: KVLayout,
     implementation: Implementation | None,
 ) -> PQIndex:
@@ -426,7 +453,11 @@ def _rebuild(
     lengths = one.lengths if lengths is None else lengths
     rebuilt = by_shards(
         functools.partial(
-            _rebuilt, config=config, kv_layout=kv_layout, implementation=implementation
+            _rebuilt,
+            config=config,
+            ahead=ahead,
+            kv_layout=kv_layout,
+            implementation=implementation,
         ),
         index=(None, one),
         key=(key_letters(kv_layout), key),
@@ -445,12 +476,13 @@ def _rebuilt(
     rows: Array,
     seed: Array,
     config: IndexerConfig,
+    ahead: LookAhead | None,
     kv_layout: KVLayout,
     implementation: Implementation | None,
 ) -> PQIndex:
     # The other rows have no token to train on and none to encode.
     lengths = jnp.where(rows, jnp.clip(lengths, 0, index.codes.shape[-1]), 0)
-    keys = kmeans.training_set(key, lengths, config, kv_layout)
+    keys = kmeans.training_set(key, lengths, config, kv_layout, ahead)
     first_head = shard.first_head(index.codes.shape[1])
     trained = kmeans.train(keys, lengths, seed, first_head, config, kv_layout, implementation)
 
@@ -472,19 +504,20 @@ def _rebuilt(
     return _appended(started, key, lengths, config, kv_layout, implementation)
 
 
-@functools.partial(backend.jit, static_argnames=("config", "kv_layout", "implementation"))
+@functools.partial(backend.jit, static_argnames=("config", "ahead", "kv_layout", "implementation"))
 def _rebuild_gain(
     index: PQIndex,
     key: Array,
     layer: Array | None,
     *,
     config: IndexerConfig,
+    ahead: LookAhead | None,
     kv_layout: KVLayout,
     implementation: Implementation | None,
 ) -> Array:
     def on_shard(shard: Shard, index: PQIndex, key: Array) -> Array:
         lengths = jnp.clip(index.lengths, 0, index.codes.shape[-1])
-        keys = kmeans.training_set(key, lengths, config, kv_layout)
+        keys = kmeans.training_set(key, lengths, config, kv_layout, ahead)
         if config.metric == "ip":  # distances are to the centroids as they were trained
             keys = keys._replace(phi=index.phi)
         errors = kmeans.first_step_errors(keys, index.codebooks, config, kv_layout, implementation)

@@ -1,6 +1,6 @@
 """Codebook training: k-means over subvectors, for all rows, kv heads and subspaces at once."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import jax
@@ -14,11 +14,10 @@ from jax_indexer.config import Implementation, IndexerConfig
 from jax_indexer.kernels import backend
 from jax_indexer.kernels.centroid_sums import centroid_sums, unsupported
 from jax_indexer.layout import KVLayout, subvectors, subvectors_of, token_axis
+from jax_indexer.rope import LookAhead, turned
 
 # Tokens counted at once to find the n-th trainable one; their number fits into a uint8.
 COUNTED_TOKENS = 128
-# Of a squared norm: products of differences of such vectors stay within float32.
-LARGEST_NORM = 2.0**124
 # Keys whose median distances are taken from: half of them far away would be needed to move it.
 ORIGIN_KEYS = 63
 # Of a coordinate: what a float32 mean of keys that are equal in it may differ from it.
@@ -34,8 +33,9 @@ class TrainingSet(NamedTuple):
         finite and not longer than arithmetic allows.
       stop: tokens of each row behind which none is trainable.
       stride: of the sample of each row; 1 where all tokens are there.
-      phi: for the inner-product metric the largest squared norm of a trainable subvector, else
-        None.
+      phi: for the inner-product metric the largest squared norm of a trainable subvector, copies
+        included, else None.
+      ahead: which copies of the keys are trained on too.
     """
 
     key: Float[Array, "B _ _ H"]
@@ -43,6 +43,7 @@ class TrainingSet(NamedTuple):
     stop: Int32[Array, "B"]
     stride: Int32[Array, "B"]
     phi: Float[Array, "B K M"] | None
+    ahead: LookAhead | None
 
 
 class StepErrors(NamedTuple):
@@ -66,6 +67,7 @@ def training_set(
     lengths: Int32[Array, "B"],
     config: IndexerConfig,
     kv_layout: KVLayout,
+    ahead: LookAhead | None,
 ) -> TrainingSet:
     """Which keys to train on: those in [init_offset, lengths[b]), or a strided sample of them.
 
@@ -74,6 +76,7 @@ def training_set(
       lengths: tokens in each row, in 0..S.
       config: `init_offset`, `train_tokens` and `metric` count.
       kv_layout: of `key`.
+      ahead: which copies of the keys to train on too.
 
     Returns:
       A TrainingSet without `phi`, which `train` finds.
@@ -100,12 +103,35 @@ def training_set(
         # The order of a sum would depend on the cache's shape, and codes depend on phi.
         norms = reference.squared_norm(parts) if augmented else jnp.sum(parts * parts, axis=-1)
         norms = jnp.moveaxis(norms, axis - 1, -1)
-        trainable = exists[None, None] & (norms <= LARGEST_NORM)
-        return trainable, jnp.max(jnp.where(trainable, norms, 0), axis=-1)
+        trainable = exists[None, None] & (norms <= reference.LARGEST_NORM)
+        phi = jnp.max(jnp.where(trainable, norms, 0), axis=-1)
+        for parts in copies_of(key, ahead, config, kv_layout) if augmented else ():
+            norms = reference.squared_norm(parts)
+            taken = trainable & (norms <= reference.LARGEST_NORM)
+            phi = jnp.maximum(phi, jnp.max(jnp.where(taken, norms, 0), axis=-1))
+        return trainable, phi
 
     # Row by row, which keeps a row's bits from depending on the batch.
     trainable, phi = lax.map(inspect, (key, exists))
-    return TrainingSet(key, trainable, stop, stride, phi if augmented else None)
+    return TrainingSet(key, trainable, stop, stride, phi if augmented else None, ahead)
+
+
+def copies_of(
+    key: Float[Array, "_ _ H"],
+    ahead: LookAhead | None,
+    config: IndexerConfig,
+    kv_layout: KVLayout,
+) -> Iterator[Float[Array, "K M S D"]]:
+    """Subvectors of the copies of a row's keys, one copy after the other."""
+    axis = token_axis(kv_layout) - 1
+    token = jnp.arange(key.shape[axis], dtype=jnp.int32)
+    token = token[:, None] if kv_layout == "BSKH" else token[None]
+    if ahead is None:
+        return
+    for copy in range(ahead.copies):
+        parts = turned(key, token, copy, ahead)
+        parts = subvectors(parts, config.num_subspaces, config.grouping)
+        yield jnp.moveaxis(parts, axis, -2)
 
 
 def train(
@@ -140,7 +166,7 @@ def train(
     num_centroids = config.num_centroids
     count = jnp.sum(keys.trainable, axis=-1, dtype=jnp.int32)  # [B, K, M]
     rank = _draw_ranks(count, lengths, seed, first_head, num_centroids)
-    drawn = _subvectors_at(keys, _nth_trainable(keys.trainable, rank), config, kv_layout)
+    drawn = _start_at(keys, _nth_trainable(keys.trainable, rank), config, kv_layout)
     start = jnp.where((count > 0)[..., None, None], drawn, 0)
     origin = _origin(keys, config, kv_layout)
 
@@ -150,6 +176,7 @@ def train(
         means, sizes, nearest = cluster_means(
             keys, centroids, origin, stop, config, kv_layout, implementation
         )
+        nearest = nearest[..., 0, :]  # of keys alone, which empty clusters take up
         has_keys = (sizes > 0) & moving[..., None]
         is_empty = (sizes == 0) & moving[..., None]
         new = jnp.where(has_keys[..., None], means, centroids)
@@ -180,16 +207,16 @@ def cluster_means(
     config: IndexerConfig,
     kv_layout: KVLayout,
     implementation: Implementation | None,
-) -> tuple[Float[Array, "B K M C D_"], Float[Array, "B K M C"], UInt8[Array, "B K M S"]]:
+) -> tuple[Float[Array, "B K M C D_"], Float[Array, "B K M C"], UInt8[Array, "B K M copies S"]]:
     """One pass of k-means; its first arguments are those of `reference.assign_and_sum`.
 
     Returns:
       Means of the keys nearest to each centroid, their numbers, and the centroid that is nearest to
-      each trainable key before `stop`.
+      each trainable key before `stop`, and to each of its copies.
     """
     dimensions = keys.key.shape[-1] // centroids.shape[2]
     arguments = (keys.key, keys.trainable, centroids, origin, keys.phi, stop)
-    layouts = {"kv_layout": kv_layout, "grouping": config.grouping}
+    layouts = {"kv_layout": kv_layout, "grouping": config.grouping, "ahead": keys.ahead}
 
     def xla(*arguments):
         return reference.assign_and_sum(*arguments, **layouts)
@@ -239,14 +266,18 @@ def first_step_errors(
         key, trainable, phi, nearest, centroids, means = row
         parts = subvectors(key.astype(jnp.float32), centroids.shape[1], config.grouping)
         parts = jnp.moveaxis(parts, token_axis(kv_layout) - 1, -2)  # [K, M, S, D]
-        if phi is not None:
-            parts = reference.augment(parts, phi[..., None])
 
-        def total(centroids: Float[Array, "K M C D_"]) -> Float[Array, "K M"]:
-            error = _squared_errors(parts, centroids, nearest)
-            return jnp.sum(jnp.where(trainable, error, 0), axis=-1)
+        def total(parts, counts, nearest) -> Float[Array, "2 K M"]:
+            if phi is not None:
+                parts = reference.augment(parts, phi[..., None])
+            each = [_squared_errors(parts, x, nearest) for x in (centroids, means)]
+            return jnp.stack([jnp.sum(jnp.where(counts, x, 0), axis=-1) for x in each])
 
-        return total(centroids), total(means)
+        found = total(parts, trainable, nearest[:, :, 0])
+        for number, parts in enumerate(copies_of(key, keys.ahead, config, kv_layout), 1):
+            counts = trainable & (reference.squared_norm(parts) <= reference.LARGEST_NORM)
+            found += total(parts, counts, nearest[:, :, number])
+        return found[0], found[1]
 
     # Row by row, which bounds memory.
     rows = (keys.key, keys.trainable, keys.phi, nearest, centroids, means)
@@ -445,3 +476,32 @@ def _subvectors_at(
     at = (b, position, k, m) if kv_layout == "BSKH" else (b, k, position, m)
     taken = parts[at].astype(jnp.float32)
     return taken if keys.phi is None else reference.augment(taken, keys.phi[..., None])
+
+
+def _start_at(
+    keys: TrainingSet,
+    position: Int32[Array, "B K M C"],
+    config: IndexerConfig,
+    kv_layout: KVLayout,
+) -> Float[Array, "B K M C D_"]:
+    """Subvectors of the keys at some positions, some of them of copies: evenly over these."""
+    start = _subvectors_at(keys, position, config, kv_layout)
+    if keys.ahead is None:
+        return start
+    batch, kv_heads, num_subspaces, number = position.shape
+    b, k = jnp.ogrid[:batch, :kv_heads]
+    b, k = b[..., None, None], k[..., None, None]
+    whole = keys.key[(b, position, k) if kv_layout == "BSKH" else (b, k, position)]
+    m = jnp.arange(num_subspaces, dtype=jnp.int32)[None, None, :, None, None, None]
+    which = np.arange(number) % (1 + keys.ahead.copies)
+    for copy in range(keys.ahead.copies):
+        parts = subvectors(
+            turned(whole, position, copy, keys.ahead), num_subspaces, config.grouping
+        )
+        parts = jnp.take_along_axis(parts, m, axis=-2)[..., 0, :]
+        counts = reference.squared_norm(parts) <= reference.LARGEST_NORM
+        if keys.phi is not None:
+            parts = reference.augment(parts, keys.phi[..., None])
+        taken = counts & (which == 1 + copy)[None, None, None]
+        start = jnp.where(taken[..., None], parts, start)
+    return start

@@ -25,12 +25,16 @@ from jax_indexer.layout import (
     subvectors_of,
     token_axis,
 )
+from jax_indexer.rope import LookAhead, turned
 from jax_indexer.state import MOST_NEW, PQIndex, Selection, layer_of, put_layer
 
 # Tokens encoded at once, in distances held in memory (tokens times K * M * C).
 DISTANCES_IN_MEMORY = 2**22
 # Tokens assigned at once in training, in distances of one codebook: what a cache holds.
 DISTANCES_AT_ONCE = 2**20
+
+# Of a squared norm that is trained on: products of differences of such vectors stay within float32.
+LARGEST_NORM = 2.0**124
 
 # The lowest ranks: what is no candidate, then NaN; -inf follows.
 NOT_A_CANDIDATE = np.int32(np.iinfo(np.int32).min)
@@ -324,7 +328,8 @@ def assign_and_sum(
     stop: Int32[Array, "B K M"],
     kv_layout: KVLayout,
     grouping: Grouping,
-) -> tuple[Float[Array, "B K M C E"], UInt8[Array, "B K M S"]]:
+    ahead: LookAhead | None,
+) -> tuple[Float[Array, "B K M C E"], UInt8[Array, "B K M copies S"]]:
     """One pass of k-means: assigns trainable subvectors to centroids and sums each one's members.
 
     Distances are matrix products, |c|^2 / 2 - x.c from the given origin, in chunks of tokens.
@@ -338,10 +343,12 @@ def assign_and_sum(
       stop: 0 for codebooks whose sums are not wanted; a row without any is skipped.
       kv_layout: of `key`.
       grouping: of its dimensions.
+      ahead: which copies of keys count too, if they are finite and not too long.
 
     Returns:
       Sums of the members of every cluster, of the augmented coordinate less its origin, and, in
-      the last column, their number; and the cluster of every trainable subvector before `stop`.
+      the last column, their number; and the cluster of every trainable subvector before `stop`, of
+      keys and then of their copies.
     """
     _, kv_heads, num_subspaces, capacity = trainable.shape
     num_centroids, dimensions = centroids.shape[3], key.shape[-1] // num_subspaces
@@ -349,8 +356,9 @@ def assign_and_sum(
     axis = token_axis(kv_layout) - 1
     highest = lax.Precision.HIGHEST
     centroid = np.arange(num_centroids, dtype=np.int32)[:, None]
+    of_each = 1 if ahead is None else 1 + ahead.copies
 
-    def sum_codebook(row, k, m) -> tuple[Float[Array, "C E"], UInt8[Array, "S"]]:
+    def sum_codebook(row, k, m) -> tuple[Float[Array, "C E"], UInt8[Array, "copies S"]]:
         key, trainable, centroids, origin, phi, _ = row
         centroids, origin = centroids[k, m], origin[k, m][None]
         # Where keys lie close together, far from zero, their products would hide the differences.
@@ -364,7 +372,21 @@ def assign_and_sum(
             parts = subvectors_of(key, at, size, m, num_subspaces, grouping)
             parts = parts.astype(jnp.float32).reshape(chunk, dimensions)
             counts = lax.dynamic_slice_in_dim(trainable[k, m], start, chunk)
-            counts &= start + jnp.arange(chunk, dtype=jnp.int32) >= first
+            token = start + jnp.arange(chunk, dtype=jnp.int32)
+            counts &= token >= first
+            sums, nearest = sum_parts(parts, counts)
+            if ahead is None:
+                return sums, nearest[None]
+            whole = lax.dynamic_slice(key, [*at, 0], [*size, key.shape[-1]])
+            whole, of_all = whole.reshape(chunk, -1), [nearest]
+            for copy in range(ahead.copies):
+                parts = turned(whole, token, copy, ahead)
+                parts = subvectors_of(parts, [0], [chunk], m, num_subspaces, grouping)
+                more, nearest = sum_parts(parts, counts & (squared_norm(parts) <= LARGEST_NORM))
+                sums, of_all = sums + more, [*of_all, nearest]
+            return sums, jnp.stack(of_all)
+
+        def sum_parts(parts, counts) -> tuple[Float[Array, "C E"], UInt8[Array, "n"]]:
             parts = jnp.where(counts[:, None], parts, 0)
             if phi is not None:
                 parts = augment(parts, phi[k, m])
@@ -381,18 +403,18 @@ def assign_and_sum(
 
         firsts = jnp.arange(0, capacity, chunk, dtype=jnp.int32)
         sums, nearest = lax.map(sum_chunk, firsts)
-        tail = nearest[-1, len(firsts) * chunk - capacity :]
-        return jnp.sum(sums, axis=0), jnp.concatenate([nearest[:-1].reshape(-1), tail])
+        tail = nearest[-1, :, len(firsts) * chunk - capacity :]
+        return jnp.sum(sums, axis=0), jnp.concatenate([*nearest[:-1], tail], axis=-1)
 
-    def sum_row(row) -> tuple[Float[Array, "K M C E"], UInt8[Array, "K M S"]]:
+    def sum_row(row) -> tuple[Float[Array, "K M C E"], UInt8[Array, "K M copies S"]]:
         number = jnp.arange(kv_heads * num_subspaces, dtype=jnp.int32)
         found = lax.map(lambda i: sum_codebook(row, i // num_subspaces, i % num_subspaces), number)
         return jax.tree.map(lambda x: x.reshape(kv_heads, num_subspaces, *x.shape[1:]), found)
 
-    def none(row) -> tuple[Float[Array, "K M C E"], UInt8[Array, "K M S"]]:
+    def none(row) -> tuple[Float[Array, "K M C E"], UInt8[Array, "K M copies S"]]:
         trainable, centroids = row[1:3]
         sums = jnp.zeros_like(jnp.concatenate([centroids, centroids[..., :1]], axis=-1))
-        return sums, jnp.zeros_like(trainable, np.uint8)
+        return sums, jnp.stack([jnp.zeros_like(trainable, np.uint8)] * of_each, axis=2)
 
     # Row by row, which bounds memory and keeps a row's bits from depending on the batch.
     def wanted(row):

@@ -27,6 +27,7 @@ from jax_indexer.kernels import backend, centroid_sums, pipeline
 from jax_indexer.kernels.attend import Entries, launch_listed
 from jax_indexer.kernels.step import Step
 from jax_indexer.reference import Caches, Logits
+from jax_indexer.rope import LookAhead, Rope
 from jax_indexer.state import MOST_NEW, RATE, layer_of
 from parity.checked_memory import check_canaries, poisoned
 
@@ -179,6 +180,7 @@ def check_training(inputs: Inputs) -> None:
     cache = jnp.asarray(np.random.default_rng(S).standard_normal(shape), jnp.bfloat16)
     of_rows = index.lengths[:, None, None]
     trainable = jnp.broadcast_to(jnp.arange(S)[None, None, None] < of_rows[..., None], (B, K, M, S))
+    ahead = LookAhead(Rope.from_base(1e4, shape[3]), horizon=1000, copies=2)
     sums, nearest = centroid_sums.centroid_sums(
         cache,
         trainable,
@@ -188,10 +190,12 @@ def check_training(inputs: Inputs) -> None:
         jnp.broadcast_to(of_rows, (B, K, M)),
         kv_layout="BSKH",
         grouping=inputs.config.grouping,
+        ahead=ahead,
     )
-    want = np.broadcast_to(of_rows, (B, K, M))
+    want = np.broadcast_to((1 + ahead.copies) * of_rows, (B, K, M))
     np.testing.assert_array_equal(np.asarray(sums)[..., -1].sum(-1), want)
-    assert (np.asarray(nearest)[np.asarray(trainable)] < index.codebooks.shape[3]).all()
+    found = np.moveaxis(np.asarray(nearest), 3, -1)[np.asarray(trainable)]
+    assert (found < index.codebooks.shape[3]).all()
 
 
 def check_cells(inputs: Inputs) -> None:

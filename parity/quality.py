@@ -18,6 +18,7 @@ from jax import Array, lax
 from jax_indexer import (
     IndexerConfig,
     PQIndex,
+    Rope,
     Selection,
     append,
     build_index,
@@ -29,6 +30,7 @@ from parity.real_keys import FILE_NAME, LAYERS
 
 QUANTIZERS = ((2, 6), (4, 8), (8, 8), (16, 4))  # (subspaces, bits)
 BEST_OF = 3  # starts of k-means
+ROPE_BASE = 100_000.0  # of the file's model, whose pairs are interleaved
 EVERY = 16  # of the last 128 queries
 
 
@@ -65,6 +67,11 @@ def full_lengths(layers: Layers, length: int | None = None) -> Array:
     """The same length for every row; the capacity unless given."""
     batch, capacity = layers.key.shape[:2]
     return jnp.full(batch, capacity if length is None else length, jnp.int32)
+
+
+def turned_by(layers: Layers) -> Rope:
+    """How the keys were turned."""
+    return Rope.from_base(ROPE_BASE, layers.key.shape[-1], "interleaved")
 
 
 # k-means: ours and that of faiss.

@@ -41,7 +41,7 @@ def train(key, lengths, first_head=0):
 
     @jax.jit
     def codebooks(key, lengths, first_head):
-        keys = kmeans.training_set(key, lengths, CONFIG, "BSKH")
+        keys = kmeans.training_set(key, lengths, CONFIG, "BSKH", None)
         return kmeans.train(keys, lengths, jnp.uint32(0), first_head, CONFIG, "BSKH", None)
 
     return codebooks(jnp.asarray(key), jnp.asarray(lengths, jnp.int32), jnp.int32(first_head))

@@ -14,6 +14,8 @@ from jaxtyping import Bool, Float, Int32, UInt8
 from jax_indexer.kernels import backend
 from jax_indexer.kernels.tuning import H100, Tuning
 from jax_indexer.layout import Grouping, KVLayout, dimension_of, power_of_2_from, token_axis
+from jax_indexer.reference import LARGEST_NORM
+from jax_indexer.rope import LookAhead, turn_of
 
 # Matrix products take no smaller sides.
 SMALLEST_SIDE = 16
@@ -56,13 +58,15 @@ class Inputs(NamedTuple):
     centroids: Any  # f32[R, M, C, D']
     origin: Any  # f32[R, M, D']
     phi: Any  # f32[R, M] for the inner-product metric, else None
+    cos: Any  # f32[TURNS, H] for copies that are turned further on, else None
+    sin: Any  # likewise
 
 
 class Outputs(NamedTuple):
     """Sums of the members of each cluster by part, with their numbers, and each key's cluster."""
 
     sums: Any  # f32[R, M, parts, C, D' + 1]
-    nearest: Any  # u8[R, M, S]
+    nearest: Any  # u8[R, M, 1 + copies, S]
 
 
 class Codebook(NamedTuple):
@@ -112,6 +116,7 @@ def centroid_sums_kernel(
     *,
     kv_layout: KVLayout,
     grouping: Grouping,
+    ahead: LookAhead | None,
     tile: int,
     part_size: int,
 ):
@@ -137,17 +142,43 @@ def centroid_sums_kernel(
         codebook = _read_codebook(inputs, kv_row, subspace, c, d, dimensions)
 
         def add_tile(i, carry):
-            sums, sizes, extra_sums = carry
             token = first_token + i * tile + jnp.arange(tile, dtype=jnp.int32)
             at = inputs.trainable.at[kv_row, subspace, token]
             flag = backend.load(at, mask=token < stop, other=0)
             trainable = flag.astype(jnp.int32) > 0
             at = (token[:, None], kv_head) if kv_layout == "BSKH" else (kv_head, token[:, None])
-            keys = backend.load(
-                inputs.key.at[(row, *at, h[None, :])],
-                mask=trainable[:, None] & is_dimension[None, :],
-                other=0,
-            )
+
+            def read(h):
+                return backend.load(
+                    inputs.key.at[(row, *at, h[None, :])],
+                    mask=trainable[:, None] & is_dimension[None, :],
+                    other=0,
+                )
+
+            keys = read(h)
+            carry = add_keys(keys, trainable, token, 0, carry)
+            if ahead is None:
+                return carry
+            own, partner = (x.astype(jnp.float32) for x in (keys, read(ahead.rope.partner(h))))
+            for copy in range(ahead.copies):
+                turn = turn_of(token, copy, ahead.copies)
+                cos, sin = (
+                    backend.load(
+                        table.at[turn[:, None], h[None, :]],
+                        mask=jnp.broadcast_to(is_dimension[None, :], (tile, len(d))),
+                        other=0,
+                    )
+                    for table in (inputs.cos, inputs.sin)
+                )
+                copies = (own * cos + partner * sin).astype(keys.dtype)
+                norm = jnp.sum(jnp.square(copies.astype(jnp.float32)), axis=1)
+                counts = trainable & (norm <= LARGEST_NORM)
+                copies = jnp.where(counts[:, None], copies, 0)
+                carry = add_keys(copies, counts, token, 1 + copy, carry)
+            return carry
+
+        def add_keys(keys, trainable, token, number, carry):
+            sums, sizes, extra_sums = carry
             pieces = bfloat16_pieces(keys, 2 if keys.dtype == jnp.float16 else 3)
 
             scores = -jnp.broadcast_to(codebook.bias[None, :], (tile, len(c)))
@@ -162,7 +193,7 @@ def centroid_sums_kernel(
                 scores += extra[:, None] * codebook.last[None, :]
 
             nearest = jnp.argmax(scores, axis=1).astype(jnp.int32)
-            into = outputs.nearest.at[kv_row, subspace, token]
+            into = outputs.nearest.at[kv_row, subspace, number, token]
             backend.store(into, nearest.astype(jnp.uint8), mask=token < stop)
             member = (nearest[None, :] == c[:, None]) & trainable[None, :]
             one_hot = member.astype(jnp.float32)
@@ -234,8 +265,9 @@ def centroid_sums(
     *,
     kv_layout: KVLayout,
     grouping: Grouping,
+    ahead: LookAhead | None,
     tuning: Tuning = H100,
-) -> tuple[Float[Array, "B K M C E"], UInt8[Array, "B K M S"]]:
+) -> tuple[Float[Array, "B K M C E"], UInt8[Array, "B K M copies S"]]:
     """What `reference.assign_and_sum` computes, with distances from bfloat16 pieces.
 
     A part of the tokens has one program and one order of addition, whatever else is in the batch;
@@ -247,6 +279,8 @@ def centroid_sums(
     of_codebooks = batch * kv_heads, num_subspaces
     capacity = key.shape[token_axis(kv_layout)]
     num_parts = pl.cdiv(capacity, tuning.tokens_per_part)
+    of_each = 1 if ahead is None else 1 + ahead.copies
+    tables = (None, None) if ahead is None else map(jnp.asarray, ahead.tables(key.shape[3]))
     tile, num_warps = tuning.for_training(num_centroids, key.shape[3] // num_subspaces)
 
     def by_codebook(x):
@@ -259,6 +293,7 @@ def centroid_sums(
         by_codebook(centroids),
         by_codebook(origin),
         None if phi is None else by_codebook(phi),
+        *tables,
     )
     sums = backend.launch(
         backend.Launch(
@@ -266,6 +301,7 @@ def centroid_sums(
                 centroid_sums_kernel,
                 kv_layout=kv_layout,
                 grouping=grouping,
+                ahead=ahead,
                 tile=tile,
                 part_size=tuning.tokens_per_part,
             ),
@@ -274,7 +310,7 @@ def centroid_sums(
                 jax.ShapeDtypeStruct(
                     (*of_codebooks, num_parts, num_centroids, size + 1), np.float32
                 ),
-                jax.ShapeDtypeStruct((*of_codebooks, capacity), np.uint8),
+                jax.ShapeDtypeStruct((*of_codebooks, of_each, capacity), np.uint8),
             ),
             programs=math.prod(of_codebooks) * num_parts,
         ),
@@ -294,5 +330,5 @@ def centroid_sums(
     )
     return (
         added.sums.reshape(*centroids.shape[:4], size + 1),
-        sums.nearest.reshape(*centroids.shape[:3], capacity),
+        sums.nearest.reshape(*centroids.shape[:3], of_each, capacity),
     )

@@ -1,0 +1,275 @@
+"""Codebooks of keys and of copies turned further on, against float64 turns and explicit copies."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jax_indexer import (
+    IndexerConfig,
+    Rope,
+    append,
+    build_index,
+    empty_cache,
+    prefill,
+    rebuild,
+    rebuild_gain,
+    reference,
+)
+from jax_indexer.kernels import backend, centroid_sums
+from jax_indexer.kernels.tuning import H100
+from jax_indexer.layout import dimension_of
+from jax_indexer.rope import TURNS, LookAhead, turn_of, turned
+from parity.test_kernels import each, run  # noqa: F401  (run is a fixture)
+
+SMALL_PARTS = dataclasses.replace(H100, tokens_per_part=128)
+PAIRS = ["half", "interleaved"]
+
+
+def rotated(x, position, rope):
+    """Vectors [..., H] as RoPE turns them at some positions, pair by pair, in float64."""
+    out, half = np.array(x, np.float64), rope.dimensions // 2
+    for i, frequency in enumerate(rope.frequencies):
+        a, b = (2 * i, 2 * i + 1) if rope.pairs == "interleaved" else (i, i + half)
+        cos, sin = np.cos(position * frequency), np.sin(position * frequency)
+        out[..., a], out[..., b] = (
+            x[..., a] * cos - x[..., b] * sin,
+            x[..., a] * sin + x[..., b] * cos,
+        )
+    return out
+
+
+@pytest.mark.parametrize("dimensions", [12, 8])
+@pytest.mark.parametrize("pairs", PAIRS)
+def test_a_copy_is_what_the_key_would_be_further_on(pairs, dimensions):
+    """Of heads that turn altogether or in part."""
+    rope = Rope.from_base(1000.0, dimensions, pairs)
+    ahead = LookAhead(rope, horizon=500, copies=2)
+    rng = np.random.default_rng(0)
+    content, position, token = rng.standard_normal((40, 12)), np.arange(40), np.arange(40)
+    keys = rotated(content, position, rope)
+    for copy in range(2):
+        got = turned(jnp.asarray(keys, jnp.float32), jnp.asarray(token, jnp.int32), copy, ahead)
+        turn = np.asarray(turn_of(jnp.asarray(token, jnp.int32), copy, 2))
+        further = position + 500 * (turn + 0.5) / TURNS
+        np.testing.assert_allclose(got, rotated(content, further, rope), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("copies", [1, 3, 8])
+def test_turns_are_spread_evenly(copies):
+    """Over any stretch of tokens, and over the copies of each."""
+    token = jnp.arange(4096, dtype=jnp.int32) + 100_000
+    turns = np.stack([np.asarray(turn_of(token, copy, copies)) for copy in range(copies)])
+    assert turns.min() >= 0
+    assert turns.max() < TURNS
+    for of_copy in turns:
+        for first in (0, 1000, 4096 - 256):
+            numbers = np.bincount(of_copy[first : first + 256], minlength=TURNS)
+            assert numbers.min() >= 2
+            assert numbers.max() <= 7
+    gaps = np.diff(np.sort(turns, axis=0), axis=0)
+    assert (gaps >= TURNS // copies - 1).all()
+
+
+# (S, K, M, D, C, dtype, metric, layout, grouping, pairs)
+CASES = [
+    (300, 2, 2, 4, 16, "float32", "euclidean", "BSKH", "contiguous", "half"),
+    (129, 1, 3, 6, 5, "bfloat16", "euclidean", "BKSH", "strided", "interleaved"),
+    (140, 1, 2, 8, 8, "float16", "ip", "BSKH", "contiguous", "interleaved"),
+    (131, 2, 4, 2, 4, "float32", "ip", "BKSH", "strided", "half"),
+]
+
+
+@each(CASES, checked=[CASES[0], CASES[3]])
+def test_sums_are_those_of_keys_and_their_copies(run, case):  # noqa: F811
+    S, K, M, D, C, dtype, metric, layout, grouping, pairs = case
+    H, B = M * D, 2
+    rng = np.random.default_rng(S)
+    dtype = jnp.dtype(dtype)
+    key = rng.standard_normal((B, S, K, H)).astype(dtype)
+    key[0, 7, 0, 1] = np.inf  # neither it nor a copy is trained on
+    rope = Rope.from_base(100.0, H - 2, pairs)  # the last two dimensions do not turn
+    ahead = LookAhead(rope, horizon=300, copies=2)
+    token = jnp.arange(S, dtype=jnp.int32)[None, :, None]
+    copies = [np.asarray(turned(jnp.asarray(key), token, copy, ahead)) for copy in range(2)]
+    everything = np.stack([key.astype(np.float32), *copies])  # [copies, B, S, K, H]
+    h = dimension_of(np.arange(M)[:, None], np.arange(D)[None], M, D, grouping)
+    parts = everything[..., h].astype(np.float64).transpose(1, 3, 4, 0, 2, 5)  # [B, K, M, n, S, D]
+    norm = np.square(parts).sum(-1)
+    trained = np.isfinite(norm)
+    trainable = trained[:, :, :, 0] & (rng.random((B, K, M, S)) < 0.9)
+    stop = np.full((B, K, M), S, np.int32)
+    stop[1] = S - 9
+    trainable[1, ..., S - 9 :] = False
+    trained &= trainable[:, :, :, None]
+    centroids = rng.standard_normal((B, K, M, C, D)).astype(np.float32)
+    phi = origin = None
+    if metric == "ip":
+        phi = np.where(trained, norm, 0).max((-1, -2)).astype(np.float32)
+        gap = np.sqrt(np.maximum(phi[..., None, None] - np.where(trained, norm, 0), 0))
+        parts = np.concatenate([parts, gap[..., None]], axis=-1)
+        centroids = np.concatenate([centroids, rng.random((B, K, M, C, 1))], -1).astype(np.float32)
+    origin = np.zeros((B, K, M, centroids.shape[-1]), np.float32)
+    laid = key if layout == "BSKH" else key.swapaxes(1, 2)
+    arrays = laid, trainable, centroids, origin, phi, stop
+    options = {"kv_layout": layout, "grouping": grouping, "ahead": ahead}
+
+    def check(sums, nearest):
+        sums, nearest = np.asarray(sums, np.float64), np.asarray(nearest)
+        assert nearest.shape == (B, K, M, 3, S)
+        for b, k, m in np.ndindex(B, K, M):
+            taken = trained[b, k, m]
+            points, own = parts[b, k, m][taken], nearest[b, k, m][taken]
+            distance = np.square(points[:, None] - centroids[b, k, m]).sum(-1)
+            chosen = np.take_along_axis(distance, own[:, None].astype(int), 1)[:, 0]
+            assert (chosen <= distance.min(-1) + 2e-3 * (1 + distance.max(-1))).all()
+            want = np.zeros((C, points.shape[1] + 1))
+            np.add.at(want, own, np.concatenate([points, np.ones((len(points), 1))], axis=-1))
+            # A copy may be rounded to the neighbour of the key's dtype, and what is left of phi is
+            # the root of a difference.
+            slack = float(jnp.finfo(dtype).eps) * len(points) + 1e-3 * (metric == "ip")
+            np.testing.assert_allclose(sums[b, k, m], want, rtol=1e-4, atol=1e-4 + slack)
+
+    check(*run(centroid_sums.centroid_sums, *arrays, **options, tuning=SMALL_PARTS))
+    if run.name == "interpreter":
+        check(*jax.jit(lambda *x: reference.assign_and_sum(*x, **options))(*arrays))
+
+
+B, S, K, H, PROMPT = 2, 700, 1, 16, 200
+CONFIG = IndexerConfig(num_bits=4, sink_size=4, window_size=4, heavy_size=8)
+ROPE = Rope.from_base(10_000.0, H, "interleaved")
+AHEAD = {"rope": ROPE, "look_ahead": S - PROMPT}
+
+
+@pytest.fixture(params=["xla", "kernels", pytest.param("triton", marks=pytest.mark.gpu)])
+def on(request):
+    """The implementation that trains."""
+    if request.param != "kernels":
+        yield request.param
+        return
+    with backend.interpreted():
+        yield "triton"
+
+
+def turning_keys(seed=0):
+    """Twelve contents and noise, each turned by its position."""
+    rng = np.random.default_rng(seed)
+    contents = 2 * rng.standard_normal((12, K, H))
+    content = contents[rng.integers(0, 12, (B, S))] + 0.2 * rng.standard_normal((B, S, K, H))
+    keys = rotated(content, np.arange(S)[None, :, None], ROPE)
+    return jnp.asarray(keys, jnp.float32)
+
+
+def error(key, index, first):
+    """Mean squared errors of what is encoded from some position on, of each subspace."""
+    parts = np.asarray(key).reshape(B, S, K, 2, -1).transpose(0, 2, 3, 1, 4)[..., first:, :]
+    codes = np.asarray(index.codes)[..., first:, None].astype(int)
+    return np.square(parts - np.take_along_axis(np.asarray(index.codebooks), codes, -2)).mean(
+        (0, 1, 3, 4)
+    )
+
+
+def test_codebooks_fit_the_keys_to_come(on):
+    key, lengths = turning_keys(), jnp.full(B, PROMPT, jnp.int32)
+
+    def decoded(**options):
+        index = build_index(key, lengths, CONFIG, implementation=on, **options)
+        rest = append(index, key[:, PROMPT:], CONFIG, implementation=on)
+        return error(key, rest, PROMPT)
+
+    # The first subspace has the fast pairs, which go round in a prompt, the second the slow ones.
+    fast, slow = decoded(**AHEAD) / decoded()
+    assert fast < 1.1
+    assert slow < 0.6
+    np.testing.assert_array_equal(decoded(**AHEAD), decoded(**AHEAD, copies=3))
+    assert (decoded(**AHEAD) != decoded(**AHEAD, copies=1)).all()
+
+
+def test_a_row_is_trained_alike_alone_and_with_a_larger_capacity(on):
+    key, lengths = turning_keys(), jnp.asarray([PROMPT, 90], jnp.int32)
+    options = {**AHEAD, "implementation": on}
+    both = build_index(key, lengths, CONFIG, **options)
+    alone = build_index(key[1:, :300], lengths[1:], CONFIG, **options)
+    np.testing.assert_array_equal(both.codebooks[1:], alone.codebooks)
+    again = rebuild(both, key, CONFIG, jnp.asarray([False, True]), **options)
+    jax.tree.map(np.testing.assert_array_equal, again, both)
+    # It is what training leaves, of keys and copies: an iteration more removes little.
+    gain = np.asarray(rebuild_gain(both, key, CONFIG, **options))
+    assert (gain < 0.02).all()
+    assert (np.asarray(rebuild_gain(both, key, CONFIG, implementation=on)) > gain).all()
+
+
+def test_a_prompt_gets_them_too():
+    key, lengths = turning_keys().astype(jnp.bfloat16)[:, :PROMPT], jnp.full(B, PROMPT, jnp.int32)
+    want = build_index(key, lengths, CONFIG, **AHEAD, copies=2)
+    cache = empty_cache(CONFIG, B, S, K, H)
+    for found in (
+        prefill(key, key, lengths, CONFIG, **AHEAD, copies=2),
+        prefill(key, key, lengths, CONFIG, cache=cache, **AHEAD, copies=2),
+    ):
+        np.testing.assert_array_equal(found.index.codebooks, want.codebooks)
+        np.testing.assert_array_equal(found.index.codes[..., :PROMPT], want.codes)
+
+
+def test_a_sample_and_the_inner_product_metric_take_copies_too():
+    config = dataclasses.replace(CONFIG, metric="ip", train_tokens=100, grouping="strided")
+    key, lengths = turning_keys(), jnp.full(B, PROMPT, jnp.int32)
+    key = key.at[0, 50, 0, 3].set(jnp.nan)  # its pair lies in the other subspace
+    plain = build_index(key, lengths, config)
+    index = build_index(key, lengths, config, **AHEAD)
+    assert np.isfinite(index.codebooks).all()
+    # A subspace has one of each pair: turned, it may be as long as both.
+    assert (np.asarray(index.phi) >= np.asarray(plain.phi)).all()
+    assert (np.asarray(index.phi) > np.asarray(plain.phi)).any()
+
+
+BAD = [
+    ({"rope": 10_000.0, "look_ahead": 5}, "rope", "Rope", "float"),
+    ({"look_ahead": 5}, "rope", "Rope", "NoneType"),
+    ({"rope": ROPE}, "look_ahead", "integer", "None"),
+    ({"rope": ROPE, "look_ahead": 0}, "look_ahead", "1 to", "0"),
+    ({"rope": ROPE, "look_ahead": 2.5}, "look_ahead", "integer", "2.5"),
+    ({"rope": ROPE, "look_ahead": True}, "look_ahead", "integer", "True"),
+    ({"rope": ROPE, "look_ahead": 5, "copies": 0}, "copies", "1 to 8", "0"),
+    ({"rope": ROPE, "look_ahead": 5, "copies": 9}, "copies", "1 to 8", "9"),
+    ({"rope": Rope.from_base(1e4, H + 2), "look_ahead": 5}, "rope", "H/2=8", "9"),
+]
+
+
+@pytest.mark.parametrize(("options", "name", "expected", "got"), BAD)
+def test_a_wrong_argument_is_named(options, name, expected, got, compilations):
+    key, lengths = jnp.zeros((B, S, K, H)), jnp.zeros(B, jnp.int32)
+    index = build_index(key, lengths, CONFIG)
+    rows, before = jnp.ones(B, bool), compilations()
+    for call in (
+        lambda: build_index(key, lengths, CONFIG, **options),
+        lambda: prefill(key, key, lengths, CONFIG, **options),
+        lambda: rebuild(index, key, CONFIG, rows, **options),
+        lambda: rebuild_gain(index, key, CONFIG, **options),
+    ):
+        with pytest.raises(ValueError, match=rf"^{name}: expected .*{expected}.*, got .*{got}.*; "):
+            call()
+    assert compilations() == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name"),
+    [
+        (((),), "frequencies"),
+        (((1.0, np.nan),), "frequencies"),
+        (("base",), "frequencies"),
+        (((1.0,), "halves"), "pairs"),
+        (((1.0,), None), "pairs"),
+    ],
+)
+def test_a_rope_that_is_none_is_refused(arguments, name):
+    with pytest.raises(ValueError, match=f"^{name}: expected "):
+        Rope(*arguments)
+
+
+def test_ropes_of_equal_numbers_are_one_static_argument():
+    same = {Rope((1.0, 0.5)), Rope(np.asarray([1, 0.5])), Rope(jnp.asarray([1, 0.5]))}
+    assert len(same) == 1
+    assert Rope.from_base(4.0, 4, "interleaved") == Rope((1.0, 0.5), "interleaved")
