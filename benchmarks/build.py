@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -22,7 +23,7 @@ from benchmarks.measure import (
     plan_of,
 )
 from benchmarks.results import Plan
-from jax_indexer import PQIndex, build_index
+from jax_indexer import PQIndex, Rope, build_index
 from parity import oracle
 from parity.inputs import WORKLOADS, Workload
 
@@ -30,6 +31,7 @@ BUILT = ("seed", "llama-128k-b4", "fine-128k-b4")
 WITH_ORIGINAL = ("seed",)
 CALLS = Repetitions(warm=3, cold=0, calls=3, amortised=0, rounds=1)
 QUICK = dataclasses.replace(CALLS, warm=1, calls=1)
+LOOK_AHEAD = 4096  # tokens to decode, of what looks ahead
 SAMPLE = 64  # tokens of the first row whose codes are looked at
 
 
@@ -93,11 +95,14 @@ class Build(Step):
         self.numbers["error"] = float(np.square(parts - nearest).sum() / np.square(parts).sum())
 
 
-def jax_programs(w: Workload, forms: Forms) -> Programs:
+def jax_programs(w: Workload, forms: Forms, *, looks_ahead: bool) -> Programs:
     """build_index under jit."""
+    ahead = {}
+    if looks_ahead:
+        ahead = {"rope": Rope.from_base(500_000.0, w.H), "look_ahead": LOOK_AHEAD}
     key = jax.ShapeDtypeStruct((w.B, w.capacity, w.K, w.H), jnp.dtype(w.dtype))
     lengths = jax.ShapeDtypeStruct((w.B,), np.int32)
-    build = lambda key, lengths: build_index(key, lengths, w.config)  # noqa: E731
+    build = lambda key, lengths: build_index(key, lengths, w.config, **ahead)  # noqa: E731
     return {"build": Program(forms, build, (key, lengths))}
 
 
@@ -158,7 +163,15 @@ class TorchBuild(Build):
         return centroids[0].cpu().numpy(), sample.transpose(0, 2, 1)
 
 
-OURS = Implementation("jax:build_index", JaxBuild, jax_programs, needs_gpu=False)
+OURS = [
+    Implementation(
+        f"jax:build_index{', looking ahead' * looks_ahead}",
+        JaxBuild,
+        functools.partial(jax_programs, looks_ahead=looks_ahead),
+        needs_gpu=False,
+    )
+    for looks_ahead in (False, True)
+]
 ORIGINAL = Implementation("torch:indexer_first", TorchBuild, needs_gpu=False)
 
 
@@ -189,7 +202,7 @@ def plan(arguments: argparse.Namespace) -> Plan:
         raise ValueError(f"--tokens: expected at least {least}, got {tokens}")
     table = []
     for w in workloads:
-        forms = (OURS, ORIGINAL) if w.name in WITH_ORIGINAL else (OURS,)
+        forms = [*OURS, ORIGINAL] if w.name in WITH_ORIGINAL else OURS
         if tokens is not None:
             w = dataclasses.replace(w, name=f"{w.name} --tokens {tokens}", L=tokens, S=None)
         table.append([Row(w, form, "build") for form in forms])
