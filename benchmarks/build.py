@@ -95,11 +95,12 @@ class Build(Step):
         self.numbers["error"] = float(np.square(parts - nearest).sum() / np.square(parts).sum())
 
 
-def jax_programs(w: Workload, forms: Forms, *, looks_ahead: bool) -> Programs:
+def jax_programs(w: Workload, forms: Forms, *, copies: int) -> Programs:
     """build_index under jit."""
     ahead = {}
-    if looks_ahead:
-        ahead = {"rope": Rope.from_base(500_000.0, w.H), "look_ahead": LOOK_AHEAD}
+    if copies:
+        rope = Rope.from_base(500_000.0, w.H)
+        ahead = {"rope": rope, "look_ahead": LOOK_AHEAD, "copies": copies}
     key = jax.ShapeDtypeStruct((w.B, w.capacity, w.K, w.H), jnp.dtype(w.dtype))
     lengths = jax.ShapeDtypeStruct((w.B,), np.int32)
     build = lambda key, lengths: build_index(key, lengths, w.config, **ahead)  # noqa: E731
@@ -165,12 +166,12 @@ class TorchBuild(Build):
 
 OURS = [
     Implementation(
-        f"jax:build_index{', looking ahead' * looks_ahead}",
+        f"jax:build_index{f', copies={copies}' * bool(copies)}",
         JaxBuild,
-        functools.partial(jax_programs, looks_ahead=looks_ahead),
+        functools.partial(jax_programs, copies=copies),
         needs_gpu=False,
     )
-    for looks_ahead in (False, True)
+    for copies in (0, 1, 3)
 ]
 ORIGINAL = Implementation("torch:indexer_first", TorchBuild, needs_gpu=False)
 

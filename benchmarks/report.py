@@ -70,8 +70,8 @@ ABOUT_SEED = (
 )
 ABOUT_BUILD = (
     "Milliseconds for all keys of a prompt; memory beside the keys; squared error of the codes' "
-    "reconstruction, of normal keys. The original's k-means is beside it. *Looking ahead*, three "
-    "copies of each key are trained on too, turned on as if they came later."
+    "reconstruction, of normal keys. The original's k-means is beside it. With copies, these "
+    "are trained on too, each key turned on as if it came later."
 )
 ABOUT_DECODE = (
     "Kernel times of a step in microseconds while all rows grow by a segment and more. The mean is "

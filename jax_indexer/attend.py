@@ -46,7 +46,7 @@ def sparse_attention(
       selection: what `select` returned for an index of the cache's capacity S; only its indices
         are read.
       config: what `select` made the selection with. "triton" then reads sink and window, which
-        query heads of a kv head have in common, once for all of them, by the list of the first.
+        query heads of a kv head have in common, once for up to 16 of them, by the list of one.
         None for lists of any other kind.
       scale: of the logits; None for H**-0.5.
       logits_soft_cap: logits become cap * tanh(logit / cap); None for as they are.

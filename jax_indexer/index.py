@@ -40,8 +40,8 @@ def build_index(
     is not finite gets code 0. A row with fewer trainable keys than centroids uses these, repeated.
 
     Keys turn with their positions after RoPE, so codebooks of a prompt fit the prompt's phases and
-    not those to come. With `rope` they are trained on `copies` of each key too, turned on by up to
-    `look_ahead` positions: keys that come later will look like these.
+    not those to come. With `rope` they are trained on `copies` of each key too, turned on to the
+    next `look_ahead` positions: keys that come later will look like these.
 
     Args:
       key: [B, S, K, H] ("BSKH") or [B, K, S, H] ("BKSH"), float32, bfloat16 or float16: the cache

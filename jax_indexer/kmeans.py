@@ -1,5 +1,6 @@
 """Codebook training: k-means over subvectors, for all rows, kv heads and subspaces at once."""
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -14,7 +15,7 @@ from jax_indexer.config import Implementation, IndexerConfig
 from jax_indexer.kernels import backend
 from jax_indexer.kernels.centroid_sums import centroid_sums, unsupported
 from jax_indexer.layout import KVLayout, subvectors, subvectors_of, token_axis
-from jax_indexer.rope import LookAhead, turned
+from jax_indexer.rope import LookAhead, positions_on, turned
 
 # Tokens counted at once to find the n-th trainable one; their number fits into a uint8.
 COUNTED_TOKENS = 128
@@ -35,6 +36,8 @@ class TrainingSet(NamedTuple):
       stride: of the sample of each row; 1 where all tokens are there.
       phi: for the inner-product metric the largest squared norm of a trainable subvector, copies
         included, else None.
+      begin: where in `key` the first of a row's tokens lies that is trained on.
+      distance: from that token to the first that is not there yet.
       ahead: which copies of the keys are trained on too.
     """
 
@@ -43,6 +46,8 @@ class TrainingSet(NamedTuple):
     stop: Int32[Array, "B"]
     stride: Int32[Array, "B"]
     phi: Float[Array, "B K M"] | None
+    begin: int
+    distance: Int32[Array, "B"]
     ahead: LookAhead | None
 
 
@@ -79,59 +84,69 @@ def training_set(
       ahead: which copies of the keys to train on too.
 
     Returns:
-      A TrainingSet without `phi`, which `train` finds.
+      A TrainingSet.
     """
     axis, first, augmented = token_axis(kv_layout), config.first_trained, config.metric == "ip"
     sample = config.train_tokens
     if sample is None or sample >= key.shape[axis] - first:
         position = jnp.arange(key.shape[axis], dtype=jnp.int32)[None]
         exists = (position >= first) & (position < lengths[:, None])
-        stop, stride = lengths, jnp.ones_like(lengths)
+        stop, stride, begin = lengths, jnp.ones_like(lengths), first
     else:
         count = jnp.maximum(lengths - first, 0)
         stride = jnp.maximum((count + sample - 1) // sample, 1)
-        stop = (count + stride - 1) // stride
+        stop, begin = (count + stride - 1) // stride, 0
         position = jnp.arange(sample, dtype=jnp.int32)[None]
         exists = position < stop[:, None]
         taken = jnp.where(exists, first + position * stride[:, None], 0)
         taken = taken[:, :, None, None] if kv_layout == "BSKH" else taken[:, None, :, None]
         key = jnp.take_along_axis(key, taken, axis=axis)
 
+    distance = lengths - first
+    ahead = ahead and dataclasses.replace(ahead, begin=begin)
+
     def inspect(row) -> tuple[Bool[Array, "K M S"], Float[Array, "K M"]]:
-        key, exists = row
+        key, exists, distance, stride = row
         parts = subvectors(key.astype(jnp.float32), config.num_subspaces, config.grouping)
         # The order of a sum would depend on the cache's shape, and codes depend on phi.
         norms = reference.squared_norm(parts) if augmented else jnp.sum(parts * parts, axis=-1)
         norms = jnp.moveaxis(norms, axis - 1, -1)
         trainable = exists[None, None] & (norms <= reference.LARGEST_NORM)
         phi = jnp.max(jnp.where(trainable, norms, 0), axis=-1)
-        for parts in copies_of(key, ahead, config, kv_layout) if augmented else ():
-            norms = reference.squared_norm(parts)
-            taken = trainable & (norms <= reference.LARGEST_NORM)
-            phi = jnp.maximum(phi, jnp.max(jnp.where(taken, norms, 0), axis=-1))
+        if augmented:
+            for _, norms, taken in copies_of(
+                key, trainable, distance, stride, ahead, config, kv_layout
+            ):
+                phi = jnp.maximum(phi, jnp.max(jnp.where(taken, norms, 0), axis=-1))
         return trainable, phi
 
     # Row by row, which keeps a row's bits from depending on the batch.
-    trainable, phi = lax.map(inspect, (key, exists))
-    return TrainingSet(key, trainable, stop, stride, phi if augmented else None, ahead)
+    trainable, phi = lax.map(inspect, (key, exists, distance, stride))
+    phi = phi if augmented else None
+    return TrainingSet(key, trainable, stop, stride, phi, begin, distance, ahead)
 
 
 def copies_of(
     key: Float[Array, "_ _ H"],
+    trainable: Bool[Array, "K M S"],
+    distance: Int32[Array, ""],
+    stride: Int32[Array, ""],
     ahead: LookAhead | None,
     config: IndexerConfig,
     kv_layout: KVLayout,
-) -> Iterator[Float[Array, "K M S D"]]:
-    """Subvectors of the copies of a row's keys, one copy after the other."""
-    axis = token_axis(kv_layout) - 1
-    token = jnp.arange(key.shape[axis], dtype=jnp.int32)
-    token = token[:, None] if kv_layout == "BSKH" else token[None]
+) -> Iterator[tuple[Float[Array, "K M S D"], Float[Array, "K M S"], Bool[Array, "K M S"]]]:
+    """Of each copy of a row's keys: subvectors, their squared norms, and which are trained on."""
     if ahead is None:
         return
+    axis = token_axis(kv_layout) - 1
+    i = jnp.arange(key.shape[axis], dtype=jnp.int32)
     for copy in range(ahead.copies):
-        parts = turned(key, token, copy, ahead)
+        on = positions_on(i, distance[None], stride[None], copy, ahead)
+        parts = turned(key, on[:, None] if kv_layout == "BSKH" else on[None], ahead)
         parts = subvectors(parts, config.num_subspaces, config.grouping)
-        yield jnp.moveaxis(parts, axis, -2)
+        parts = jnp.moveaxis(parts, axis, -2)
+        norms = reference.squared_norm(parts)
+        yield parts, norms, trainable & (norms <= reference.LARGEST_NORM)
 
 
 def train(
@@ -183,7 +198,10 @@ def train(
 
         def numbers(b, k, m) -> Float[Array, "S"]:
             draw = iteration + 1  # the start is draw 0
-            return _fractions(seed, lengths[b], first_head + k, m, draw, nearest.shape[-1])
+            size = nearest.shape[-1]
+            number = max(size - keys.begin, 0)
+            found = _fractions(seed, lengths[b], first_head + k, m, draw, number)
+            return jnp.pad(found, (size - number, 0))
 
         new = _fill(new, is_empty, keys, centroids, nearest, numbers, config, kv_layout)
         # Equal keys would go round all centroids that equal them: each becomes their rounded mean.
@@ -216,6 +234,7 @@ def cluster_means(
     """
     dimensions = keys.key.shape[-1] // centroids.shape[2]
     arguments = (keys.key, keys.trainable, centroids, origin, keys.phi, stop)
+    arguments += keys.distance, keys.stride
     layouts = {"kv_layout": kv_layout, "grouping": config.grouping, "ahead": keys.ahead}
 
     def xla(*arguments):
@@ -263,7 +282,7 @@ def first_step_errors(
     means = means.astype(dtype).astype(jnp.float32)
 
     def errors(row) -> tuple[Float[Array, "K M"], Float[Array, "K M"]]:
-        key, trainable, phi, nearest, centroids, means = row
+        key, trainable, phi, nearest, centroids, means, distance, stride = row
         parts = subvectors(key.astype(jnp.float32), centroids.shape[1], config.grouping)
         parts = jnp.moveaxis(parts, token_axis(kv_layout) - 1, -2)  # [K, M, S, D]
 
@@ -274,16 +293,19 @@ def first_step_errors(
             return jnp.stack([jnp.sum(jnp.where(counts, x, 0), axis=-1) for x in each])
 
         found = total(parts, trainable, nearest[:, :, 0])
-        for number, parts in enumerate(copies_of(key, keys.ahead, config, kv_layout), 1):
-            counts = trainable & (reference.squared_norm(parts) <= reference.LARGEST_NORM)
+        copies = copies_of(key, trainable, distance, stride, keys.ahead, config, kv_layout)
+        for number, (parts, _, counts) in enumerate(copies, 1):
             found += total(parts, counts, nearest[:, :, number])
         return found[0], found[1]
 
     # Row by row, which bounds memory.
     rows = (keys.key, keys.trainable, keys.phi, nearest, centroids, means)
+    rows += keys.distance, keys.stride
     error, left = lax.map(errors, rows)
     clusters = jnp.sum(sizes > 0, axis=-1).astype(jnp.float32)
-    by_chance = left * clusters / jnp.maximum(jnp.sum(sizes, axis=-1) - clusters, 1)
+    # Copies that hardly turn are nothing new.
+    number = jnp.sum(sizes, axis=-1) / (1 if keys.ahead is None else 1 + keys.ahead.copies)
+    by_chance = left * clusters / jnp.maximum(number - clusters, 1)
     left += jnp.where(keys.stride[:, None, None] > 1, by_chance, 0)
     is_one = jnp.all(centroids == centroids[..., :1, :], axis=(-2, -1))
     starts = (is_one & (error > 0)).astype(jnp.float32)
@@ -484,7 +506,7 @@ def _start_at(
     config: IndexerConfig,
     kv_layout: KVLayout,
 ) -> Float[Array, "B K M C D_"]:
-    """Subvectors of the keys at some positions, some of them of copies: evenly over these."""
+    """Subvectors of the keys at some positions, or of their copies, in turn if there are enough."""
     start = _subvectors_at(keys, position, config, kv_layout)
     if keys.ahead is None:
         return start
@@ -493,15 +515,16 @@ def _start_at(
     b, k = b[..., None, None], k[..., None, None]
     whole = keys.key[(b, position, k) if kv_layout == "BSKH" else (b, k, position)]
     m = jnp.arange(num_subspaces, dtype=jnp.int32)[None, None, :, None, None, None]
+    enough = jnp.sum(keys.trainable, axis=-1, dtype=jnp.int32) >= number
     which = np.arange(number) % (1 + keys.ahead.copies)
+    distance, stride = (x[:, None, None, None] for x in (keys.distance, keys.stride))
     for copy in range(keys.ahead.copies):
-        parts = subvectors(
-            turned(whole, position, copy, keys.ahead), num_subspaces, config.grouping
-        )
+        on = positions_on(position, distance, stride, copy, keys.ahead)
+        parts = subvectors(turned(whole, on, keys.ahead), num_subspaces, config.grouping)
         parts = jnp.take_along_axis(parts, m, axis=-2)[..., 0, :]
         counts = reference.squared_norm(parts) <= reference.LARGEST_NORM
         if keys.phi is not None:
             parts = reference.augment(parts, keys.phi[..., None])
-        taken = counts & (which == 1 + copy)[None, None, None]
+        taken = counts & enough[..., None] & (which == 1 + copy)[None, None, None]
         start = jnp.where(taken[..., None], parts, start)
     return start

@@ -25,7 +25,7 @@ from jax_indexer.layout import (
     subvectors_of,
     token_axis,
 )
-from jax_indexer.rope import LookAhead, turned
+from jax_indexer.rope import LookAhead, positions_on, turned
 from jax_indexer.state import MOST_NEW, PQIndex, Selection, layer_of, put_layer
 
 # Tokens encoded at once, in distances held in memory (tokens times K * M * C).
@@ -326,6 +326,8 @@ def assign_and_sum(
     origin: Float[Array, "B K M D_"],
     phi: Float[Array, "B K M"] | None,
     stop: Int32[Array, "B K M"],
+    distance: Int32[Array, "B"],
+    stride: Int32[Array, "B"],
     kv_layout: KVLayout,
     grouping: Grouping,
     ahead: LookAhead | None,
@@ -341,6 +343,7 @@ def assign_and_sum(
       origin: what distances are taken from; they are exact to a part of the distance to it.
       phi: largest squared norm of a training subvector, for the inner-product metric, else None.
       stop: 0 for codebooks whose sums are not wanted; a row without any is skipped.
+      distance, stride: of the copies, as `positions_on` takes them.
       kv_layout: of `key`.
       grouping: of its dimensions.
       ahead: which copies of keys count too, if they are finite and not too long.
@@ -359,7 +362,7 @@ def assign_and_sum(
     of_each = 1 if ahead is None else 1 + ahead.copies
 
     def sum_codebook(row, k, m) -> tuple[Float[Array, "C E"], UInt8[Array, "copies S"]]:
-        key, trainable, centroids, origin, phi, _ = row
+        key, trainable, centroids, origin, phi, _, distance, stride = row
         centroids, origin = centroids[k, m], origin[k, m][None]
         # Where keys lie close together, far from zero, their products would hide the differences.
         offsets = centroids - origin
@@ -380,7 +383,8 @@ def assign_and_sum(
             whole = lax.dynamic_slice(key, [*at, 0], [*size, key.shape[-1]])
             whole, of_all = whole.reshape(chunk, -1), [nearest]
             for copy in range(ahead.copies):
-                parts = turned(whole, token, copy, ahead)
+                on = positions_on(token, distance[None], stride[None], copy, ahead)
+                parts = turned(whole, on, ahead)
                 parts = subvectors_of(parts, [0], [chunk], m, num_subspaces, grouping)
                 more, nearest = sum_parts(parts, counts & (squared_norm(parts) <= LARGEST_NORM))
                 sums, of_all = sums + more, [*of_all, nearest]
@@ -418,9 +422,9 @@ def assign_and_sum(
 
     # Row by row, which bounds memory and keeps a row's bits from depending on the batch.
     def wanted(row):
-        return lax.cond(jnp.any(row[-1] > 0), sum_row, none, row)
+        return lax.cond(jnp.any(row[5] > 0), sum_row, none, row)
 
-    return lax.map(wanted, (key, trainable, centroids, origin, phi, stop))
+    return lax.map(wanted, (key, trainable, centroids, origin, phi, stop, distance, stride))
 
 
 class Room(NamedTuple):

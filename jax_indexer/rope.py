@@ -1,8 +1,8 @@
 """Rope: how keys were turned by their positions, and copies of them turned further on."""
 
 import dataclasses
-import functools
 import math
+import numbers
 from typing import Any, Literal, get_args
 
 import jax.numpy as jnp
@@ -12,10 +12,9 @@ from jaxtyping import Float, Int32
 
 Pairs = Literal["interleaved", "half"]
 
-# Of each key, unless asked for otherwise.
-COPIES = 3
-# Different turns that copies are given, evenly over the horizon. A power of two.
-TURNS = 64
+# Of each key, unless asked for otherwise; more hardly help.
+COPIES = 1
+MOST_COPIES = 8
 # 2**32 over the golden ratio: multiples of it, modulo 2**32, are spread evenly.
 GOLDEN = 2654435769
 
@@ -32,7 +31,7 @@ class Rope:
         as most models have them, or "interleaved" for (2 i, 2 i + 1).
 
     Raises:
-      ValueError: for frequencies or pairs that are none.
+      ValueError: for frequencies that are not finite numbers, and for other pairs.
 
     Source: RoFormer (Su et al., 2021).
     """
@@ -41,27 +40,38 @@ class Rope:
     pairs: Pairs = "half"
 
     def __post_init__(self):
-        wrong = None
         try:
-            found = tuple(float(x) for x in np.asarray(self.frequencies, np.float64).reshape(-1))
-            wrong = not found or not all(map(math.isfinite, found))
-        except (TypeError, ValueError):
-            found, wrong = (), True
-        if wrong:
+            given = np.asarray(self.frequencies)
+        except Exception:  # jax refuses what it only traces in a way of its own
+            given = np.zeros(0)
+        if given.ndim != 1 or given.dtype.kind not in "iuf" or not len(given):
+            given = np.asarray([np.nan])
+        if not np.isfinite(given.astype(np.float64)).all():
             raise ValueError(
                 f"frequencies: expected finite numbers, radians a position for each pair, got "
-                f"{self.frequencies!r}; use Rope.from_base(base, head_dim)"
+                f"{self.frequencies!r}; pass a tuple of floats, known outside of jit"
             )
         if not isinstance(self.pairs, str) or self.pairs not in get_args(Pairs):
             raise ValueError(
                 f"pairs: expected one of {get_args(Pairs)}, got {self.pairs!r}; "
                 'use "half" for dimensions i and i + R / 2'
             )
-        object.__setattr__(self, "frequencies", found)
+        object.__setattr__(self, "frequencies", tuple(map(float, given)))
 
     @classmethod
     def from_base(cls, base: float, head_dim: int, pairs: Pairs = "half") -> "Rope":
-        """The frequencies base**(-2 i / head_dim), for all dimensions of a head."""
+        """The frequencies base**(-2 i / head_dim), for all dimensions of a head.
+
+        Raises:
+          ValueError: for a base that is no positive number, and an odd head dimension.
+        """
+        if not isinstance(base, numbers.Real) or not 0 < base < math.inf:
+            raise ValueError(f"base: expected a positive number, got {base!r}; as in 10000.0")
+        if not isinstance(head_dim, (int, np.integer)) or head_dim < 2 or head_dim % 2:
+            raise ValueError(
+                f"head_dim: expected an even number of dimensions, got {head_dim!r}; pass those "
+                "that turn"
+            )
         return cls(tuple(base ** (-np.arange(0, head_dim, 2) / head_dim)), pairs)
 
     @property
@@ -90,51 +100,79 @@ class LookAhead:
 
     Attributes:
       rope: how the keys were turned.
-      horizon: positions that a copy is turned on by at the most.
+      horizon: tokens that are expected behind the last of a row.
       copies: of each key.
+      begin: where the keys that are trained on begin in the array that holds them.
     """
 
     rope: Rope
     horizon: int
     copies: int
+    begin: int = 0
 
-    @functools.cache  # noqa: B019  (a few objects, as static arguments are)
-    def tables(self, head_dim: int) -> tuple[np.ndarray, np.ndarray]:
-        """Float32 [TURNS, H] factors of a key and of its partners: see `turned`."""
+    def speed(self, head_dim: int) -> np.ndarray:
+        """int32[H], how far each dimension turns in a position, in parts of 2**32 to a full turn.
+
+        Multiples of it wrap around as turns do, so that no position is too far for float32.
+        """
         h = np.arange(head_dim)
-        turns = self.horizon * (np.arange(TURNS) + 0.5) / TURNS
         turning = h < self.rope.dimensions
         frequency = np.asarray(self.rope.frequencies)[np.where(turning, self.rope.pair(h), 0)]
-        angle = turns[:, None] * np.where(turning, frequency, 0)
-        sign = np.where(self.rope.is_first(h), -1, 1)
-        return np.cos(angle).astype(np.float32), (sign * np.sin(angle)).astype(np.float32)
+        parts = np.rint(np.mod(frequency / (2 * np.pi), 1) * 2**32).astype(np.uint64) % 2**32
+        return np.where(turning, parts, 0).astype(np.uint32).view(np.int32)
 
 
-def turn_of(token: Int32[Array, "*n"], copy: int, copies: int) -> Int32[Array, "*n"]:
-    """Which of the `TURNS` a copy of a token is given.
+def positions_on(
+    i: Int32[Array, "*n"],
+    distance: Int32[Array, "*#n"],
+    stride: Int32[Array, "*#n"],
+    copy: int,
+    ahead: LookAhead,
+) -> Int32[Array, "*n"]:
+    """By how many positions a copy of a key is turned on: to one of those expected.
 
-    Turns are spread evenly over neighbouring tokens, and over the copies of a token. They depend
-    on nothing else, so that neither a row's place nor its length matters.
+    These are spread evenly over the horizon, for neighbouring keys and for the copies of a key.
+
+    Args:
+      i: where the key lies in the array of keys.
+      distance: from the first key that is trained on to the first position that is expected.
+      stride: positions between two keys in the array.
+      copy: its number.
+      ahead: the horizon.
     """
+    place = i - ahead.begin
     # In int32, whose products wrap around.
-    golden, offset = (np.uint32(x).view(np.int32) for x in (GOLDEN, copy * 2**32 // copies))
-    spread = token * golden + offset
-    return lax.shift_right_logical(spread, jnp.full_like(spread, 32 - TURNS.bit_length() + 1))
+    golden, offset = (np.uint32(x).view(np.int32) for x in (GOLDEN, copy * 2**32 // ahead.copies))
+    spread = place * golden + offset
+    share = lax.shift_right_logical(spread, jnp.full_like(spread, 8)).astype(jnp.float32)
+    further = (share * np.float32(ahead.horizon * 2.0**-24)).astype(jnp.int32)
+    return distance - place * stride + further
+
+
+def cos_and_sin(
+    on: Int32[Array, "*tokens #H"], speed: Int32[Array, "*#tokens H"]
+) -> tuple[Array, Array]:
+    """Of the angles by which dimensions turn in so many positions."""
+    angle = (on * speed).astype(jnp.float32) * np.float32(2 * np.pi / 2**32)
+    return jnp.cos(angle), jnp.sin(angle)
 
 
 def turned(
-    key: Float[Array, "*tokens H"], token: Int32[Array, "*#tokens"], copy: int, ahead: LookAhead
+    key: Float[Array, "*tokens H"], on: Int32[Array, "*#tokens"], ahead: LookAhead
 ) -> Float[Array, "*tokens H"]:
-    """A copy of keys, in float32, rounded to their dtype as keys that come later would be."""
-    cos, sin = (jnp.asarray(x) for x in ahead.tables(key.shape[-1]))
-    turn = turn_of(token, copy, ahead.copies)
-    partner = ahead.rope.partner(np.arange(key.shape[-1]))
+    """Keys turned on, in float32, rounded to their dtype as keys that come later would be."""
+    h = np.arange(key.shape[-1])
+    last = (1,) * on.ndim + (-1,)
+    cos, sin = cos_and_sin(on[..., None], jnp.asarray(ahead.speed(len(h))).reshape(last))
+    sin *= np.where(ahead.rope.is_first(h), np.float32(-1), np.float32(1)).reshape(last)
     own = key.astype(jnp.float32)
-    return (own * cos[turn] + own[..., partner] * sin[turn]).astype(key.dtype).astype(jnp.float32)
+    both = own * cos + own[..., ahead.rope.partner(h)] * sin
+    return both.astype(key.dtype).astype(jnp.float32)
 
 
 def check_look_ahead(rope: Any, look_ahead: Any, copies: Any, head_dim: int) -> LookAhead | None:
     """The arguments of this name; ValueError for what they cannot be."""
+    copies = _number("copies", copies, MOST_COPIES, "how many copies of each key to train on")
     if rope is None and look_ahead is None:
         return None
     if not isinstance(rope, Rope):
@@ -147,10 +185,14 @@ def check_look_ahead(rope: Any, look_ahead: Any, copies: Any, head_dim: int) -> 
             f"rope: expected at most H/2={head_dim // 2} pairs, got {len(rope.frequencies)}; pass "
             "the frequencies of one head"
         )
-    for name, value, most in (("look_ahead", look_ahead, 2**31 - 1), ("copies", copies, 8)):
-        if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-            fix = "the number of tokens that will be decoded" if name == "look_ahead" else "3"
-            raise ValueError(f"{name}: expected an integer, got {value!r}; pass {fix}")
-        if not 1 <= value <= most:
-            raise ValueError(f"{name}: expected 1 to {most}, got {value}; choose one of these")
-    return LookAhead(rope, int(look_ahead), int(copies))
+    fix = "how many tokens are expected to be decoded"
+    return LookAhead(rope, _number("look_ahead", look_ahead, 2**31 - 1, fix), copies)
+
+
+def _number(name: str, value: Any, most: int, fix: str) -> int:
+    """An integer from 1 on; ValueError for anything else."""
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+        raise ValueError(f"{name}: expected an integer, got {value!r}; pass {fix}")
+    if not 1 <= value <= most:
+        raise ValueError(f"{name}: expected 1 to {most}, got {value}; pass {fix}")
+    return int(value)

@@ -188,6 +188,8 @@ def check_training(inputs: Inputs) -> None:
         index.codebooks[..., 0, :],
         index.phi,
         jnp.broadcast_to(of_rows, (B, K, M)),
+        index.lengths,
+        jnp.ones(B, jnp.int32),
         kv_layout="BSKH",
         grouping=inputs.config.grouping,
         ahead=ahead,

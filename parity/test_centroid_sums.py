@@ -82,6 +82,7 @@ def test_sums_are_those_of_the_nearest_centroids_members(run, case):  # noqa: F8
         kernels.centroid_sums,
         spoiled,
         *arrays,
+        *np.zeros((2, B), np.int32),
         kv_layout=layout,
         grouping="contiguous",
         ahead=None,
@@ -110,7 +111,10 @@ def test_the_reference_gives_the_same_sums(at_once, monkeypatch):
     stop[1] = 0
     origin = rng.integers(-2, 3, (2, 2, 2, D)).astype(np.float32)
     arrays = key, trainable, centroids, origin, None, stop
-    got, got_clusters = jax.jit(functools.partial(reference.assign_and_sum, **LAYOUTS))(*arrays)
+    none = np.zeros(2, np.int32)  # no copies
+    got, got_clusters = jax.jit(functools.partial(reference.assign_and_sum, **LAYOUTS))(
+        *arrays, none, none
+    )
     want, clusters = numpy_sums(*arrays, "BSKH")
     np.testing.assert_array_equal(got, want)
     np.testing.assert_array_equal(
@@ -137,9 +141,10 @@ def test_a_far_centroid_does_not_blur_the_distances_to_the_others(run, case):  #
     near = np.square(key[0, :, 0, None] - centroids[0, 0, 0, :, :D].astype(np.float64)).sum(-1)
     want = np.zeros((C, D + 1))
     np.add.at(want, near.argmin(-1), np.concatenate([key[0, :, 0], np.ones((S, 1))], axis=-1))
+    none = np.zeros(1, np.int32)
     for got in (
-        run(kernels.centroid_sums, key, *arrays, **LAYOUTS, tuning=SMALL_PARTS),
-        jax.jit(functools.partial(reference.assign_and_sum, **LAYOUTS))(key, *arrays),
+        run(kernels.centroid_sums, key, *arrays, none, none, **LAYOUTS, tuning=SMALL_PARTS),
+        jax.jit(functools.partial(reference.assign_and_sum, **LAYOUTS))(key, *arrays, none, none),
     ):
         sums, clusters = got
         np.testing.assert_array_equal(sums[0, 0, 0][:, [*range(D), -1]], want)

@@ -21,7 +21,7 @@ from jax_indexer import (
 from jax_indexer.kernels import backend, centroid_sums
 from jax_indexer.kernels.tuning import H100
 from jax_indexer.layout import dimension_of
-from jax_indexer.rope import TURNS, LookAhead, turn_of, turned
+from jax_indexer.rope import LookAhead, positions_on, turned
 from parity.test_kernels import each, run  # noqa: F401  (run is a fixture)
 
 SMALL_PARTS = dataclasses.replace(H100, tokens_per_part=128)
@@ -44,33 +44,49 @@ def rotated(x, position, rope):
 @pytest.mark.parametrize("dimensions", [12, 8])
 @pytest.mark.parametrize("pairs", PAIRS)
 def test_a_copy_is_what_the_key_would_be_further_on(pairs, dimensions):
-    """Of heads that turn altogether or in part."""
+    """Of heads that turn altogether or in part, by millions of positions too."""
     rope = Rope.from_base(1000.0, dimensions, pairs)
     ahead = LookAhead(rope, horizon=500, copies=2)
     rng = np.random.default_rng(0)
-    content, position, token = rng.standard_normal((40, 12)), np.arange(40), np.arange(40)
+    content, position = rng.standard_normal((40, 12)), np.arange(40)
+    on = rng.integers(-(10**6), 10**6, 40)
     keys = rotated(content, position, rope)
-    for copy in range(2):
-        got = turned(jnp.asarray(keys, jnp.float32), jnp.asarray(token, jnp.int32), copy, ahead)
-        turn = np.asarray(turn_of(jnp.asarray(token, jnp.int32), copy, 2))
-        further = position + 500 * (turn + 0.5) / TURNS
-        np.testing.assert_allclose(got, rotated(content, further, rope), rtol=1e-5, atol=1e-5)
+    got = turned(jnp.asarray(keys, jnp.float32), jnp.asarray(on, jnp.int32), ahead)
+    # Speeds are good to 2**-33 of a full turn.
+    np.testing.assert_allclose(got, rotated(content, position + on, rope), rtol=0, atol=3e-3)
+    near = turned(jnp.asarray(keys, jnp.float32), jnp.asarray(on % 1000, jnp.int32), ahead)
+    np.testing.assert_allclose(near, rotated(content, position + on % 1000, rope), atol=1e-5)
 
 
 @pytest.mark.parametrize("copies", [1, 3, 8])
-def test_turns_are_spread_evenly(copies):
-    """Over any stretch of tokens, and over the copies of each."""
-    token = jnp.arange(4096, dtype=jnp.int32) + 100_000
-    turns = np.stack([np.asarray(turn_of(token, copy, copies)) for copy in range(copies)])
-    assert turns.min() >= 0
-    assert turns.max() < TURNS
-    for of_copy in turns:
-        for first in (0, 1000, 4096 - 256):
-            numbers = np.bincount(of_copy[first : first + 256], minlength=TURNS)
-            assert numbers.min() >= 2
-            assert numbers.max() <= 7
-    gaps = np.diff(np.sort(turns, axis=0), axis=0)
-    assert (gaps >= TURNS // copies - 1).all()
+@pytest.mark.parametrize("stride", [1, 7])
+def test_copies_are_spread_evenly_over_the_positions_to_come(stride, copies):
+    """Those of any stretch of tokens, and those of each."""
+    first, length, horizon = 100, 40_000, 1024
+    ahead = LookAhead(Rope((1.0,)), horizon, copies, begin=3)
+    place = np.arange(4096)
+    i = jnp.asarray(3 + place, jnp.int32)
+    far, apart = jnp.int32([length - first]), jnp.int32([stride])
+    on = np.stack([positions_on(i, far, apart, copy, ahead) for copy in range(copies)])
+    to = first + stride * place + on
+    assert to.min() == length
+    assert to.max() == length + horizon - 1
+    for of_copy in to:
+        for start in (0, 1000, 4096 - 256):
+            found = np.bincount((of_copy[start : start + 256] - length) // 16, minlength=64)
+            assert found.min() >= 2
+            assert found.max() <= 7
+    gaps = np.diff(np.sort(to, axis=0), axis=0)
+    assert (gaps >= horizon // copies - 1).all()
+
+
+def test_places_wrap_around_as_integers_of_32_bits_do():
+    place = np.asarray([0, 1, 2**16, 2**31 - 1 - 5], np.int64)
+    ahead = LookAhead(Rope((1.0,)), 2**20, 1)
+    zero = jnp.zeros(1, jnp.int32)
+    got = positions_on(jnp.asarray(place, jnp.int32), zero, zero, 0, ahead)
+    want = (place * 2654435769 % 2**32 >> 8) / 2**24 * 2**20
+    np.testing.assert_allclose(got, want, atol=1)
 
 
 # (S, K, M, D, C, dtype, metric, layout, grouping, pairs)
@@ -91,9 +107,11 @@ def test_sums_are_those_of_keys_and_their_copies(run, case):  # noqa: F811
     key = rng.standard_normal((B, S, K, H)).astype(dtype)
     key[0, 7, 0, 1] = np.inf  # neither it nor a copy is trained on
     rope = Rope.from_base(100.0, H - 2, pairs)  # the last two dimensions do not turn
-    ahead = LookAhead(rope, horizon=300, copies=2)
-    token = jnp.arange(S, dtype=jnp.int32)[None, :, None]
-    copies = [np.asarray(turned(jnp.asarray(key), token, copy, ahead)) for copy in range(2)]
+    ahead = LookAhead(rope, horizon=300, copies=2, begin=5)
+    distance, stride = np.asarray([S - 5, 2 * S], np.int32), np.asarray([1, 2], np.int32)
+    i, far, apart = np.arange(S, dtype=np.int32)[None], distance[:, None], stride[:, None]
+    turns = [positions_on(*map(jnp.asarray, (i, far, apart)), copy, ahead) for copy in range(2)]
+    copies = [np.asarray(turned(jnp.asarray(key), on[..., None], ahead)) for on in turns]
     everything = np.stack([key.astype(np.float32), *copies])  # [copies, B, S, K, H]
     h = dimension_of(np.arange(M)[:, None], np.arange(D)[None], M, D, grouping)
     parts = everything[..., h].astype(np.float64).transpose(1, 3, 4, 0, 2, 5)  # [B, K, M, n, S, D]
@@ -113,7 +131,7 @@ def test_sums_are_those_of_keys_and_their_copies(run, case):  # noqa: F811
         centroids = np.concatenate([centroids, rng.random((B, K, M, C, 1))], -1).astype(np.float32)
     origin = np.zeros((B, K, M, centroids.shape[-1]), np.float32)
     laid = key if layout == "BSKH" else key.swapaxes(1, 2)
-    arrays = laid, trainable, centroids, origin, phi, stop
+    arrays = laid, trainable, centroids, origin, phi, stop, distance, stride
     options = {"kv_layout": layout, "grouping": grouping, "ahead": ahead}
 
     def check(sums, nearest):
@@ -183,8 +201,8 @@ def test_codebooks_fit_the_keys_to_come(on):
     fast, slow = decoded(**AHEAD) / decoded()
     assert fast < 1.1
     assert slow < 0.6
-    np.testing.assert_array_equal(decoded(**AHEAD), decoded(**AHEAD, copies=3))
-    assert (decoded(**AHEAD) != decoded(**AHEAD, copies=1)).all()
+    np.testing.assert_array_equal(decoded(**AHEAD), decoded(**AHEAD, copies=1))
+    assert (decoded(**AHEAD) != decoded(**AHEAD, copies=3)).all()
 
 
 def test_a_row_is_trained_alike_alone_and_with_a_larger_capacity(on):
@@ -199,6 +217,26 @@ def test_a_row_is_trained_alike_alone_and_with_a_larger_capacity(on):
     gain = np.asarray(rebuild_gain(both, key, CONFIG, **options))
     assert (gain < 0.02).all()
     assert (np.asarray(rebuild_gain(both, key, CONFIG, implementation=on)) > gain).all()
+
+
+@pytest.mark.parametrize("ahead", [{}, AHEAD], ids=["", "ahead"])
+@pytest.mark.parametrize("sample", [PROMPT - 4, 60])
+def test_a_sample_of_all_keys_is_all_keys(sample, ahead):
+    """Whatever the capacity: of rows that have as many keys as are sampled, and of longer ones."""
+    config = dataclasses.replace(CONFIG, train_tokens=sample)
+    key = turning_keys().at[:, 20:90].set(1.0)  # equal keys leave clusters empty
+    lengths = jnp.full(B, PROMPT, jnp.int32)
+    got = [build_index(key[:, :size], lengths, config, **ahead) for size in (PROMPT, S)]
+    np.testing.assert_array_equal(got[0].codebooks, got[1].codebooks)
+
+
+@pytest.mark.parametrize("number", [1, 4, 5, 8])
+def test_a_row_of_few_keys_has_these_as_centroids(number):
+    lengths = jnp.full(B, 4 + number, jnp.int32)
+    key = turning_keys()
+    index = build_index(key, lengths, CONFIG, **AHEAD, copies=3)
+    plain = build_index(key, lengths, CONFIG)
+    np.testing.assert_array_equal(index.codebooks, plain.codebooks)
 
 
 def test_a_prompt_gets_them_too():
@@ -233,6 +271,7 @@ BAD = [
     ({"rope": ROPE, "look_ahead": 2.5}, "look_ahead", "integer", "2.5"),
     ({"rope": ROPE, "look_ahead": True}, "look_ahead", "integer", "True"),
     ({"rope": ROPE, "look_ahead": 5, "copies": 0}, "copies", "1 to 8", "0"),
+    ({"copies": 9}, "copies", "1 to 8", "9"),
     ({"rope": ROPE, "look_ahead": 5, "copies": 9}, "copies", "1 to 8", "9"),
     ({"rope": Rope.from_base(1e4, H + 2), "look_ahead": 5}, "rope", "H/2=8", "9"),
 ]
@@ -260,6 +299,8 @@ def test_a_wrong_argument_is_named(options, name, expected, got, compilations):
         (((),), "frequencies"),
         (((1.0, np.nan),), "frequencies"),
         (("base",), "frequencies"),
+        ((np.ones((2, 2)),), "frequencies"),
+        ((np.array([1j]),), "frequencies"),
         (((1.0,), "halves"), "pairs"),
         (((1.0,), None), "pairs"),
     ],
@@ -273,3 +314,18 @@ def test_ropes_of_equal_numbers_are_one_static_argument():
     same = {Rope((1.0, 0.5)), Rope(np.asarray([1, 0.5])), Rope(jnp.asarray([1, 0.5]))}
     assert len(same) == 1
     assert Rope.from_base(4.0, 4, "interleaved") == Rope((1.0, 0.5), "interleaved")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name"),
+    [(("x", 8), "base"), ((0.0, 8), "base"), ((-1.0, 8), "base"), ((1e4, 7), "head_dim"),
+     ((1e4, None), "head_dim"), ((1e4, 0), "head_dim")],
+)  # fmt: skip
+def test_a_base_that_is_none_is_refused(arguments, name):
+    with pytest.raises(ValueError, match=f"^{name}: expected .*, got .*; "):
+        Rope.from_base(*arguments)
+
+
+def test_frequencies_that_are_only_traced_are_refused():
+    with pytest.raises(ValueError, match=r"^frequencies: expected .*; pass .* outside of jit"):
+        jax.jit(lambda x: Rope(x).dimensions * x)(jnp.ones(2))

@@ -16,6 +16,7 @@ from jax_indexer import (
     DecodeCache,
     IndexerConfig,
     PQIndex,
+    Rope,
     Selection,
     append,
     build_index,
@@ -228,6 +229,19 @@ def test_training_is_kernels_and_so_is_what_measures_its_gain(name, kv_layout):
     assert kernels(built) == kernels(again) == TRAINING | {"append_kernel"}
     assert kernels(gain) == TRAINING
     assert not any("f64" in text for text in (built, again, gain))
+
+
+@pytest.mark.parametrize("pairs", ["half", "interleaved"])
+@pytest.mark.parametrize("grouping", ["contiguous", "strided"])
+def test_training_that_looks_ahead_is_the_same_kernels(grouping, pairs):
+    """They turn keys themselves, in either layout of pairs."""
+    config = IndexerConfig(grouping=grouping, metric="ip" if pairs == "half" else "euclidean")
+    options = {"config": config, "look_ahead": 4096, "rope": Rope.from_base(1e4, 60, pairs)}
+    key, lengths = shaped((2, 5000, 2, 64), jnp.bfloat16), shaped((2,), jnp.int32)
+    with an_h100():
+        text = lowered(functools.partial(build_index, **options), key, lengths)
+    assert kernels(text) == TRAINING | {"append_kernel"}
+    assert "f64" not in text
 
 
 def test_codebooks_too_large_for_a_program_are_trained_by_xla():

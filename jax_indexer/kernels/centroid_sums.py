@@ -15,7 +15,7 @@ from jax_indexer.kernels import backend
 from jax_indexer.kernels.tuning import H100, Tuning
 from jax_indexer.layout import Grouping, KVLayout, dimension_of, power_of_2_from, token_axis
 from jax_indexer.reference import LARGEST_NORM
-from jax_indexer.rope import LookAhead, turn_of
+from jax_indexer.rope import LookAhead, cos_and_sin, positions_on
 
 # Matrix products take no smaller sides.
 SMALLEST_SIDE = 16
@@ -58,8 +58,9 @@ class Inputs(NamedTuple):
     centroids: Any  # f32[R, M, C, D']
     origin: Any  # f32[R, M, D']
     phi: Any  # f32[R, M] for the inner-product metric, else None
-    cos: Any  # f32[TURNS, H] for copies that are turned further on, else None
-    sin: Any  # likewise
+    distance: Any  # i32[B] for copies that are turned on, else None
+    stride: Any  # likewise
+    speed: Any  # i32[H]
 
 
 class Outputs(NamedTuple):
@@ -160,16 +161,12 @@ def centroid_sums_kernel(
             if ahead is None:
                 return carry
             own, partner = (x.astype(jnp.float32) for x in (keys, read(ahead.rope.partner(h))))
+            speed = backend.load(inputs.speed.at[h], mask=is_dimension, other=0)
+            partner *= jnp.where(ahead.rope.is_first(h), -1.0, 1.0)[None, :]
+            distance, stride = inputs.distance[row], inputs.stride[row]
             for copy in range(ahead.copies):
-                turn = turn_of(token, copy, ahead.copies)
-                cos, sin = (
-                    backend.load(
-                        table.at[turn[:, None], h[None, :]],
-                        mask=jnp.broadcast_to(is_dimension[None, :], (tile, len(d))),
-                        other=0,
-                    )
-                    for table in (inputs.cos, inputs.sin)
-                )
+                on = positions_on(token, distance, stride, copy, ahead)
+                cos, sin = cos_and_sin(on[:, None], speed[None, :])
                 copies = (own * cos + partner * sin).astype(keys.dtype)
                 norm = jnp.sum(jnp.square(copies.astype(jnp.float32)), axis=1)
                 counts = trainable & (norm <= LARGEST_NORM)
@@ -262,6 +259,8 @@ def centroid_sums(
     origin: Float[Array, "B K M D_"],
     phi: Float[Array, "B K M"] | None,
     stop: Int32[Array, "B K M"],
+    distance: Int32[Array, "B"],
+    stride: Int32[Array, "B"],
     *,
     kv_layout: KVLayout,
     grouping: Grouping,
@@ -280,7 +279,9 @@ def centroid_sums(
     capacity = key.shape[token_axis(kv_layout)]
     num_parts = pl.cdiv(capacity, tuning.tokens_per_part)
     of_each = 1 if ahead is None else 1 + ahead.copies
-    tables = (None, None) if ahead is None else map(jnp.asarray, ahead.tables(key.shape[3]))
+    turning = None, None, None
+    if ahead is not None:
+        turning = distance, stride, jnp.asarray(ahead.speed(key.shape[3]))
     tile, num_warps = tuning.for_training(num_centroids, key.shape[3] // num_subspaces)
 
     def by_codebook(x):
@@ -293,7 +294,7 @@ def centroid_sums(
         by_codebook(centroids),
         by_codebook(origin),
         None if phi is None else by_codebook(phi),
-        *tables,
+        *turning,
     )
     sums = backend.launch(
         backend.Launch(
