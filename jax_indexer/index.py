@@ -51,7 +51,7 @@ def build_index(
       seed: of the random numbers; the same seed gives the same index.
       rope: how the keys were turned; None to train on the keys alone.
       look_ahead: with `rope`, how many tokens are expected to be decoded.
-      copies: with `rope`, of each key.
+      copies: with `rope`, of each key; more than 2 help where more is decoded than the prompt has.
       kv_layout: order of the token and head axes of `key`.
       implementation: "triton", "xla", or None: Triton on an NVIDIA GPU where it supports the
         case, else XLA.

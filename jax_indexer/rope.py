@@ -12,8 +12,8 @@ from jaxtyping import Float, Int32
 
 Pairs = Literal["interleaved", "half"]
 
-# Of each key, unless asked for otherwise; more hardly help.
-COPIES = 1
+# Of each key, unless asked for otherwise. More help where more is decoded than there is.
+COPIES = 2
 MOST_COPIES = 8
 # 2**32 over the golden ratio: multiples of it, modulo 2**32, are spread evenly.
 GOLDEN = 2654435769
