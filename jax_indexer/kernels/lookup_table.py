@@ -19,7 +19,7 @@ from jax_indexer.kernels import backend
 from jax_indexer.kernels.codebook import tiles
 from jax_indexer.kernels.step import Step
 from jax_indexer.kernels.tuning import Tuning
-from jax_indexer.layout import Grouping, by_kv_head, dimension_of, power_of_2_from
+from jax_indexer.layout import Grouping, by_kv_head, power_of_2_from
 
 
 class Tables(NamedTuple):
@@ -38,7 +38,7 @@ class Tables(NamedTuple):
 class Inputs(NamedTuple):
     """What tables are made of."""
 
-    query: Any  # [R, Q, H]
+    query: Any  # [R, Q, M, D], or [R, Q, D, M] for strided subspaces
     codebooks: Any  # [R, M, C, D'], of which the first D coordinates count
 
 
@@ -51,7 +51,7 @@ def lookup_table_kernel(
     program, inputs: Inputs, tables: Tables, *, grouping: Grouping, tuning: Tuning
 ):
     num_queries, num_subspaces = inputs.query.shape[1], inputs.codebooks.shape[1]
-    dimensions = inputs.query.shape[2] // num_subspaces
+    dimensions = inputs.query.shape[2 if grouping == "strided" else 3]
     num_centroids, (_, lane_groups, _, lanes) = inputs.codebooks.shape[2], tables.by_lane.shape
     subspace = program % num_subspaces
     group = program // num_subspaces % lane_groups
@@ -62,8 +62,8 @@ def lookup_table_kernel(
     def products(query: Array) -> Array:
         total = jnp.float32(0)
         for d, exists, tile in codebook:
-            h = dimension_of(subspace, d, num_subspaces, dimensions, grouping)
-            at = inputs.query.at[kv_row, query, h]
+            place = (d, subspace) if grouping == "strided" else (subspace, d)
+            at = inputs.query.at[(kv_row, query, *place)]
             part = backend.load(at, mask=exists, other=0).astype(jnp.float32)
             # Elementwise, not a dot: that would be rounded to TF32.
             total += jnp.sum(tile * part[None, :], axis=1)
@@ -93,12 +93,14 @@ def tables_launch(
     Source: CONTRACT.md, rules 3 and 7.
     """
     config, dtype = step.config, step.config.table_dtype
+    parts = (config.num_subspaces, query.shape[-1] // config.num_subspaces)
+    parts = parts[::-1] if config.grouping == "strided" else parts
     entries = config.num_subspaces * config.num_centroids
     lanes = lanes_of(step.Q, dtype.itemsize, step.tuning)
     groups = pl.cdiv(step.Q, lanes)
     return backend.Launch(
         functools.partial(lookup_table_kernel, grouping=config.grouping, tuning=step.tuning),
-        Inputs(by_kv_head(query, step.K).reshape(step.R, step.Q, -1), step.by_rows(codebooks)),
+        Inputs(by_kv_head(query, step.K).reshape(step.R, step.Q, *parts), step.by_rows(codebooks)),
         Tables(
             jax.ShapeDtypeStruct((step.R, groups, entries, lanes), dtype),
             jax.ShapeDtypeStruct((step.R, step.Q, entries), dtype),
