@@ -85,7 +85,7 @@ def sparse_attention(
         selection.indices,
         logits_of(scale, logits_soft_cap, sizes["H"]),
         _arguments.check_layer(layer),
-        own=config and Entries.of(config),
+        own=None if config is None else Entries.of(config),
         kv_layout=kv_layout,
         implementation=implementation,
     )

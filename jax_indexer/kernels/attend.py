@@ -263,6 +263,24 @@ class Entries(NamedTuple):
         return self.last - self.first
 
 
+def read_listed(
+    inputs: ListedInputs,
+    kv_layout: KVLayout,
+    row: Array,
+    kv_head: Array,
+    position: Array,
+    exists: Array,
+) -> tuple[Array, Float[Array, "block H"], Float[Array, "block H_"]]:
+    """Which entries of a list are positions of the caches, and their keys and values."""
+    live = exists & (position >= 0) & (position < inputs.key.shape[token_axis(kv_layout)])
+    position = jnp.where(live, position, 0)
+    key, value = (
+        read_rows(cache, kv_layout, row, kv_head, position, live)
+        for cache in (inputs.key, inputs.value)
+    )
+    return live, key, value
+
+
 def listed_kernel(
     program,
     inputs: ListedInputs,
@@ -293,12 +311,7 @@ def listed_kernel(
         assert inputs.after is not None
         plan = plan_query(step, inputs.after, row * kv_heads + kv_head, token)
         exists &= slot < plan.num_listed - sum(plan.always(step.config))
-    live = exists & (position >= 0) & (position < inputs.key.shape[token_axis(kv_layout)])
-    position = jnp.where(live, position, 0)
-    key, value = (
-        read_rows(cache, kv_layout, row, kv_head, position, live)
-        for cache in (inputs.key, inputs.value)
-    )
+    live, key, value = read_listed(inputs, kv_layout, row, kv_head, position, exists)
     found = attend(query, key, value, live, logits)
     d = jnp.arange(found.values.shape[0], dtype=jnp.int32)
     mask = d < parts.values.shape[4]
@@ -333,12 +346,7 @@ def shared_kernel(
     at = inputs.indices.at[row, token, head, jnp.where(exists, entry, 0)]
     position = backend.load(at, mask=exists, other=-1)
     query = read_queries(inputs.query, row, token, head, together)
-    live = exists & (position >= 0) & (position < inputs.key.shape[token_axis(kv_layout)])
-    position = jnp.where(live, position, 0)
-    key, value = (
-        read_rows(cache, kv_layout, row, kv_head, position, live)
-        for cache in (inputs.key, inputs.value)
-    )
+    live, key, value = read_listed(inputs, kv_layout, row, kv_head, position, exists)
     found = attend_together(query, key, value, live, logits)
     write_parts(parts, row, token, head, together, part, found)
 
