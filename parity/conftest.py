@@ -43,6 +43,13 @@ def pytest_addoption(parser):
     )
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _unloaded():
+    """Programs of a module go with it: each takes maps of memory, of which a process has 65530."""
+    yield
+    jax.clear_caches()
+
+
 @functools.cache
 def _no_gpu() -> str:
     """Why GPU tests cannot run here, or nothing."""
