@@ -20,7 +20,8 @@ from jax_indexer.config import (
 )
 from jax_indexer.kernels import backend
 from jax_indexer.layout import KVLayout, key_letters
-from jax_indexer.state import Cells, DecodeCache, PQIndex, Sealing, Selection
+from jax_indexer.state import Cells, DecodeCache, PQIndex, Sealing, Selection, ValueSums
+from jax_indexer.values import sums_by
 
 # The axis in front of all arrays of a state or a cache of several layers.
 LAYERS = "layers"
@@ -54,7 +55,7 @@ def annotated_arrays(owner: Any) -> dict[str, Expected]:
         kinds = [x for x in (hint, *get_args(hint)) if hasattr(x, "dim_str")]
         if kinds:
             names = kinds[0].dtypes  # of bool[] two for one dtype
-            dtypes = FLOAT_DTYPES if "float32" in names else (np.dtype(names[0]),)
+            dtypes = FLOAT_DTYPES if "bfloat16" in names else (np.dtype(names[0]),)
             is_optional = type(None) in get_args(hint)
             found[name] = Expected(tuple(kinds[0].dim_str.split()), dtypes, is_optional)
     return found
@@ -313,6 +314,7 @@ def check_index(index: Any, config: IndexerConfig, sizes: Sizes, name: str = "in
     """Checks an index against the config and the head dimension H in `sizes`."""
     check_index_type(index, name)
     check_quantizer(index, config, sizes, name)
+    check_values(index, config, sizes, name)
     cells = index.cells
     if (cells is not None) != config.cells:
         wanted, got, advice = None, type(cells).__name__, "dataclasses.replace(index, cells=None)"
@@ -334,6 +336,44 @@ def check_index(index: Any, config: IndexerConfig, sizes: Sizes, name: str = "in
                 f"{getattr(cells.sealing, field)}; use the config that the index was built with, "
                 "or with_cells(index, config)"
             )
+
+
+def check_values(index: PQIndex, config: IndexerConfig, sizes: Sizes, name: str) -> None:
+    """Checks the sums of values of an index, which are there if the config asks for them."""
+    values = index.values
+    wanted = ValueSums if config.estimate_rest else type(None)
+    if not isinstance(values, wanted):
+        raise ValueError(
+            f"{name}.values: expected {'sums' if config.estimate_rest else None} with "
+            f"config.estimate_rest={config.estimate_rest!r}, got "
+            f"{None if values is None else type(values).__name__}; "
+            "use the config that the index was built with"
+        )
+    if values is not None:
+        sizes.learn("config", **dict(zip(("M'", "C'"), sums_by(config), strict=True)))
+        fix = (
+            f"with estimate_rest={config.estimate_rest!r} the config says otherwise; "
+            "use the config that the index was built with"
+        )
+        check_fields(f"{name}.values", values, sizes, {"M'": fix, "C'": fix})
+
+
+def check_value(
+    value: Any, config: IndexerConfig, kv_layout: Any, sizes: Sizes, *, stacked: str = STACKED
+) -> None:
+    """Checks the cache of values, which is needed if sums of them are kept."""
+    if config.estimate_rest and value is None:
+        raise ValueError(
+            "value: expected the cache of values with config.estimate_rest="
+            f"{config.estimate_rest!r}, got None; pass value=..."
+        )
+    if not config.estimate_rest and value is not None:
+        raise ValueError(
+            f"value: expected None with config.estimate_rest=False, got {type(value).__name__}; "
+            'leave it out, or use estimate_rest="codes" or "mean"'
+        )
+    if value is not None:
+        check_key("value", value, "S", kv_layout, sizes, head="H'", stacked=stacked)
 
 
 def check_cells(cells: Any, sizes: Sizes, name: str = "index") -> None:
@@ -401,6 +441,7 @@ def check_append(
     index: Any,
     key_new: Any,
     config: Any,
+    value: Any,
     counts: Any,
     layer: Any,
     kv_layout: Any,
@@ -414,6 +455,7 @@ def check_append(
     check_index(index, config, sizes)
     check_counts(counts, "t", sizes)
     check_phi(index, config)
+    check_value(value, config, kv_layout, sizes)
     check_implementation(implementation, key_new, index)
 
 
@@ -530,7 +572,7 @@ def check_decode(
     check_cache(cache, config, sizes, kv_layout, layer)
     check_dtypes({"key_new": key_new, "value_new": value_new}, cache)
     check_counts(counts, "T", sizes)
-    check_selector(selector, config, sizes["T"], implementation, query, cache)
+    check_selector(selector, config.pool, sizes["T"], implementation, query, cache)
 
 
 def check_prefill(

@@ -12,6 +12,8 @@ from jax_indexer.layout import Grouping
 Metric = Literal["euclidean", "ip"]
 Implementation = Literal["triton", "xla"]
 Selector = Literal["top_k", "threshold", "cells"]
+# How candidates that are not attended to are estimated.
+Estimate = Literal[False, "mean", "codes"]
 
 # Limits of the "cells" selector: a program holds all cells, and a place and a cell share a word.
 MOST_CELLS = 16384
@@ -47,6 +49,11 @@ class IndexerConfig:
       table_dtype: float32, bfloat16 or float16: what look-up table entries are rounded to, once.
       cells: keep the state that the "cells" selector needs: for C**M up to 16384, 4 bytes a token
         and kv head, and some more (`Cells`).
+      rerank: of `rerank` times `heavy_size` candidates by score `decode_attention` attends to the
+        `heavy_size` best by their true logits; 1 for the best by score.
+      estimate_rest: whether `decode_attention` estimates the candidates that it does not attend to
+        instead of dropping them: their part of the softmax from their scores, their values by the
+        mean of all values, "mean", or by means of the values of each code, "codes" (`ValueSums`).
 
     Raises:
       ValueError: for a value out of its range, naming the field.
@@ -66,6 +73,8 @@ class IndexerConfig:
     train_tokens: int | None = None
     table_dtype: Any = jnp.float32
     cells: bool = False
+    rerank: int = 1
+    estimate_rest: Estimate = False
 
     def __post_init__(self):
         for name, low, high in (
@@ -75,6 +84,7 @@ class IndexerConfig:
             ("sink_size", 0, None),
             ("window_size", 0, None),
             ("kmeans_iters", 0, None),
+            ("rerank", 1, None),
         ):
             object.__setattr__(self, name, _integer(name, getattr(self, name), low, high))
         if self.init_offset is not None:
@@ -102,10 +112,17 @@ class IndexerConfig:
                 f"cells: expected num_centroids**num_subspaces of at most {MOST_CELLS}, "
                 f"got {self.num_centroids}**{self.num_subspaces}; use cells=False, or fewer bits"
             )
-        if self.max_selected() > np.iinfo(np.int32).max:
+        is_estimate = isinstance(self.estimate_rest, (bool, str))
+        if not is_estimate or self.estimate_rest not in get_args(Estimate):
             raise ValueError(
-                "heavy_size, sink_size, window_size, init_offset: expected lists shorter than "
-                f"2**31, got up to {self.max_selected()} tokens; make the sizes smaller"
+                f"estimate_rest: expected one of {get_args(Estimate)}, got {self.estimate_rest!r}; "
+                "use False to drop what is not attended to"
+            )
+        longest = self.max_selected() + (self.rerank - 1) * self.heavy_size
+        if longest > np.iinfo(np.int32).max:
+            raise ValueError(
+                "heavy_size, rerank, sink_size, window_size, init_offset: expected lists shorter "
+                f"than 2**31, got up to {longest} tokens; make the sizes smaller"
             )
 
     @property
@@ -117,6 +134,11 @@ class IndexerConfig:
     def num_cells(self) -> int:
         """C**M, the different codes that a key can have."""
         return self.num_centroids**self.num_subspaces
+
+    @property
+    def pool(self) -> "IndexerConfig":
+        """The config that `select` finds the candidates for reranking with."""
+        return dataclasses.replace(self, heavy_size=self.rerank * self.heavy_size, rerank=1)
 
     @property
     def first_trained(self) -> int:

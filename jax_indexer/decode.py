@@ -125,7 +125,7 @@ def _decode(
         del shard
         T, N = query.shape[1:3]
         step = Step.of(index, config, T=T, N=N, kv_layout=kv_layout)
-        chosen = selector or default_selector(config, step.S, T)
+        chosen = selector or default_selector(config.pool, step.S, T)
 
         def xla(query, new, caches, index, counts, logits, layer):
             return reference.decode(
@@ -225,7 +225,8 @@ def empty_cache(
         return jnp.zeros(shape, dtype)
 
     def empty() -> DecodeCache:
-        one = DecodeCache(cache(H), cache(of_value), empty_index(config, B, S, K, H))
+        index = empty_index(config, B, S, K, H, of_value)
+        one = DecodeCache(cache(H), cache(of_value), index)
         if layers is None:
             return one
         return jax.tree.map(lambda x: jnp.broadcast_to(x, (layers, *x.shape)), one)
@@ -284,7 +285,9 @@ def prefill(
     options = {"seed": seed, "kv_layout": kv_layout, "implementation": implementation}
     options |= {"rope": rope, "look_ahead": look_ahead, "copies": copies}
     if cache is None:
-        return DecodeCache(key, value, build_index(key, lengths, config, **options))
+        of_value = value if config.estimate_rest else None
+        index = build_index(key, lengths, config, value=of_value, **options)
+        return DecodeCache(key, value, index)
     _arguments.check_seed(seed)
     check_training(implementation, config, sizes, key, cache)
     layer = _arguments.check_layer(layer)
@@ -297,7 +300,14 @@ def prefill(
         kv_layout=kv_layout,
     )
     index = rebuild(
-        cache.index, caches.key, config, prompt_rows, lengths=prompt_lengths, layer=layer, **options
+        cache.index,
+        caches.key,
+        config,
+        prompt_rows,
+        value=caches.value if config.estimate_rest else None,
+        lengths=prompt_lengths,
+        layer=layer,
+        **options,
     )
     return DecodeCache(caches.key, caches.value, index)
 

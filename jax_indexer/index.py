@@ -18,6 +18,7 @@ from jax_indexer.layout import KVLayout, head_axis, key_letters, token_axis
 from jax_indexer.rope import COPIES, LookAhead, Rope, check_look_ahead
 from jax_indexer.sharding import Shard, by_shards
 from jax_indexer.state import PQIndex, layer_of, put_layer
+from jax_indexer.values import empty_values, no_values
 
 
 def build_index(
@@ -25,6 +26,7 @@ def build_index(
     lengths: Int32[Array, "B"],
     config: IndexerConfig,
     *,
+    value: Float[Array, "B _ _ H'"] | None = None,
     seed: int = 0,
     rope: Rope | None = None,
     look_ahead: int | None = None,
@@ -48,6 +50,8 @@ def build_index(
         at its full capacity S, garbage past each row's length.
       lengths: int32[B], tokens in each row; clipped to 0..S.
       config: static parameters.
+      value: with `config.estimate_rest` the cache of values, like `key` but with a head dimension
+        H' of its own; else None.
       seed: of the random numbers; the same seed gives the same index.
       rope: how the keys were turned; None to train on the keys alone.
       look_ahead: with `rope`, how many tokens are expected to be decoded.
@@ -77,6 +81,7 @@ def build_index(
             f"S={sizes['S']}; pass the cache at its full capacity{sizes.understood('key')}"
         )
     _arguments.check_array("lengths", lengths, _arguments.NUMBERS, sizes)
+    _arguments.check_value(value, config, kv_layout, sizes, stacked=alone)
     _arguments.check_seed(seed)
     ahead = check_look_ahead(rope, look_ahead, copies, sizes["H"])
     shape = sizes["B"], sizes["K"], config.num_subspaces, sizes["S"]
@@ -84,6 +89,7 @@ def build_index(
     check_training(implementation, config, sizes, key, codes)
     return _build(
         key,
+        value,
         lengths,
         jax.device_put(np.uint32(seed)),
         config=config,
@@ -99,6 +105,7 @@ def rebuild(
     config: IndexerConfig,
     rows: Bool[Array, "B"],
     *,
+    value: Float[Array, "B _ _ H'"] | None = None,
     lengths: Int32[Array, "B"] | None = None,
     seed: int = 0,
     rope: Rope | None = None,
@@ -120,6 +127,7 @@ def rebuild(
         it may hold anything.
       config: what the index was built with.
       rows: bool[B], the rows to rebuild. The others cost little.
+      value: with `config.estimate_rest` the cache of values, of which the same holds; else None.
       lengths: int32[B], the tokens these rows have from now on, clipped to 0..S; None for those
         they have.
       seed: of the random numbers.
@@ -141,6 +149,7 @@ def rebuild(
     """
     sizes = _arguments.check_with_cache(index, key, config, kv_layout, layer)
     _arguments.check_array("rows", rows, _arguments.ROWS, sizes)
+    _arguments.check_value(value, config, kv_layout, sizes)
     if lengths is not None:
         _arguments.check_array("lengths", lengths, _arguments.NUMBERS, sizes)
     _arguments.check_seed(seed)
@@ -149,6 +158,7 @@ def rebuild(
     return _rebuild(
         index,
         key,
+        value,
         lengths,
         rows,
         jax.device_put(np.uint32(seed)),
@@ -252,6 +262,8 @@ def reset(
     _arguments.check_array("rows", rows, _arguments.ROWS, sizes)
     if index.cells is not None:
         _arguments.check_cells(index.cells, sizes)
+    if index.values is not None:
+        _arguments.check_fields("index.values", index.values, sizes)
     return _reset(index, rows, _arguments.check_layer(layer))
 
 
@@ -309,6 +321,7 @@ def append(
     key_new: Float[Array, "B _ _ H"],
     config: IndexerConfig,
     *,
+    value: Float[Array, "B _ _ H'"] | None = None,
     counts: Int32[Array, "B"] | None = None,
     layer: int | Int32[Array, ""] | None = None,
     kv_layout: KVLayout = "BSKH",
@@ -323,10 +336,12 @@ def append(
       index: the index; donate it to have it updated in place.
       key_new: [B, t, K, H] ("BSKH") or [B, K, t, H] ("BKSH"), float32, bfloat16 or float16.
       config: what the index was built with.
+      value: with `config.estimate_rest` the cache of values, those of the new tokens included,
+        [B, S, K, H'] or head-major, behind an axis of layers if the index has one; else None.
       counts: int32[B], how many of the t tokens each row takes, clipped to 0..t; None for t.
       layer: which layer of the index, clipped to those there are, where its arrays have an axis of
         layers in front; None where they have none.
-      kv_layout: order of the token and head axes of `key_new`.
+      kv_layout: order of the token and head axes of `key_new` and `value`.
       implementation: "triton", "xla", or None: Triton on an NVIDIA GPU where it supports the
         case, else XLA.
 
@@ -339,10 +354,11 @@ def append(
 
     Source: CONTRACT.md, section 4.
     """
-    _arguments.check_append(index, key_new, config, counts, layer, kv_layout, implementation)
+    _arguments.check_append(index, key_new, config, value, counts, layer, kv_layout, implementation)
     return _append(
         index,
         key_new,
+        value,
         counts,
         _arguments.check_layer(layer),
         config=config,
@@ -370,8 +386,12 @@ def _reset(index: PQIndex, rows: Array, layer: Array | None) -> PQIndex:
 
 
 def _emptied(index: PQIndex, rows: Array) -> PQIndex:
-    cells = None if index.cells is None else empty_rows(index.cells, rows)
-    return dataclasses.replace(index, lengths=jnp.where(rows, 0, index.lengths), cells=cells)
+    return dataclasses.replace(
+        index,
+        lengths=jnp.where(rows, 0, index.lengths),
+        cells=None if index.cells is None else empty_rows(index.cells, rows),
+        values=None if index.values is None else empty_values(index.values, rows),
+    )
 
 
 @functools.partial(backend.jit, static_argnames=("config",))
@@ -395,7 +415,12 @@ def _with_cells(index: PQIndex, layer: Array | None, *, config: IndexerConfig) -
 
 
 def empty_index(
-    config: IndexerConfig, batch: int, capacity: int, kv_heads: int, head_dim: int
+    config: IndexerConfig,
+    batch: int,
+    capacity: int,
+    kv_heads: int,
+    head_dim: int,
+    value_head_dim: int,
 ) -> PQIndex:
     """An index of rows without tokens; its codebooks are zeros, float32."""
     of_subspaces = (batch, kv_heads, config.num_subspaces)
@@ -407,12 +432,16 @@ def empty_index(
         lengths=jnp.zeros(batch, jnp.int32),
         phi=jnp.zeros(of_subspaces, jnp.float32) if augmented else None,
         cells=no_cells(batch, kv_heads, capacity, config) if config.cells else None,
+        values=(
+            no_values(batch, kv_heads, value_head_dim, config) if config.estimate_rest else None
+        ),
     )
 
 
 @functools.partial(backend.jit, static_argnames=("config", "ahead", "kv_layout", "implementation"))
 def _build(
     key: Array,
+    value: Array | None,
     lengths: Array,
     seed: Array,
     *,
@@ -421,17 +450,21 @@ def _build(
     kv_layout: KVLayout,
     implementation: Implementation | None,
 ) -> PQIndex:
-    def on_shard(shard: Shard, key: Array, lengths: Array, seed: Array) -> PQIndex:
+    def on_shard(shard: Shard, key, value, lengths, seed) -> PQIndex:
         batch, capacity = key.shape[0], key.shape[token_axis(kv_layout)]
         kv_heads = key.shape[head_axis(kv_layout)]
-        empty = empty_index(config, batch, capacity, kv_heads, key.shape[-1])
+        sizes = [key.shape[-1], 0 if value is None else value.shape[-1]]
+        empty = empty_index(config, batch, capacity, kv_heads, *sizes)
         every_row = jnp.ones(batch, bool)
-        return _rebuilt(
-            shard, empty, key, lengths, every_row, seed, config, ahead, kv_layout, implementation
-        )
+        arguments = empty, key, value, lengths, every_row, seed
+        return _rebuilt(shard, *arguments, config, ahead, kv_layout, implementation)
 
     return by_shards(
-        on_shard, key=(key_letters(kv_layout), key), lengths=("B", lengths), seed=("", seed)
+        on_shard,
+        key=(key_letters(kv_layout), key),
+        value=(key_letters(kv_layout, head="H'"), value),
+        lengths=("B", lengths),
+        seed=("", seed),
     )
 
 
@@ -439,6 +472,7 @@ def _build(
 def _rebuild(
     index: PQIndex,
     key: Array,
+    value: Array | None,
     lengths: Array | None,
     rows: Array,
     seed: Array,
@@ -449,7 +483,7 @@ def _rebuild(
     kv_layout: KVLayout,
     implementation: Implementation | None,
 ) -> PQIndex:
-    one, key = layer_of((index, key), layer)
+    one, key, value = layer_of((index, key, value), layer)
     lengths = one.lengths if lengths is None else lengths
     rebuilt = by_shards(
         functools.partial(
@@ -461,6 +495,7 @@ def _rebuild(
         ),
         index=(None, one),
         key=(key_letters(kv_layout), key),
+        value=(key_letters(kv_layout, head="H'"), value),
         lengths=("B", lengths),
         rows=("B", rows),
         seed=("", seed),
@@ -472,6 +507,7 @@ def _rebuilt(
     shard: Shard,
     index: PQIndex,
     key: Array,
+    value: Array | None,
     lengths: Array,
     rows: Array,
     seed: Array,
@@ -494,14 +530,8 @@ def _rebuilt(
     phi = index.phi
     if phi is not None and keys.phi is not None:
         phi = jnp.where(jnp.expand_dims(rows, (1, 2)), keys.phi, phi)
-    started = dataclasses.replace(
-        index,
-        codebooks=codebooks,
-        phi=phi,
-        lengths=jnp.where(rows, 0, index.lengths),
-        cells=None if index.cells is None else empty_rows(index.cells, rows),
-    )
-    return _appended(started, key, lengths, config, kv_layout, implementation)
+    started = dataclasses.replace(_emptied(index, rows), codebooks=codebooks, phi=phi)
+    return _appended(started, key, value, lengths, config, kv_layout, implementation)
 
 
 @functools.partial(backend.jit, static_argnames=("config", "ahead", "kv_layout", "implementation"))
@@ -532,6 +562,7 @@ def _rebuild_gain(
 def _append(
     index: PQIndex,
     key_new: Array,
+    value: Array | None,
     counts: Array | None,
     layer: Array | None,
     *,
@@ -539,14 +570,15 @@ def _append(
     kv_layout: KVLayout,
     implementation: Implementation | None,
 ) -> PQIndex:
-    def on_shard(shard: Shard, index, key_new, counts, layer) -> PQIndex:
+    def on_shard(shard: Shard, index, key_new, value, counts, layer) -> PQIndex:
         del shard
-        return _appended(index, key_new, counts, config, kv_layout, implementation, layer)
+        return _appended(index, key_new, value, counts, config, kv_layout, implementation, layer)
 
     return by_shards(
         on_shard,
         index=(None, index),
         key_new=(key_letters(kv_layout), key_new),
+        value=(key_letters(kv_layout, head="H'"), value),
         counts=("B", counts),
         layer=("", layer),
     )
@@ -555,6 +587,7 @@ def _append(
 def _appended(
     index: PQIndex,
     key_new: Array,
+    value: Array | None,
     counts: Array | None,
     config: IndexerConfig,
     kv_layout: KVLayout,
@@ -563,12 +596,14 @@ def _appended(
 ) -> PQIndex:
     step = Step.of(index, config, T=key_new.shape[token_axis(kv_layout)], kv_layout=kv_layout)
 
-    def xla(key_new, index, counts, layer):
+    def xla(key_new, value, index, counts, layer):
         room, lengths = reference.make_room(layer_of(index.lengths, layer), counts, step.T, step.S)
-        return reference.append_tokens(key_new, index, room, lengths, config, kv_layout, layer)
+        return reference.append_tokens(
+            key_new, index, room, lengths, config, kv_layout, layer, value
+        )
 
-    def triton(key_new, index, counts, layer):
-        return pipeline.launch_append(step, key_new, index, counts, layer)
+    def triton(key_new, value, index, counts, layer):
+        return pipeline.launch_append(step, key_new, index, counts, layer, value)
 
-    arguments = key_new, index, counts, layer
+    arguments = key_new, value, index, counts, layer
     return backend.dispatch(xla, triton, *arguments, implementation=implementation)

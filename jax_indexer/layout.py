@@ -3,8 +3,10 @@
 from collections.abc import Sequence
 from typing import Any, Literal
 
+import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
-from jaxtyping import Float, Shaped
+from jaxtyping import Float, Int32, Shaped
 
 KVLayout = Literal["BSKH", "BKSH"]
 Grouping = Literal["contiguous", "strided"]
@@ -33,6 +35,26 @@ def key_letters(kv_layout: KVLayout, tokens: str = "S", head: str = "H") -> str:
 def head_major(key: Shaped[Array, "B _ _ H"], kv_layout: KVLayout) -> Shaped[Array, "B K S H"]:
     """Keys or values [B, K, S, H] from either layout."""
     return key if kv_layout == "BKSH" else key.swapaxes(1, 2)
+
+
+def read_tokens(
+    cache: Float[Array, "*layers B _ _ H"],
+    place: Int32[Array, "B K n"],
+    kv_layout: KVLayout,
+    layer: Int32[Array, ""] | None,
+) -> Float[Array, "B K n H"]:
+    """Keys or values at some positions of each kv head, of one layer if there are several."""
+    if layer is None:
+        # The lists follow the cache's layout, so that the cache itself is never transposed.
+        flat = place if kv_layout == "BKSH" else place.swapaxes(1, 2)
+        taken = jnp.take_along_axis(cache, flat[..., None], axis=token_axis(kv_layout))
+        return taken if kv_layout == "BKSH" else taken.swapaxes(1, 2)
+    batch, kv_heads, _ = place.shape
+    layer = jnp.clip(layer, 0, cache.shape[0] - 1)
+    row = np.arange(batch, dtype=np.int32)[:, None, None]
+    head = np.arange(kv_heads, dtype=np.int32)[:, None][None]
+    index = (head, place) if kv_layout == "BKSH" else (place, head)
+    return cache.at[(layer, row, *index)].get(mode="clip")
 
 
 def dimension_of(

@@ -21,12 +21,14 @@ from jax_indexer.layout import (
     by_query_head,
     head_axis,
     head_major,
+    read_tokens,
     subvectors,
     subvectors_of,
     token_axis,
 )
 from jax_indexer.rope import LookAhead, positions_on, turned
-from jax_indexer.state import MOST_NEW, PQIndex, Selection, layer_of, put_layer
+from jax_indexer.state import MOST_NEW, PQIndex, Selection, ValueSums, layer_of, put_layer
+from jax_indexer.values import add_values, mean_values
 
 # Tokens encoded at once, in distances held in memory (tokens times K * M * C).
 DISTANCES_IN_MEMORY = 2**22
@@ -35,6 +37,9 @@ DISTANCES_AT_ONCE = 2**20
 
 # Of a squared norm that is trained on: products of differences of such vectors stay within float32.
 LARGEST_NORM = 2.0**124
+
+# What PQ says of the mass of candidates is corrected by this factor at the most, either way.
+LARGEST_CORRECTION = 4.0
 
 # The lowest ranks: what is no candidate, then NaN; -inf follows.
 NOT_A_CANDIDATE = np.int32(np.iinfo(np.int32).min)
@@ -462,8 +467,12 @@ def append_tokens(
     config: IndexerConfig,
     kv_layout: KVLayout,
     layer: Int32[Array, ""] | None = None,
+    value: Float[Array, "*layers B _ _ H_"] | None = None,
 ) -> PQIndex:
-    """The index with each row's first `room.taken` new keys, in one layer if there are several."""
+    """The index with each row's first `room.taken` new keys, in one layer if there are several.
+
+    `value` is the cache of values, the new ones included, if sums of them are kept.
+    """
     key_new = head_major(key_new, kv_layout)
     phi = index.phi if config.metric == "ip" else None
     codebooks, phi = layer_of((index.codebooks, phi), layer)
@@ -477,8 +486,14 @@ def append_tokens(
         else:
             one = seal(one, its_codes, after, room.taken > 0, config)
         cells = put_layer(cells, one, layer)
+    values = index.values
+    if values is not None:
+        assert value is not None
+        values = add_values(
+            values, value, codes, room.start, after, key_new.shape[2], config, kv_layout, layer
+        )
     lengths = put_layer(index.lengths, lengths, layer)
-    return dataclasses.replace(index, codes=codes, lengths=lengths, cells=cells)
+    return dataclasses.replace(index, codes=codes, lengths=lengths, cells=cells, values=values)
 
 
 def write_tokens(
@@ -518,26 +533,6 @@ def write_tokens(
     return cache.at[(layer, row, *between, place)].set(tokens_first, mode="drop")
 
 
-def read_tokens(
-    cache: Float[Array, "*layers B _ _ H"],
-    place: Int32[Array, "B K n"],
-    kv_layout: KVLayout,
-    layer: Int32[Array, ""] | None,
-) -> Float[Array, "B K n H"]:
-    """Keys or values at some positions of each kv head, of one layer if there are several."""
-    if layer is None:
-        # The lists follow the cache's layout, so that the cache itself is never transposed.
-        flat = place if kv_layout == "BKSH" else place.swapaxes(1, 2)
-        taken = jnp.take_along_axis(cache, flat[..., None], axis=token_axis(kv_layout))
-        return taken if kv_layout == "BKSH" else taken.swapaxes(1, 2)
-    batch, kv_heads, _ = place.shape
-    layer = jnp.clip(layer, 0, cache.shape[0] - 1)
-    row = np.arange(batch, dtype=np.int32)[:, None, None]
-    head = np.arange(kv_heads, dtype=np.int32)[:, None][None]
-    index = (head, place) if kv_layout == "BKSH" else (place, head)
-    return cache.at[(layer, row, *index)].get(mode="clip")
-
-
 class Logits(NamedTuple):
     """How logits are made: what inner products are multiplied by, and the soft cap or None."""
 
@@ -552,6 +547,98 @@ class Attention(NamedTuple):
     lse: Any
 
 
+class Listed(NamedTuple):
+    """Entries of lists, grouped by kv head.
+
+    Attributes:
+      exists: bool[B, K, T * G, P], which are positions of the cache.
+      position: int32, in 0..S - 1.
+      products: float32, of the query and their keys; 0 for those that do not exist.
+    """
+
+    exists: Any
+    position: Any
+    products: Any
+
+
+class Part(NamedTuple):
+    """A part of a softmax, grouped by kv head.
+
+    Attributes:
+      out: float32[B, K, T * G, H'], the mean of its values by their weights; 0 for an empty part.
+      largest: float32[B, K, T * G], the largest logit; 0 for an empty part.
+      total: likewise, the sum of exp(logit - largest).
+    """
+
+    out: Any
+    largest: Any
+    total: Any
+
+
+def read_listed(
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "*layers B _ _ H"],
+    indices: Int32[Array, "B T N P"],
+    kv_layout: KVLayout,
+    layer: Int32[Array, ""] | None,
+) -> Listed:
+    """What lists name, and the inner products of each query with the keys of its list."""
+    capacity, kv_heads = (key.shape[of(kv_layout) - 4] for of in (token_axis, head_axis))
+    exists = by_kv_head((indices >= 0) & (indices < capacity), kv_heads)
+    position = by_kv_head(jnp.clip(indices, 0, capacity - 1), kv_heads)
+    grouped = by_kv_head(query.astype(jnp.float32), kv_heads)
+    key = _gather(key, exists, position, kv_layout, layer)
+    highest = lax.Precision.HIGHEST
+    products = jnp.einsum("bkgh,bkgph->bkgp", grouped, key, precision=highest)
+    return Listed(exists, position, products)
+
+
+def _gather(
+    cache: Array, exists: Array, position: Array, kv_layout: KVLayout, layer: Array | None
+) -> Float[Array, "B K TG P H"]:
+    """Keys or values of lists in float32.
+
+    What is not listed is 0, since 0 times its NaN would be NaN, in gradients too.
+    """
+    batch, kv_heads, group, list_size = position.shape
+    taken = read_tokens(cache, position.reshape(batch, kv_heads, -1), kv_layout, layer)
+    taken = taken.reshape(batch, kv_heads, group, list_size, -1).astype(jnp.float32)
+    return jnp.where(exists[..., None], taken, 0)
+
+
+def made_logits(products: Float[Array, "*shape"], logits_of: Logits) -> Float[Array, "*shape"]:
+    """Logits of inner products."""
+    logits = products * logits_of.scale
+    if logits_of.soft_cap is not None:
+        logits = logits_of.soft_cap * jnp.tanh(logits / logits_of.soft_cap)
+    return logits
+
+
+def softmax_over(
+    listed: Listed,
+    attended: Bool[Array, "B K TG P"],
+    value: Float[Array, "*layers B _ _ H_"],
+    logits_of: Logits,
+    kv_layout: KVLayout,
+    layer: Int32[Array, ""] | None,
+) -> Part:
+    """Softmax over some of the entries of lists."""
+    logits = jnp.where(attended, made_logits(listed.products, logits_of), -jnp.inf)
+    largest = _largest(logits)
+    weights = jnp.exp(logits - largest[..., None])
+    total = jnp.sum(weights, axis=-1)
+    weights = weights / jnp.where(total == 0, 1, total)[..., None]
+    value = _gather(value, attended, listed.position, kv_layout, layer)
+    out = jnp.einsum("bkgp,bkgph->bkgh", weights, value, precision=lax.Precision.HIGHEST)
+    return Part(out, largest, total)
+
+
+def _largest(logits: Float[Array, "*batch n"]) -> Float[Array, "*batch"]:
+    """What to subtract from logits: where none is above -inf, nothing."""
+    largest = jnp.max(logits, axis=-1, initial=-jnp.inf)
+    return jnp.where(jnp.isneginf(largest), 0, largest)
+
+
 def attend(
     query: Float[Array, "B T N H"],
     key: Float[Array, "*layers B _ _ H"],
@@ -562,36 +649,195 @@ def attend(
     layer: Int32[Array, ""] | None = None,
 ) -> Attention:
     """Softmax attention over the listed tokens, in float32 (CONTRACT.md, section 4)."""
-    capacity, kv_heads = (key.shape[of(kv_layout) - 4] for of in (token_axis, head_axis))
-    listed = by_kv_head((indices >= 0) & (indices < capacity), kv_heads)  # [B, K, TG, P]
-    place = by_kv_head(jnp.clip(indices, 0, capacity - 1), kv_heads)
-    batch, _, group, list_size = place.shape
+    listed = read_listed(query, key, indices, kv_layout, layer)
+    part = softmax_over(listed, listed.exists, value, logits_of, kv_layout, layer)
+    nothing = part.total == 0
+    lse = part.largest + jnp.log(jnp.where(nothing, 1, part.total))
+    lse = jnp.where(nothing, -jnp.inf, lse)
+    out, lse = (by_query_head(x, query.shape[1]) for x in (part.out, lse))
+    return Attention(out.astype(query.dtype), lse)
 
-    def gather(cache):
-        taken = read_tokens(cache, place.reshape(batch, kv_heads, -1), kv_layout, layer)
-        taken = taken.reshape(batch, kv_heads, group, list_size, -1).astype(jnp.float32)
-        # What is not listed is 0, since 0 times its NaN would be NaN, in gradients too.
-        return jnp.where(listed[..., None], taken, 0)
 
-    grouped = by_kv_head(query.astype(jnp.float32), kv_heads)
+def merged(one: Part, other: Part) -> Float[Array, "B K TG H_"]:
+    """The output of two parts together; that of one, to the bit, where the other is empty."""
+    largest = jnp.maximum(
+        jnp.where(one.total == 0, other.largest, one.largest),
+        jnp.where(other.total == 0, one.largest, other.largest),
+    )
+    weights = [
+        jnp.where(x.total == 0, 0, x.total * jnp.exp(x.largest - largest)) for x in (one, other)
+    ]
+    total = weights[0] + weights[1]
+    total = jnp.where(total == 0, 1, total)
+    return one.out * (weights[0] / total)[..., None] + other.out * (weights[1] / total)[..., None]
+
+
+class Candidates(NamedTuple):
+    """Which tokens are candidates of each query, and what PQ says of them, grouped by kv head.
+
+    In a short context there are none: all of it is attended to (rule 5).
+
+    Attributes:
+      sink_until: int32[B, K, T * G]: positions before it are attended to whatever the scores are,
+      window_from: and those from there on.
+      first, last: candidates are the positions in [first, last).
+      logits: float32[B, K, T * G, S], made of scores as true logits are of inner products.
+    """
+
+    sink_until: Any
+    window_from: Any
+    first: Any
+    last: Any
+    logits: Any
+
+    def has(self, position: Int32[Array, "#B #K #TG n"]) -> Bool[Array, "B K TG n"]:
+        """Which positions are candidates."""
+        return (position >= self.first[..., None]) & (position < self.last[..., None])
+
+    def always(self, position: Int32[Array, "B K TG n"]) -> Bool[Array, "B K TG n"]:
+        """Which positions are attended to whatever the scores are."""
+        return (position < self.sink_until[..., None]) | (position >= self.window_from[..., None])
+
+
+def candidates_of(
+    scores: Float[Array, "B T N S"],
+    visible: Int32[Array, "B T"],
+    logits_of: Logits,
+    config: IndexerConfig,
+    kv_heads: int,
+) -> Candidates:
+    """The candidates of each query (rules 1, 2 and 5)."""
+    num_tokens, num_heads = scores.shape[1:3]
+    is_short = visible <= config.short_context(num_tokens)
+    window_from = visible - config.window_size
+    first = jnp.full_like(visible, config.first_candidate)
+    sink_until = jnp.where(is_short, visible, np.int32(config.sink_size))
+    last = jnp.where(is_short, first, window_from)
+
+    def of_heads(x: Int32[Array, "B T"]) -> Int32[Array, "B K TG"]:
+        return by_kv_head(jnp.broadcast_to(x[..., None], (*x.shape, num_heads)), kv_heads)
+
+    return Candidates(
+        of_heads(sink_until),
+        of_heads(window_from),
+        of_heads(first),
+        of_heads(last),
+        by_kv_head(made_logits(scores, logits_of), kv_heads),
+    )
+
+
+def best_of_pool(listed: Listed, of: Candidates, config: IndexerConfig) -> Bool[Array, "B K TG P"]:
+    """Which entries are the `heavy_size` best candidates by their keys; ties go to the lower."""
+    is_candidate = listed.exists & of.has(listed.position)
+    rank = jnp.where(is_candidate, ordered(listed.products), NOT_A_CANDIDATE)
+    # Entries ascend, so that top_k's rule for ties is the contract's.
+    _, best = lax.top_k(rank, min(config.heavy_size, rank.shape[-1]))
+    return is_candidate & jnp.put_along_axis(
+        jnp.zeros_like(is_candidate), best, True, axis=-1, inplace=False
+    )
+
+
+def estimated(
+    listed: Listed,
+    attended: Bool[Array, "B K TG P"],
+    of: Candidates,
+    codes: UInt8[Array, "B K M S"],
+    values: ValueSums,
+    logits_of: Logits,
+    config: IndexerConfig,
+) -> Part:
+    """The candidates that are not attended to, as one part of the softmax (CONTRACT.md, section 4).
+
+    Those of the pool have their true logits, the others those of PQ, corrected by what is known of
+    the pool; values are means by codes.
+    """
+    capacity = codes.shape[-1]
+    in_pool = listed.exists & of.has(listed.position)
+    place = jnp.where(in_pool, listed.position, np.int32(capacity))
+    true_logits = made_logits(listed.products, logits_of)
+    true_logits = jnp.where(in_pool, true_logits, -jnp.inf)
+
+    def put(array: Array, place: Array, new: Array) -> Array:
+        row = lambda array, place, new: array.at[place].set(new, mode="drop")  # noqa: E731
+        return jax.vmap(jax.vmap(jax.vmap(row)))(array, place, new)
+
+    # NaN weighs nothing.
+    by_pq = jnp.where(of.logits < jnp.inf, of.logits, -jnp.inf)
+    position = jnp.arange(capacity, dtype=jnp.int32)[None, None, None]
+    by_pq = jnp.where(of.has(position), by_pq, -jnp.inf)
+    of_pool = jnp.take_along_axis(by_pq, listed.position, axis=-1)
+    of_pool = jnp.where(in_pool, of_pool, -jnp.inf)
+    by_pq = put(by_pq, place, jnp.full_like(true_logits, -jnp.inf))
+    is_known = ~attended & (true_logits < jnp.inf)
+    known = put(jnp.full_like(by_pq, -jnp.inf), place, jnp.where(is_known, true_logits, -jnp.inf))
+
+    largest = _largest(jnp.maximum(by_pq, known))
+    weights = jnp.exp(by_pq - largest[..., None]) * correction(true_logits, of_pool)[..., None]
+    weights += jnp.exp(known - largest[..., None])
+    total = jnp.sum(weights, axis=-1)
+    of_codes, of_all = mean_values(values)
+    num_codes = of_codes.shape[3]
+    codes = codes & np.uint8(config.num_centroids - 1)
+    if config.estimate_rest == "mean":
+        codes = jnp.zeros_like(codes[:, :, :1])
+
+    def by_code(code: Array, weights: Array) -> Array:  # [S], [TG, S] -> [C', TG]
+        zeros = jnp.zeros((num_codes, len(weights)), jnp.float32)
+        return zeros.at[code.astype(jnp.int32)].add(weights.T)
+
+    of_head = jax.vmap(by_code, in_axes=(0, None))
+    by_codes = jax.vmap(jax.vmap(of_head))(codes, weights)  # [B, K, M', C', TG]
     highest = lax.Precision.HIGHEST
-    logits = jnp.einsum("bkgh,bkgph->bkgp", grouped, gather(key), precision=highest)
-    logits = logits * logits_of.scale
-    if logits_of.soft_cap is not None:
-        logits = logits_of.soft_cap * jnp.tanh(logits / logits_of.soft_cap)
-    logits = jnp.where(listed, logits, -jnp.inf)
-    largest = jnp.max(logits, axis=-1, keepdims=True, initial=-jnp.inf)
-    largest = jnp.where(jnp.isneginf(largest), 0, largest)
-    weights = jnp.exp(logits - largest)
-    total = jnp.sum(weights, axis=-1, keepdims=True)
+    out = jnp.einsum("bkmcg,bkmch->bkgh", by_codes, of_codes, precision=highest)
+    out -= (codes.shape[2] - 1) * total[..., None] * of_all[:, :, None]
     nothing = total == 0
-    total = jnp.where(nothing, 1, total)
-    weights = weights / total
-    out = jnp.einsum("bkgp,bkgph->bkgh", weights, gather(value), precision=highest)
-    lse = jnp.where(nothing, -jnp.inf, largest + jnp.log(total))[..., 0]
+    out = jnp.where(nothing[..., None], 0, out / jnp.where(nothing, 1, total)[..., None])
+    return Part(out, largest, total)
+
+
+def correction(
+    true_logits: Float[Array, "*batch n"], by_pq: Float[Array, "*batch n"]
+) -> Float[Array, "*batch"]:
+    """How much more candidates weigh by their keys than by PQ, within bounds; 1 where not known."""
+    (largest, total), (largest_by_pq, total_by_pq) = (
+        (largest, jnp.sum(jnp.exp(x - largest[..., None]), axis=-1))
+        for x in (true_logits, by_pq)
+        for largest in [_largest(x)]
+    )
+    log = (largest - largest_by_pq) + (jnp.log(total) - jnp.log(total_by_pq))
+    limit = np.float32(np.log(LARGEST_CORRECTION))
+    return jnp.exp(jnp.where(jnp.isfinite(log), jnp.clip(log, -limit, limit), 0))
+
+
+def attend_selected(
+    query: Float[Array, "B T N H"],
+    caches: "Caches",
+    index: PQIndex,
+    counts: Int32[Array, "B"] | None,
+    logits_of: Logits,
+    config: IndexerConfig,
+    kv_layout: KVLayout,
+    layer: Int32[Array, ""] | None,
+) -> Float[Array, "B T N H_"]:
+    """Attention over what is selected by the index of a layer, reranked, and with the rest."""
     num_tokens = query.shape[1]
-    out = by_query_head(out, num_tokens).astype(query.dtype)
-    return Attention(out, by_query_head(lse, num_tokens))
+    _, kv_heads, _, capacity = index.codes.shape
+    scores = adc_scores(lookup_table(query, index.codebooks, config), index.codes)
+    indices, _ = select_from_scores(scores, index.lengths, counts, config.pool)
+    if config.rerank == 1 and not config.estimate_rest:
+        return attend(query, *caches, indices, logits_of, kv_layout, layer).out
+    visible = visible_tokens(index.lengths, counts, capacity, num_tokens)
+    listed = read_listed(query, caches.key, indices, kv_layout, layer)
+    of = candidates_of(scores, visible, logits_of, config, kv_heads)
+    attended = listed.exists
+    if config.rerank > 1:
+        attended &= of.always(listed.position) | best_of_pool(listed, of, config)
+    part = softmax_over(listed, attended, caches.value, logits_of, kv_layout, layer)
+    out = part.out
+    if index.values is not None:
+        rest = estimated(listed, attended, of, index.codes, index.values, logits_of, config)
+        out = merged(part, rest)
+    return by_query_head(out, num_tokens).astype(query.dtype)
 
 
 class Caches(NamedTuple):
@@ -622,7 +868,8 @@ def decode(
             for cache, x in zip(caches, new, strict=True)
         )
     )
-    index = append_tokens(new.key, index, room, lengths, config, kv_layout, layer)
+    index = append_tokens(new.key, index, room, lengths, config, kv_layout, layer, caches.value)
     taken = None if counts is None else room.taken
-    indices = select_tokens(query, layer_of(index, layer), config, taken, None).indices
-    return attend(query, *caches, indices, logits_of, kv_layout, layer).out, caches, index
+    one = layer_of(index, layer)
+    out = attend_selected(query, caches, one, taken, logits_of, config, kv_layout, layer)
+    return out, caches, index

@@ -73,6 +73,7 @@ def indexer_next(
     index: PQIndex,
     config: IndexerConfig,
     *,
+    value: Float[Array, "B _ _ H'"] | None = None,
     counts: Int32[Array, "B"] | None = None,
     layer: int | Int32[Array, ""] | None = None,
     return_weights: bool = False,
@@ -87,6 +88,7 @@ def indexer_next(
       key_new: [B, T, K, H] ("BSKH") or [B, K, T, H] ("BKSH"), their keys.
       index: the index before the step; donate it to have it updated in place.
       config: what the index was built with.
+      value: with `config.estimate_rest` the cache of values, as in `append`.
       counts: how many of the T tokens each row takes, as in `append`: the first ones, with the
         query tokens of the same numbers. The others are padding, and so are all of a row that
         would pass the capacity. None for T.
@@ -94,7 +96,7 @@ def indexer_next(
       return_weights: as in `select`.
       implementation: as in `select`, of both.
       selector: as in `select`.
-      kv_layout: order of the token and head axes of `key_new`.
+      kv_layout: order of the token and head axes of `key_new` and `value`.
 
     Returns:
       The Selection and the index after the step.
@@ -107,13 +109,14 @@ def indexer_next(
     """
     apart = "call append and select apart for other numbers"
     _arguments.check_step(query, key_new, kv_layout, apart)
-    _arguments.check_append(index, key_new, config, counts, layer, kv_layout, implementation)
+    _arguments.check_append(index, key_new, config, value, counts, layer, kv_layout, implementation)
     _arguments.check_select(
         query, index, config, counts, layer, return_weights, implementation, selector
     )
     return _step(
         query,
         key_new,
+        value,
         index,
         counts,
         _arguments.check_layer(layer),
@@ -173,6 +176,7 @@ def _select(
 def _step(
     query: Array,
     key_new: Array,
+    value: Array | None,
     index: PQIndex,
     counts: Array | None,
     layer: Array | None,
@@ -185,30 +189,35 @@ def _step(
 ) -> tuple[Selection, PQIndex]:
     weights_dtype = query.dtype if return_weights else None
 
-    def on_shard(shard: Shard, query, key_new, index, counts, layer) -> tuple[Selection, PQIndex]:
+    def on_shard(
+        shard: Shard, query, key_new, value, index, counts, layer
+    ) -> tuple[Selection, PQIndex]:
         del shard
         T, N = query.shape[1:3]
         step = Step.of(index, config, T=T, N=N, kv_layout=kv_layout, weights_dtype=weights_dtype)
         chosen = selector or default_selector(config, step.S, T)
 
-        def xla(query, key_new, index, counts, layer):
+        def xla(query, key_new, value, index, counts, layer):
             before = layer_of(index.lengths, layer)
             room, lengths = reference.make_room(before, counts, T, step.S)
             taken = None if counts is None else room.taken
-            index = reference.append_tokens(key_new, index, room, lengths, config, kv_layout, layer)
+            index = reference.append_tokens(
+                key_new, index, room, lengths, config, kv_layout, layer, value
+            )
             one = layer_of(index, layer)
             return reference.select_tokens(query, one, config, taken, weights_dtype), index
 
-        def triton(query, key_new, index, counts, layer):
-            return pipeline.launch_step(step, query, key_new, index, counts, chosen, layer)
+        def triton(query, key_new, value, index, counts, layer):
+            return pipeline.launch_step(step, query, key_new, index, counts, chosen, layer, value)
 
-        arguments = query, key_new, index, counts, layer
+        arguments = query, key_new, value, index, counts, layer
         return backend.dispatch(xla, triton, *arguments, implementation=implementation)
 
     return by_shards(
         on_shard,
         query=("B T N H", query),
         key_new=(key_letters(kv_layout, "T"), key_new),
+        value=(key_letters(kv_layout, head="H'"), value),
         index=(None, index),
         counts=("B", counts),
         layer=("", layer),

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jaxtyping import Float, Int32, UInt8
+from jaxtyping import Float, Float32, Int32, UInt8
 
 from jax_indexer.config import IndexerConfig
 from jax_indexer.layout import power_of_2_from
@@ -20,6 +20,8 @@ SMALLEST_SEGMENT = 512
 # than the most.
 MOVES, MOST_MOVES = 128, 512
 SMALLEST_BLOCK, LARGE_BLOCK = 256, 4096
+# Tokens before the window whose values are in no sum yet.
+NOT_SUMMED = 2 * MOST_NEW - 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,6 +124,30 @@ class Cells:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class ValueSums:
+    """Sums of candidates' values by code, which those that are not attended are estimated from.
+
+    With `config.estimate_rest="codes"` M' is M and C' is C; with "mean" both are 1, as if all keys
+    had the one code. They cover the candidates up to NOT_SUMMED tokens before the window of the
+    row's last token; a value that is not finite is left out.
+
+    Attributes:
+      sums: of the values of each code.
+      counts: how many values these are.
+    """
+
+    sums: Float32[Array, "B K M' C' H'"]
+    counts: Int32[Array, "B K M' C'"]
+
+
+def summed_until(lengths: Int32[Array, "B"], config: IndexerConfig) -> Int32[Array, "B"]:
+    """The position up to which candidates' values are summed in rows of these lengths."""
+    until = jnp.maximum(lengths - NOT_SUMMED, 0) - config.window_size
+    return jnp.maximum(until, config.first_candidate)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class PQIndex:
     """The product-quantized keys of a cache: a pytree whose shapes never change while decoding.
 
@@ -132,6 +158,7 @@ class PQIndex:
       lengths: tokens in the cache; what lies past them has no meaning.
       phi: inner-product metric only, else None: the largest squared norm of a training subvector.
       cells: state of the "cells" selector with `config.cells`, else None.
+      values: sums of values with `config.estimate_rest`, else None.
 
     Source: CONTRACT.md, section 4.
     """
@@ -141,6 +168,7 @@ class PQIndex:
     lengths: Int32[Array, "B"]
     phi: Float[Array, "B K M"] | None = None
     cells: Cells | None = None
+    values: ValueSums | None = None
 
 
 @jax.tree_util.register_dataclass

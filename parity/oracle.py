@@ -139,3 +139,106 @@ def attention(query, key, value, indices, *, scale=None, soft_cap=None, kv_layou
             out[b, t, n] = weights @ value[b, listed, n // group] / weights.sum()
             lse[b, t, n] = logits.max() + np.log(weights.sum())
     return out, lse
+
+
+def value_sums(value, codes, lengths, config, kv_layout="BSKH"):
+    """Sums of values by code in float64 and how many they are (section 4).
+
+    value [B,S,K,H'] or head-major, codes [B,K,M,S]; returns [B,K,M',C',H'] and [B,K,M',C'].
+    """
+    if kv_layout == "BKSH":
+        value = value.swapaxes(1, 2)
+    B, S, K, size = value.shape
+    by_code = config.estimate_rest == "codes"
+    M, C = (config.num_subspaces, config.num_centroids) if by_code else (1, 1)
+    sums, counts = np.zeros((B, K, M, C, size)), np.zeros((B, K, M, C), np.int64)
+    for b, k, m in np.ndindex(B, K, M):
+        last = min(max(int(lengths[b]), 0), S) - config.window_size - 15
+        for position in range(config.first_candidate, last):
+            one = value[b, position, k].astype(np.float64)
+            code = codes[b, k, m, position] & (C - 1) if by_code else 0
+            if np.isfinite(one).all():
+                sums[b, k, m, code] += one
+                counts[b, k, m, code] += 1
+    return sums, counts
+
+
+def decode_output(
+    query, key, value, table, codes, lengths, counts, config,
+    *, scale=None, soft_cap=None, kv_layout="BSKH",
+):  # fmt: skip
+    """What `decode_attention` returns, reranked and with the rest, in float64 (section 4).
+
+    `table` is that of the queries, in the dtype that lists come from; lengths are those after the
+    step, and counts what each row has taken, or None.
+    """
+    if kv_layout == "BKSH":
+        key, value = key.swapaxes(1, 2), value.swapaxes(1, 2)
+    B, T, N, H = query.shape
+    S, group = key.shape[1], N // key.shape[2]
+    scale = H**-0.5 if scale is None else scale
+    score = scores(table, codes, config.num_bits)
+    limit = visible(lengths, S, T, counts)
+    out = np.zeros((B, T, N, value.shape[3]))
+    if config.estimate_rest:
+        sums, numbers = value_sums(value, codes, lengths, config)
+
+    def logits(products):
+        products = products.astype(np.float64) * scale
+        return products if soft_cap is None else soft_cap * np.tanh(products / soft_cap)
+
+    for b, t, n in np.ndindex(B, T, N):
+        V, k = limit[b, t], n // group
+        if not V:
+            continue
+        keys, values = (x[b, :V, k].astype(np.float64) for x in (key, value))
+        with np.errstate(invalid="ignore", over="ignore"):
+            products = keys @ query[b, t, n].astype(np.float64)
+            true, by_pq = logits(products), logits(score[b, t, n, :V])
+        position = np.arange(V)
+        is_candidate = (position >= config.first_candidate) & (position < V - config.window_size)
+        is_candidate &= config.short_context(T) < V
+        always = (position < config.sink_size) | (position >= V - config.window_size)
+        always |= config.short_context(T) >= V
+        pool = tokens(score[b, t, n], V, T, config.pool)
+        pool = pool[is_candidate[pool]]
+        nan = np.isnan(products[pool])
+        order = np.lexsort((pool, -np.where(nan, 0, products[pool]), nan))
+        attended = np.concatenate([position[always], pool[order[: config.heavy_size]]])
+        losers = pool[order[config.heavy_size :]]
+        weighed = [(x, true[x]) for x in (attended, losers)]
+        of_tokens = values
+        if config.estimate_rest:
+            mean_of = sums[b, k] / np.maximum(numbers[b, k], 1)[..., None]
+            of_all = sums[b, k, 0].sum(0) / max(numbers[b, k, 0].sum(), 1)
+            mean_of = np.where((numbers[b, k] == 0)[..., None], of_all, mean_of)
+            M, C = mean_of.shape[:2]
+            estimate = (1 - M) * of_all + sum(
+                mean_of[m][codes[b, k, m, :V] & (C - 1)] for m in range(M)
+            )
+            rest = np.setdiff1d(position[is_candidate], pool)
+            with np.errstate(all="ignore"):
+                by_pq = np.where(by_pq < np.inf, by_pq, -np.inf)
+                most = [x.max(initial=-np.inf) for x in (true[pool], by_pq[pool])]
+                masses = [
+                    np.log(np.exp(x[pool] - m).sum())
+                    for x, m in zip((true, by_pq), most, strict=True)
+                ]
+                log = most[0] - most[1] + masses[0] - masses[1]
+            log = np.clip(log, -np.log(4), np.log(4)) if np.isfinite(log) else 0
+            weighed += [(rest, by_pq[rest] + log)]
+            losers_of = losers[true[losers] < np.inf]
+            weighed[1] = losers_of, true[losers_of]
+        else:
+            weighed = weighed[:1]
+        largest = max(x.max(initial=-np.inf) for _, x in weighed)
+        total, sum_of = 0.0, np.zeros(value.shape[3])
+        for i, (which, logit) in enumerate(weighed):
+            if not len(which) or largest == -np.inf:
+                continue
+            weight = np.exp(logit - largest)
+            total += weight.sum()
+            sum_of += weight @ (of_tokens if i == 0 else estimate)[which]
+        if total:
+            out[b, t, n] = sum_of / total
+    return out

@@ -31,6 +31,7 @@ from jax_indexer import (
     with_cells,
 )
 from jax_indexer._arguments import annotated_arrays
+from jax_indexer.state import ValueSums
 
 B, T, N, K, H, S, M, C, P = 2, 1, 4, 2, 8, 32, 2, 4, 14
 VALUE_H, PROMPT, LAYERS = 6, 20, 3
@@ -38,6 +39,8 @@ CONFIG = IndexerConfig(num_subspaces=M, num_bits=2, heavy_size=4, sink_size=2, w
 IP = IndexerConfig(
     num_subspaces=M, num_bits=2, heavy_size=4, sink_size=2, window_size=3, metric="ip"
 )
+# With sums of values.
+SUMMED = dataclasses.replace(CONFIG, estimate_rest="mean")
 
 
 def f32(*shape):
@@ -351,7 +354,7 @@ def call(function, **changes):
             value = IP_INDEX if is_ip and name == "index" else value
             fields = {k: made(k, v, f"{path}.{k}") for k, v in value.items()}
             rest = {k.removeprefix(f"{path}."): v for k, v in changes.items() if "." in k}
-            fields |= {k: v for k, v in rest.items() if k in fields or k == "cells"}
+            fields |= {k: v for k, v in rest.items() if k in fields or k in ("cells", "values")}
             return kinds[name](**fields)
         return value
 
@@ -431,13 +434,57 @@ ANNOTATED = [
 
 @pytest.mark.parametrize(("function", "argument", "expected"), ANNOTATED)
 def test_what_is_expected_of_an_argument_is_what_its_annotation_says(function, argument, expected):
+    # The cache of values is taken where there are sums of them.
+    changes = {} if function == "sparse_attention" or argument != "value" else with_sums(function)
     with pytest.raises(ValueError, match="expected") as error:
-        call(function, **{argument: np.zeros([1] * 7)})
+        call(function, **changes | {argument: np.zeros([1] * 7)})
     found = re.fullmatch(rf"{argument}: expected (.*)\[(.*)\], got .*", str(error.value))
     dtypes, axes = found[1].split("/"), [x.partition("=")[0] for x in found[2].split(", ")]
     assert dtypes == [d.name for d in expected.dtypes]
     assert len(axes) == len(expected.axes)
     assert all(want in (axis, "_") for axis, want in zip(axes, expected.axes, strict=True))
+
+
+def with_sums(function, config=SUMMED, of=(1, 1)):
+    """Changes to good arguments: a config that keeps sums of values, and sums by `of` codes."""
+    sums = ValueSums(f32(B, K, *of, VALUE_H), i32(B, K, *of))
+    path = {"decode_attention": "cache.index", "prefill": "cache.index"}.get(function, "index")
+    return {"config": config} | ({} if function == "build_index" else {f"{path}.values": sums})
+
+
+TAKES_VALUE = ("build_index", "rebuild", "append", "indexer_next")
+
+
+@pytest.mark.parametrize("function", TAKES_VALUE)
+def test_the_cache_of_values_is_there_if_sums_are_kept(function, compilations):
+    with pytest.raises(ValueError, match="expected") as error:
+        call(function, **with_sums(function))
+    check_message(error, "value", "cache of values with config.estimate_rest='mean'", "None")
+    with pytest.raises(ValueError, match="expected") as error:
+        call(function, value=f32(B, S, K, VALUE_H))
+    check_message(error, "value", "None with config.estimate_rest=False", "ndarray")
+    assert compilations() == 0
+
+
+@pytest.mark.parametrize("function", ["rebuild", "append", "decode_attention", "prefill", "select"])
+def test_the_sums_are_those_of_the_config(function, compilations):
+    index = "cache.index" if "cache" in ARGUMENTS[function] else "index"
+    value = {"value": f32(B, S, K, VALUE_H)} if function in TAKES_VALUE else {}
+    with pytest.raises(ValueError, match="expected") as error:
+        call(function, config=SUMMED, **value)
+    check_message(error, f"{index}.values", "sums with config.estimate_rest='mean'", "None")
+    with pytest.raises(ValueError, match="expected") as error:
+        call(function, **with_sums(function, CONFIG))
+    check_message(error, f"{index}.values", "None", "ValueSums")
+    by_codes = dataclasses.replace(CONFIG, estimate_rest="codes")
+    with pytest.raises(ValueError, match="expected") as error:
+        call(function, **with_sums(function, by_codes) | value)
+    check_message(error, f"{index}.values.sums", "M'=2", "[2, 2, 1, 1, 6]")
+    if function in ("rebuild", "append", "decode_attention", "prefill"):
+        other = {k: v[..., :-1] for k, v in value.items()} or {"cache.value": f32(B, S, K, 5)}
+        with pytest.raises(ValueError, match="H'=6") as error:
+            call(function, **with_sums(function) | other)
+    assert compilations() == 0
 
 
 def traceable(value):

@@ -20,6 +20,7 @@ def test_defaults():
     assert config.init_offset is None
     assert config.grouping == "contiguous"
     assert (config.metric, config.kmeans_iters, config.cells) == ("euclidean", 10, False)
+    assert (config.rerank, config.estimate_rest) == (1, False)
     assert config.table_dtype == jnp.float32
     assert config.train_tokens is None
 
@@ -116,6 +117,11 @@ def test_every_code_width_is_accepted(num_bits):
         ("init_offset", -1),
         ("init_offset", 2.0),
         ("kmeans_iters", -1),
+        ("rerank", 0),
+        ("rerank", 1.5),
+        ("estimate_rest", True),
+        ("estimate_rest", "all"),
+        ("estimate_rest", None),
         ("train_tokens", 0),
         ("train_tokens", "all"),
         ("grouping", "interleaved"),

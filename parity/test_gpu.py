@@ -35,7 +35,9 @@ from jax_indexer.kernels import pipeline, scores, threshold, top_k
 from jax_indexer.kernels.lookup_table import tables_from
 from jax_indexer.kernels.step import Lengths, Step
 from jax_indexer.kernels.tuning import H100
-from jax_indexer.state import sealing_for
+from jax_indexer.reference import Caches, Logits
+from jax_indexer.state import layer_of, sealing_for
+from jax_indexer.values import add_values, no_values
 from parity import memcheck, meshes, test_cells
 from parity.compare import check_selection
 from parity.inputs import WORKLOADS, make_inputs
@@ -298,8 +300,11 @@ def check_a_long_decode(config, capacity, steps, chunk, *, by_cells="cells"):
     index = dataclasses.replace(index, lengths=index.lengths.at[0, 0].set(capacity - chunk // 2))
     shape = LAYERS, BATCH, capacity, KV_HEADS, HEAD_DIM
     key, value = (integers(*shape, dtype=jnp.bfloat16) for _ in range(2))
+    if config.estimate_rest:
+        index = dataclasses.replace(index, values=summed_anew(value, index, config))
     plain = jax.tree.map(jnp.copy, (key, value, index.codes, index.codebooks, index.lengths))
-    cache = DecodeCache(key, value, with_cells(index, config))
+    index = with_cells(index, config) if config.cells else index
+    cache = DecodeCache(key, value, index)
     options = {"config": config, "implementation": "triton"}
 
     def one_step(carry, number):
@@ -320,13 +325,19 @@ def check_a_long_decode(config, capacity, steps, chunk, *, by_cells="cells"):
         # A row that is full takes none.
         taken = cache.index.lengths - before
         layer = number % LAYERS
-        lists = select(
-            query[layer], cache.index, counts=taken[layer], layer=layer, selector="threshold",
-            **options,
-        )  # fmt: skip
-        want = sparse_attention(
-            query[layer], cache.key, cache.value, lists, layer=layer, implementation="xla"
-        )
+        if config.rerank > 1 or config.estimate_rest:
+            want = reference.attend_selected(
+                query[layer], Caches(cache.key, cache.value), layer_of(cache.index, layer),
+                taken[layer], Logits(HEAD_DIM**-0.5, None), config, "BSKH", layer,
+            )  # fmt: skip
+        else:
+            lists = select(
+                query[layer], cache.index, counts=taken[layer], layer=layer,
+                selector="threshold", **options,
+            )  # fmt: skip
+            want = sparse_attention(
+                query[layer], cache.key, cache.value, lists, layer=layer, implementation="xla"
+            )
         got, want = out[layer].astype(jnp.float32), want.astype(jnp.float32)
         # Each is rounded once, to 8 bits, and may be to the other neighbour.
         error = jnp.max(jnp.abs(got - want) - 2.0**-7 * jnp.abs(want))
@@ -354,11 +365,38 @@ def check_a_long_decode(config, capacity, steps, chunk, *, by_cells="cells"):
         message = f"within the {chunk} steps from {first} on"
         assert [int(x) for x in compare(cache, plain)] == [0] * 5, message
         assert float(worst) <= 1e-4, message
+        if config.estimate_rest:
+            anew = summed_anew(cache.value, cache.index, config)
+            jax.tree.map(np.testing.assert_array_equal, cache.index.values, anew)
         last = first + chunk >= steps
         for layer in range(LAYERS) if last else [first // chunk % LAYERS]:
-            test_cells.check_state(jax.tree.map(operator.itemgetter(layer), cache.index), config)
+            if config.cells:
+                index = jax.tree.map(operator.itemgetter(layer), cache.index)
+                test_cells.check_state(index, config)
         restarts += int((np.asarray(cache.index.lengths) < before).sum())
     return restarts
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def summed_anew(value, index, config):
+    """The sums of values that are integers: whatever their order, float32 is exact."""
+
+    def of_layer(value, codes, lengths):
+        batch, _, kv_heads, size = value.shape
+        grown = jnp.zeros_like(lengths), jnp.clip(lengths, 0, value.shape[1]), value.shape[1]
+        empty = no_values(batch, kv_heads, size, config)
+        return add_values(empty, value, codes, *grown, config, "BSKH", None)
+
+    return jax.vmap(of_layer)(value, index.codes, index.lengths)
+
+
+@pytest.mark.parametrize("by_cells", ["cells", "threshold"])
+@pytest.mark.parametrize(
+    ("rest", "rerank"), [("codes", 4), ("mean", 4), (False, 8), ("codes", 1)], ids=str
+)
+def test_ten_thousand_steps_with_a_pool_and_the_rest_are_right(rest, rerank, by_cells):
+    config = IndexerConfig(cells=by_cells == "cells", rerank=rerank, estimate_rest=rest)
+    assert check_a_long_decode(config, 40_000, 10_000, 1000, by_cells=by_cells) > 4
 
 
 @pytest.mark.parametrize("budget", [128, 300], ids=["attended where found", "apart"])

@@ -524,6 +524,58 @@ def test_a_decode_step_of_a_layer_lowers_to_kernels_alone(name, selector, layers
     assert donated == len(jax.tree.leaves(cache))
 
 
+POOLS = {
+    "rerank": ({}, {"rerank": 8}),
+    "rest": ({"layers": 3}, {"estimate_rest": "codes", "cells": True}),
+    "both": ({}, {"rerank": 4, "estimate_rest": "codes", "cells": True}),
+    "both, by the mean": ({"T": 3, "layers": 3}, {"rerank": 4, "estimate_rest": "mean"}),
+    "both, of many codes": ({"H": 96}, {
+        "rerank": 2, "estimate_rest": "codes", "num_subspaces": 3, "num_bits": 8,
+        "heavy_size": 77, "sink_size": 3, "window_size": 0,
+    }),
+    "both, of no budget": ({"S": 300}, {
+        "rerank": 2, "estimate_rest": "mean", "num_bits": 1, "heavy_size": 0, "sink_size": 0,
+    }),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", POOLS)
+def test_a_pool_and_the_rest_lower_to_kernels_alone(name):
+    """Five launches, or the four and more of a selector and three; nothing is copied."""
+    shape, sizes = POOLS[name]
+    shape = {"T": 1, "H": 64, "S": 40001, "layers": None} | shape
+    config = IndexerConfig(**sizes)
+    cache = jax.eval_shape(
+        functools.partial(empty_cache, config, 2, shape["S"], 2, shape["H"], layers=shape["layers"])
+    )
+    query, key_new, _ = arguments(B=2, T=shape["T"], H=shape["H"], dtype=jnp.bfloat16)
+
+    def decode(query, key_new, cache, layer):
+        return decode_attention(
+            query, key_new, key_new, cache, config, implementation="triton", logits_soft_cap=30.0,
+            layer=None if shape["layers"] is None else layer,
+        )  # fmt: skip
+
+    with an_h100():
+        text = lowered(decode, query, key_new, cache, shaped((), jnp.int32), donate_argnums=2)
+    has_rest = bool(config.estimate_rest)
+    first = "write_kernel_and_always_kernel_and_" + first_kernel(seal=config.cells)
+    first = first + "_and_sum_values_kernel" if has_rest else first
+    found = kernels(text) - KERNELS["threshold"] - {"cells_select_kernel"}
+    assert found == {
+        first,
+        "rank_pool_kernel",
+        "attend_winners_kernel_and_weigh_rest_kernel" if has_rest else "attend_winners_kernel",
+        "merge_rest_kernel" if has_rest else "merge_kernel",
+    }
+    assert ("cells_select_kernel" in kernels(text)) == config.cells
+    assert "f64" not in text
+    assert not re.search(r"stablehlo\.(case|if|while|sort)", text)
+    signature = text[text.index("@main(") : text.index("->", text.index("@main("))]
+    donated = len(re.findall(r"tf.aliasing_output|jax.buffer_donor", signature))
+    assert donated == len(jax.tree.leaves(cache))
+
+
 CAPACITY = 5003  # no other size is this
 
 

@@ -92,14 +92,19 @@ def read_logits(logits: Logits) -> Logits:
     return jax.tree.map(lambda ref: ref[0], logits)
 
 
-def _logits(products: Array, live: Array, logits: Logits) -> Array:
+def made_logits(products: Array, logits: Logits) -> Array:
+    """Logits of inner products."""
     products = products * logits.scale
     if logits.soft_cap is not None:
         products = logits.soft_cap * jnp.tanh(products / logits.soft_cap)
-    return jnp.where(live, products, -jnp.inf)
+    return products
 
 
-def _finite(largest: Array) -> Array:
+def _logits(products: Array, live: Array, logits: Logits) -> Array:
+    return jnp.where(live, made_logits(products, logits), -jnp.inf)
+
+
+def finite(largest: Array) -> Array:
     """What to subtract from logits: where none is above -inf, nothing."""
     return jnp.where(largest == -jnp.inf, 0, largest)
 
@@ -113,9 +118,13 @@ def attend(
 ) -> Softmax:
     """Softmax of one query over a block of tokens, of those that are live."""
     products = jnp.sum(key.astype(jnp.float32) * query[None, :], axis=1)
-    logit = _logits(products, live, logits)
+    return softmax(_logits(products, live, logits), live, value)
+
+
+def softmax(logit: Array, live: Array, value: Float[Array, "block H_"]) -> Softmax:
+    """Softmax of one query over a block of tokens, by their logits: -inf if they are not live."""
     largest = jnp.max(logit)
-    weight = jnp.where(live, jnp.exp(logit - _finite(largest)), 0)
+    weight = jnp.where(live, jnp.exp(logit - finite(largest)), 0)
     values = jnp.sum(weight[:, None] * value.astype(jnp.float32), axis=0)
     return Softmax(largest, jnp.sum(weight), values)
 
@@ -137,7 +146,7 @@ def attend_together(
     )
     logit = _logits(multiply(query, key, (((1,), (1,)), ((), ()))), live[None, :], logits)
     largest = jnp.max(logit, axis=1)
-    weight = jnp.where(live[None, :], jnp.exp(logit - _finite(largest)[:, None]), 0)
+    weight = jnp.where(live[None, :], jnp.exp(logit - finite(largest)[:, None]), 0)
     # Tensor cores take weights of the values' dtype: in two parts these are good to float32.
     high = weight.astype(value.dtype)
     values = multiply(high, value, (((1,), (0,)), ((), ())))
@@ -150,7 +159,7 @@ def attend_together(
 def merge_two(one: Softmax, other: Softmax) -> Softmax:
     """Two parts of one query in one."""
     largest = jnp.maximum(one.largest, other.largest)
-    of_one, of_other = (jnp.exp(x.largest - _finite(largest)) for x in (one, other))
+    of_one, of_other = (jnp.exp(x.largest - finite(largest)) for x in (one, other))
     return Softmax(
         largest,
         one.total * of_one + other.total * of_other,
@@ -210,7 +219,7 @@ def read_parts(parts: Parts, row: Array, token: Array, head: Array) -> Softmax:
             other=0,
         )
         largest = jnp.max(largest_of)
-        weight = jnp.where(exists, jnp.exp(largest_of - _finite(largest)), 0)
+        weight = jnp.where(exists, jnp.exp(largest_of - finite(largest)), 0)
         values = jnp.sum(values_of * weight[:, None], axis=0)
         return Softmax(largest, jnp.sum(total_of * weight), values)
 
@@ -226,7 +235,7 @@ def write_output(output: Attention, row: Array, token: Array, head: Array, found
     total = jnp.where(found.total == 0, 1, found.total)
     values = (found.values / total).astype(output.out.dtype)
     backend.store(output.out.at[row, token, head, d], values, mask=d < output.out.shape[3])
-    lse = _finite(found.largest) + jnp.log(total)
+    lse = finite(found.largest) + jnp.log(total)
     output.lse[row, token, head] = jnp.where(found.total == 0, -jnp.inf, lse)
 
 
@@ -616,6 +625,19 @@ def launch_listed(
         shared = in_parts(shared_kernel, number, tuning.always_tile, together)
         launches = {"shared": shared} | ({"listed": listed} if own.number else {})
         parts = tuple(backend.launch_together(launches, num_warps=warps).values())
+    return merge_parts(query, parts, after, lengths, value_size, layer, tuning)
+
+
+def merge_parts(
+    query: Float[Array, "B T N H"],
+    parts: tuple[Parts, ...],
+    after: Lengths | None,
+    lengths: Array | None,
+    value_size: int,
+    layer: Array | None,
+    tuning: Tuning,
+) -> Ended:
+    """The output of parts in their order, and lengths of a step, if there are any."""
     merge = backend.Launch(
         merge_kernel,
         MergeInputs(parts, after, lengths),

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int32, Shaped
 
@@ -11,17 +12,29 @@ from jax_indexer.cells import seal
 from jax_indexer.config import Selector
 from jax_indexer.kernels import backend
 from jax_indexer.kernels.append import append_launch
-from jax_indexer.kernels.attend import Middle, always_launch, launch_listed, write_launch
+from jax_indexer.kernels.attend import (
+    Ended,
+    Middle,
+    Parts,
+    always_launch,
+    launch_listed,
+    merge_parts,
+    write_launch,
+)
 from jax_indexer.kernels.cells_select import attend_cells, select_cells
 from jax_indexer.kernels.lookup_table import Tables, tables_launch
 from jax_indexer.kernels.output import Lists, weights_launch
+from jax_indexer.kernels.rerank import rank_pool, winners_launch
+from jax_indexer.kernels.rest import merge_rest, weigh_launch
 from jax_indexer.kernels.seal import seal_launch
 from jax_indexer.kernels.step import Lengths, QueryPlan, Step, plan_after, plan_query
 from jax_indexer.kernels.threshold import select_threshold
 from jax_indexer.kernels.top_k import select_top_k
+from jax_indexer.kernels.value_sums import sum_values_launch
 from jax_indexer.layout import by_query_head
 from jax_indexer.reference import Caches, Logits
 from jax_indexer.state import MOST_NEW, PQIndex, Selection, layer_of, put_layer
+from jax_indexer.values import add_values, sums_by
 
 
 def append_launches(
@@ -30,12 +43,17 @@ def append_launches(
     index: PQIndex,
     counts: Int32[Array, "B"] | None,
     layer: Array | None = None,
+    value: Any = None,
 ) -> dict[str, backend.Launch]:
-    """The launches that append: codes, and what falls due in cells for a few tokens."""
+    """The launches that append: codes, and what falls due in cells and sums for a few tokens."""
     launches = {"codes": append_launch(step, key_new, index, counts, layer)}
-    if index.cells is not None and step.T <= MOST_NEW:
-        before, codes = Lengths(index.lengths, counts), backend.OutputOf("codes", "codes")
+    before, codes = Lengths(index.lengths, counts), backend.OutputOf("codes", "codes")
+    if step.T > MOST_NEW:
+        return launches
+    if index.cells is not None:
         launches["cells"] = seal_launch(step, index.cells, before, codes, layer)
+    if index.values is not None:
+        launches["values"] = sum_values_launch(step, index.values, value, codes, before, layer)
     return launches
 
 
@@ -63,23 +81,38 @@ def launched(step: Step, launches: Mapping[str, backend.Launch]) -> dict[str, An
 
 
 def appended(
-    step: Step, index: PQIndex, made: dict[str, Any], layer: Array | None = None
+    step: Step,
+    index: PQIndex,
+    made: dict[str, Any],
+    layer: Array | None = None,
+    value: Array | None = None,
 ) -> tuple[PQIndex, Lengths]:
-    """The index after an append, and its layer's lengths; XLA sorts cells of many new tokens."""
+    """The index after an append, and its layer's lengths; what many new tokens change is XLA's."""
     codes, after, cells = made["codes"].codes, made["codes"].after, index.cells
     codes = codes.reshape(index.codes.shape)
+
+    def replaced(state: Any, new: Any) -> Any:
+        fields = {name: x.reshape(getattr(state, name).shape) for name, x in new._asdict().items()}
+        return dataclasses.replace(state, **fields)
+
     if "cells" in made:
-        state = made["cells"]._asdict()
-        assert cells is not None
-        state = {name: x.reshape(getattr(cells, name).shape) for name, x in state.items()}
-        cells = dataclasses.replace(cells, **state)
+        cells = replaced(cells, made["cells"])
     elif cells is not None:
         one, its_codes, before = layer_of((cells, codes, index.lengths), layer)
         # A row that takes nothing keeps its length, whatever that is.
         one = seal(one, its_codes, after.lengths, after.lengths != before, step.config)
         cells = put_layer(cells, one, layer)
+    values = index.values
+    if "values" in made:
+        values = replaced(values, made["values"])
+    elif values is not None:
+        assert value is not None
+        before = jnp.clip(layer_of(index.lengths, layer), 0, step.S)
+        grown = before, jnp.clip(after.lengths, 0, step.S), step.T
+        values = add_values(values, value, codes, *grown, step.config, step.kv_layout, layer)
     lengths = put_layer(index.lengths, after.lengths, layer)
-    return dataclasses.replace(index, codes=codes, lengths=lengths, cells=cells), after
+    index = dataclasses.replace(index, codes=codes, lengths=lengths, cells=cells, values=values)
+    return index, after
 
 
 def launch_append(
@@ -88,10 +121,11 @@ def launch_append(
     index: PQIndex,
     counts: Int32[Array, "B"] | None,
     layer: Array | None = None,
+    value: Float[Array, "*layers B _ _ H_"] | None = None,
 ) -> PQIndex:
     """What `reference.append_tokens` does, in one launch, to one layer."""
-    made = launched(step, append_launches(step, key_new, index, counts, layer))
-    return appended(step, index, made, layer)[0]
+    made = launched(step, append_launches(step, key_new, index, counts, layer, value))
+    return appended(step, index, made, layer, value)[0]
 
 
 def launch_select(
@@ -117,15 +151,16 @@ def launch_step(
     counts: Int32[Array, "B"] | None,
     selector: Selector,
     layer: Array | None = None,
+    value: Float[Array, "*layers B _ _ H_"] | None = None,
 ) -> tuple[Selection, PQIndex]:
     """Both, with all that does not depend on a selection in one launch."""
     # The longest programs last: they would hold up what comes behind them.
-    others = append_launches(step, key_new, index, counts, layer)
+    others = append_launches(step, key_new, index, counts, layer, value)
     first = {"codes": others.pop("codes")}
     before = Lengths(index.lengths, counts)
     of_query = query_launches(step, query, index, before, layer, plan_after)
     made = launched(step, first | of_query | others)
-    index, after = appended(step, index, made, layer)
+    index, after = appended(step, index, made, layer, value)
     return selected(step, made, index, after, selector, layer), index
 
 
@@ -145,8 +180,8 @@ def launch_decode(
     What is always attended needs no selection: it goes beside what a selection begins with.
     """
     before = Lengths(index.lengths, counts)
-    others = append_launches(step, new.key, index, counts, layer)
     written = Caches(*(backend.OutputOf("caches", field) for field in Caches._fields))
+    others = append_launches(step, new.key, index, counts, layer, written.value)
     first = {
         "caches": write_launch(step, new, caches, before, layer),
         "always": always_launch(step, query, new, written, before, logits, layer),
@@ -156,8 +191,14 @@ def launch_decode(
     made = launched(step, first | of_query | others)
     caches, always = made["caches"], made["always"]
     lengths = index.lengths
-    index, after = appended(step, index, made, layer)
-    if selector == "cells" and step.num_middle <= step.tuning.attended_at_once:
+    index, after = appended(step, index, made, layer, caches.value)
+    has_pool = step.config.rerank > 1 or step.config.estimate_rest
+    if has_pool:
+        ended = attend_pool(
+            step, made["tables"], index, after, query, caches, logits, always, lengths, selector,
+            layer,
+        )  # fmt: skip
+    elif selector == "cells" and step.num_middle <= step.tuning.attended_at_once:
         assert index.cells is not None
         ended = attend_cells(
             step, made["tables"], index, after, query, caches, logits, always, lengths, layer
@@ -175,6 +216,49 @@ def launch_decode(
             tuning=step.tuning,
         )
     return ended.output.out, caches, dataclasses.replace(index, lengths=ended.lengths)
+
+
+def attend_pool(
+    step: Step,
+    tables: Tables,
+    index: PQIndex,
+    after: Lengths,
+    query: Float[Array, "B T N H"],
+    caches: Caches,
+    logits: Logits,
+    known: Parts,
+    lengths: Array,
+    selector: Selector,
+    layer: Array | None = None,
+) -> Ended:
+    """Selects a pool, attends to the best of it by their keys, and estimates what is left.
+
+    Arguments and result are those of `attend_cells`, and the selector of the pool.
+    """
+    config = step.config
+    by = sums_by(config) if config.estimate_rest else None
+    of_pool = dataclasses.replace(step, config=config.pool)
+    indices = from_tables(of_pool, tables, index, after, None, selector, layer).indices
+    codes = step.by_rows(index.codes)
+    pool, own, block = rank_pool(step, query, caches.key, indices, after, tables, codes, layer)
+    launches = {
+        "winners": winners_launch(
+            step, query, caches, indices, pool, own, block, after, codes, logits, by, layer
+        )
+    }
+    if by is not None:
+        launches["rest"] = weigh_launch(
+            step, pool, indices, tables.by_query, index, after, logits, by,
+            selector == "cells", layer,
+        )  # fmt: skip
+    made = backend.launch_together(launches, num_warps=step.tuning.attended_warps)
+    parts, losers = made["winners"]
+    if losers is None:
+        return merge_parts(
+            query, (known, parts), after, lengths, caches.value.shape[-1], layer, step.tuning
+        )
+    arguments = (known, parts), losers, made["rest"], index, after, lengths, layer
+    return merge_rest(step, query, *arguments)
 
 
 def selected(

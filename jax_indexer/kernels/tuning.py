@@ -53,6 +53,8 @@ class Tuning:
       attended_at_once: tokens that a program attends to behind its own search, at the most.
       attended_warps, merged_warps: of programs that attend to a block of a list, that merge more
         parts than are read at once; fewer take one warp.
+      weighed_tile, weighed_tokens: of the rest: elements that a program holds, and tokens that it
+        takes. The bits of an output depend on them.
       tokens_per_part, sums_block: k-means: tokens that one program sums, and sums that one adds
         up. The bits of a codebook depend on the first, and memory: C / 4096 floats for each
         dimension of a key.
@@ -88,6 +90,8 @@ class Tuning:
     attended_at_once: int = 256
     attended_warps: int = 8
     merged_warps: int = 4
+    weighed_tile: int = 4096
+    weighed_tokens: int = 256
     tokens_per_part: int = 4096
     sums_block: int = 1024
 

@@ -1,0 +1,98 @@
+"""Sums of values by code are kept up to date: a value goes in when its token is far enough back."""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from jax_indexer.kernels import backend
+from jax_indexer.kernels.step import Lengths, Step, room_in
+from jax_indexer.layout import power_of_2_from
+from jax_indexer.state import ValueSums, summed_until
+
+
+class Sums(NamedTuple):
+    """f32[R, M', C', H'] and i32[R, M', C'], in the memory of those before."""
+
+    sums: Any
+    counts: Any
+
+
+class Inputs(NamedTuple):
+    """What is read of caches and codes lies before the step's own tokens; the sums are not read."""
+
+    before: Lengths  # the step
+    value: Any
+    codes: Any  # u8[R, M, S]
+    sums: Any
+    counts: Any
+
+
+def sum_values_kernel(program, inputs: Inputs, outputs: Sums, *, step: Step):
+    """What falls due in one subspace of one kv row: a value for each new token, or none."""
+    config, by = step.config, outputs.counts.shape[1]
+    subspace, kv_row = program % by, program // by
+    row, kv_head = kv_row // step.K, kv_row % step.K
+    room = room_in(step, inputs.before, row)[0]
+    first, last = (summed_until(x, config) for x in (room.start, room.start + room.taken))
+    size = outputs.sums.shape[3]
+    d = jnp.arange(power_of_2_from(size), dtype=jnp.int32)
+    for new in range(step.T):
+        position = jnp.minimum(first + new, step.S - 1)
+        place = (position, kv_head) if step.kv_layout == "BSKH" else (kv_head, position)
+        value = backend.load(inputs.value.at[(row, *place, d)], mask=d < size, other=0)
+        value = value.astype(jnp.float32)
+        not_finite = jnp.sum(jnp.where(jnp.abs(value) < jnp.inf, 0, 1))
+        code = jnp.int32(0)
+        if config.estimate_rest == "codes":
+            code = inputs.codes[kv_row, subspace, position].astype(jnp.int32)
+            code = code & (config.num_centroids - 1)
+        is_due = (first + new < last) & (not_finite == 0)
+        at = kv_row, subspace, code
+        mask = (d < size) & is_due
+        so_far = backend.load(outputs.sums.at[(*at, d)], mask=mask, other=0)
+        count = outputs.counts[at]
+        backend.barrier()  # the next token may have the same code
+        backend.store(outputs.sums.at[(*at, d)], so_far + value, mask=mask)
+        outputs.counts[at] = count + is_due.astype(jnp.int32)
+        if new + 1 < step.T:
+            backend.barrier()
+
+
+def sum_values_launch(
+    step: Step,
+    values: ValueSums,
+    value: Any,
+    codes: Any,
+    before: Lengths,
+    layer: Array | None = None,
+) -> backend.Launch:
+    """The launch that adds the values that are due to their sums.
+
+    Args:
+      step: of which at most MOST_NEW tokens are new: what is due was there before.
+      values: the sums before.
+      value: the cache of values, or what a launch beside this one writes new ones to.
+      codes: likewise.
+      before: lengths before the step, and how many tokens rows are to take.
+      layer: of the state.
+
+    Returns:
+      A launch with outputs `Sums`, in the memory of those before.
+    """
+    sums, counts = step.by_rows(values.sums), step.by_rows(values.counts)
+    return backend.Launch(
+        functools.partial(sum_values_kernel, step=step),
+        Inputs(before, value, codes, sums, counts),
+        Sums(
+            jax.ShapeDtypeStruct(sums.shape, np.float32),
+            jax.ShapeDtypeStruct(counts.shape, np.int32),
+        ),
+        programs=step.R * values.counts.shape[-2],
+        in_place=Sums._fields,
+        state=("before.lengths", "value", *Sums._fields),
+        layer=layer,
+    )
