@@ -16,12 +16,14 @@ import numpy as np
 
 from benchmarks.results import Plan, Row
 from jax_indexer import append, build_index, rebuild, rebuild_gain
+from jax_indexer.layout import Grouping
 from parity.progress import progress
 from parity.quality import (
     BEST_OF,
     QUANTIZERS,
     Layers,
     config_of,
+    decoding_error,
     faiss_codebooks,
     full_lengths,
     index_of,
@@ -156,6 +158,47 @@ def drift(
         advance(f"{num_subspaces} subspaces, {num_bits} bits, drift")
 
 
+# Tokens of the prompt that codebooks are of, where the others are decoded.
+PROMPTS = (2048, 4096, 6144)
+GROUPINGS = ("contiguous", "strided")
+
+
+def decoding(
+    layers: Layers,
+    prompts: Sequence[int] = PROMPTS,
+    budgets: Sequence[int] = BUDGETS,
+    groupings: Sequence[Grouping] = GROUPINGS,
+    advance: Callable[[str], None] = lambda what: None,
+) -> Iterator[tuple[str, Row]]:
+    """Rows of the table "decoding": errors of `decode_attention` far behind a prompt."""
+    capacity = layers.key.shape[1]
+    for prompt in prompts:
+        ahead = {"rope": turned_by(layers), "look_ahead": capacity - prompt}
+        lengths = full_lengths(layers, prompt)
+        for grouping in groupings:
+            base = config_of(2, 6, grouping=grouping)
+            plain, wise = (
+                build_index(layers.key, lengths, base, **options).codebooks
+                for options in ({}, ahead)
+            )
+            kinds = {
+                "plain": (plain, {}),
+                "looking ahead": (wise, {}),
+                "and the rest": (wise, {"estimate_rest": "codes"}),
+                "by the mean": (wise, {"estimate_rest": "mean"}),
+                "and rerank 4": (wise, {"rerank": 4}),
+                "and both": (wise, {"rerank": 4, "estimate_rest": "codes"}),
+            }
+            for budget in budgets:
+                row = {"prompt": prompt, "budget": budget, "grouping": grouping}
+                of_all = {"rerank": -(-capacity // budget)}
+                for kind, (codebooks, fields) in (kinds | {"exact top-k": (plain, of_all)}).items():
+                    config = dataclasses.replace(base, heavy_size=budget, **fields)
+                    row[kind] = decoding_error(layers, codebooks, config)
+                yield "decoding", row
+        advance(f"behind {prompt} tokens")
+
+
 # The command line.
 
 
@@ -175,8 +218,9 @@ def plan(arguments: argparse.Namespace) -> Plan:
     starts = BEST_OF if arguments.quick else None
 
     def measured(plan: Plan) -> Iterator[None]:
-        with progress(2 * len(QUANTIZERS)) as advance:
+        with progress(2 * len(QUANTIZERS) + len(PROMPTS)) as advance:
             for part in (
+                decoding(layers, advance=advance),
                 quantizers(layers, starts=starts, advance=advance),
                 drift(layers, advance=advance),
             ):

@@ -48,6 +48,10 @@ def decode_attention(
     for its queries and attended to. A row takes all of its new tokens or none: one that would pass
     the capacity keeps its cache, and its unchanged length is the report.
 
+    With `config.rerank` more candidates are found by score, and the best of them by their true keys
+    attended to; with `config.estimate_rest` the others are estimated instead of dropped. Both bring
+    the output closer to full attention at the same budget.
+
     Args:
       query: float32, bfloat16 or float16, the step's query tokens.
       key_new: [B, T, K, H] ("BSKH") or [B, K, T, H] ("BKSH"), their keys, in the cache's dtype.

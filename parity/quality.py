@@ -16,12 +16,15 @@ import numpy as np
 from jax import Array, lax
 
 from jax_indexer import (
+    DecodeCache,
     IndexerConfig,
     PQIndex,
     Rope,
     Selection,
     append,
     build_index,
+    decode_attention,
+    empty_cache,
     reference,
     select,
     sparse_attention,
@@ -32,6 +35,7 @@ QUANTIZERS = ((2, 6), (4, 8), (8, 8), (16, 4))  # (subspaces, bits)
 BEST_OF = 3  # starts of k-means
 ROPE_BASE = 100_000.0  # of the file's model, whose pairs are interleaved
 EVERY = 16  # of the last 128 queries
+DECODED_AT_ONCE = 16  # queries of a step, which see one another's tokens
 
 
 class Layers(NamedTuple):
@@ -176,6 +180,51 @@ def measure_lists(
 def quality(layers: Layers, indices: Iterable[PQIndex | None], config: IndexerConfig) -> np.ndarray:
     """[error, recall] by index, float64 [2, indices]."""
     return np.array([measure_lists(layers, index, config) for index in indices], np.float64).T
+
+
+def decoding_error(layers: Layers, codebooks: Array, config: IndexerConfig) -> float:
+    """Mean error of `decode_attention` over the last queries, by layers, heads and queries.
+
+    Args:
+      layers: whose last tokens are decoded.
+      codebooks: of some of the tokens.
+      config: what these were trained with, and its rerank and rest.
+
+    Returns:
+      The mean of |sparse - full| / |full|.
+    """
+    batch, capacity, kv_heads, size = layers.key.shape
+    num_queries = layers.query.shape[1]
+    start = capacity - num_queries
+    index = empty_cache(config, batch, capacity, kv_heads, size).index
+    index = dataclasses.replace(index, codebooks=codebooks)
+    value = layers.value if config.estimate_rest else None
+    index = append(index, layers.key[:, :start], config, value=value)
+    cache, errors = DecodeCache(layers.key, layers.value, index), []
+    for first in range(0, num_queries, DECODED_AT_ONCE):
+        query = layers.query[:, first : first + DECODED_AT_ONCE]
+        new = (
+            x[:, start + first : start + first + query.shape[1]] for x in (layers.key, layers.value)
+        )
+        out, cache = decode_attention(query.astype(jnp.float32), *new, cache, config)
+        errors.append(relative_error(layers, query, out, jnp.int32(start + first)))
+    return float(jnp.mean(jnp.stack(errors)))
+
+
+@jax.jit
+def relative_error(layers: Layers, query: Array, out: Array, first: Array) -> Array:
+    """Mean error of outputs of the queries from token `first` on."""
+    groups = layers.query.shape[2] // layers.key.shape[2]
+    key, value = (jnp.repeat(x.astype(jnp.float32), groups, axis=2) for x in layers[1:])
+    logits = jnp.einsum("btnh,bsnh->bnts", query.astype(jnp.float32), key, precision="highest")
+    token = jnp.arange(key.shape[1], dtype=jnp.int32)[None]
+    seen = token <= first + jnp.arange(query.shape[1], dtype=jnp.int32)[:, None]
+    logits = jnp.where(seen[None, None], logits * query.shape[-1] ** -0.5, -jnp.inf)
+    full = jnp.einsum(
+        "bnts,bsnh->btnh", jax.nn.softmax(logits, axis=-1), value, precision="highest"
+    )
+    norm = functools.partial(jnp.linalg.norm, axis=-1)
+    return jnp.mean(norm(out - full) / norm(full))
 
 
 def ratio_of_means(ours: np.ndarray, theirs: np.ndarray) -> tuple[float, float]:

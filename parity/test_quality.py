@@ -52,15 +52,26 @@ def test_every_table_has_rows_that_a_file_takes_and_a_report_shows(sample, tmp_p
     rows = [
         *program.quantizers(sample, [(2, 4)], [64], starts=1),
         *program.drift(sample, [(2, 4)], [64]),
+        *program.decoding(sample, [1024], [64], ["strided"]),
     ]
     names = {name for name, _ in rows}
-    assert names == {"inertia", "attention", "table dtype", "drift", "drift, attention"}
+    tables = {"inertia", "attention", "table dtype", "drift", "drift, attention", "decoding"}
+    assert names == tables
     about = dict.fromkeys(results.KEYS) | {"kind": "quality", "time": "2026-01-02"}
     results.write(
         tmp_path / "q.json", about | {"rows": [{"table": name} | row for name, row in rows]}
     )
     (found,) = results.load([tmp_path / "q.json"])
     assert report.quality_tables(found["rows"]).keys() == names
+
+
+def test_each_option_brings_a_decode_closer_to_full_attention(sample):
+    """Together they are closer than exact top-k."""
+    ((_, row),) = program.decoding(sample, [1024], [64], ["contiguous"])
+    assert row["plain"] > 1.2 * row["looking ahead"]
+    assert row["looking ahead"] > 1.1 * row["and the rest"]
+    assert row["looking ahead"] > 1.2 * row["and rerank 4"]
+    assert row["and both"] < row["exact top-k"] < row["and rerank 4"] < row["looking ahead"]
 
 
 def test_gain_tells_drift_and_rebuild_ends_it(sample):
