@@ -774,6 +774,9 @@ def estimated(
     largest = _largest(jnp.maximum(by_pq, known))
     weights = jnp.exp(by_pq - largest[..., None]) * correction(true_logits, of_pool)[..., None]
     weights += jnp.exp(known - largest[..., None])
+    # Without a value there is nothing to estimate from.
+    summed = jnp.sum(values.counts[:, :, 0], axis=-1)[:, :, None, None]
+    weights = jnp.where(summed > 0, weights, 0)
     total = jnp.sum(weights, axis=-1)
     of_codes, of_all = mean_values(values)
     num_codes = of_codes.shape[3]

@@ -80,9 +80,11 @@ def _add_few(
     layer: Array | None,
 ) -> ValueSums:
     batch, kv_heads, num_subspaces, capacity = codes.shape[-4:]
-    place = first[:, None] + np.arange(most, dtype=np.int32)[None]
-    is_due = (place < last[:, None])[:, None]
-    place = jnp.broadcast_to(jnp.minimum(place, capacity - 1)[:, None], (batch, kv_heads, most))
+    new = np.arange(most, dtype=np.int32)[None]
+    is_due = (new < (last - first)[:, None])[:, None]
+    # The first candidate may lie far behind the cache.
+    place = jnp.minimum(jnp.minimum(first, capacity)[:, None] + new, capacity - 1)
+    place = jnp.broadcast_to(place[:, None], (batch, kv_heads, most))
     found = read_tokens(value, place, kv_layout, layer).astype(jnp.float32)
     is_due = (is_due & jnp.all(jnp.isfinite(found), axis=-1))[:, :, None]
     found = jnp.where(is_due[:, :, 0, :, None], found, 0)
@@ -143,9 +145,14 @@ def _add_many(
             counts = jnp.sum(has, axis=-1, dtype=jnp.int32)
             return ValueSums(values.sums + sums, values.counts + counts)
 
+        first = jnp.minimum(first, capacity)
         chunks = lax.div(jnp.minimum(last, capacity) + (chunk - 1), jnp.int32(chunk))
         return lax.fori_loop(lax.div(first, jnp.int32(chunk)), chunks, add_chunk, values)
 
+    # Sums that begin as constants would not vary over devices as what is added does.
+    zero = jnp.zeros_like(codes[:, :, :1, :1])
+    sums = values.sums + zero[..., None].astype(jnp.float32)
+    values = ValueSums(sums, values.counts + zero.astype(jnp.int32))
     return lax.map(add_row, (values, value, codes, first, last))
 
 

@@ -229,6 +229,8 @@ def decode_output(
             weighed += [(rest, by_pq[rest] + log)]
             losers_of = losers[true[losers] < np.inf]
             weighed[1] = losers_of, true[losers_of]
+            if not numbers[b, k].any():
+                weighed = weighed[:1]
         else:
             weighed = weighed[:1]
         largest = max(x.max(initial=-np.inf) for _, x in weighed)

@@ -214,6 +214,7 @@ def test_abstract_evaluation_needs_no_data():
 
 
 SHARDED = """
+import dataclasses
 import json
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
@@ -270,11 +271,14 @@ for shape, batch, heads in (((4, 1), "b", None), ((1, 4), None, "k"), ((2, 2), "
         np.testing.assert_allclose(attended, want_attended, rtol=1e-6, atol=1e-6)
     elif batch:
         # Training, batch rows apart; a shard's heads are numbered from 0, so not over heads.
-        build = lambda key, lengths: build_index(key, lengths, config)
+        with_rest = dataclasses.replace(config, estimate_rest="codes")
+        build = lambda key, lengths: build_index(key, lengths, with_rest, value=key)
         apart = jax.shard_map(build, mesh=mesh, in_specs=(P("b"), P("b")), out_specs=P("b"))
         trained, alone = jax.jit(apart)(key, lengths), build(key, lengths)
         np.testing.assert_array_equal(trained.lengths, alone.lengths)
         np.testing.assert_allclose(trained.codebooks, alone.codebooks, rtol=1e-5, atol=1e-5)
+        np.testing.assert_array_equal(trained.values.counts, alone.values.counts)
+        np.testing.assert_array_equal(trained.values.sums, alone.values.sums)
 print(json.dumps(report))
 """
 

@@ -4,6 +4,7 @@ Inputs are small integers, as in test_decode_attention: scores, products and sum
 exact, so who is in the pool and who is attended to is certain; outputs are off by float32 rounding.
 """
 
+import contextlib
 import dataclasses
 import functools
 
@@ -27,11 +28,13 @@ from jax_indexer import (
     rebuild,
     reset,
 )
+from jax_indexer.kernels import backend
 from jax_indexer.kernels.tuning import H100
 from jax_indexer.state import ValueSums
 from jax_indexer.values import sums_by
 from parity import oracle
 from parity.test_decode_attention import (
+    INT32,
     SMALL,
     Case,
     clipped,
@@ -143,6 +146,7 @@ CASES = {
         T=3, G=7, K=1, sizes=sizes(heavy_size=0, window_size=95), cache_dtype="bfloat16"
     ),
     "no budget": Case(sizes=sizes(heavy_size=0)),
+    "all sink": Case(sizes=sizes(heavy_size=0, window_size=0, sink_size=20, init_offset=0)),
     "three subspaces": Case(H=12, sizes=sizes(num_subspaces=3)),
     "a pool of more than there is": Case(sizes=sizes(heavy_size=40), S=70),
     "the inner product": Case(sizes=sizes(metric="ip")),
@@ -180,7 +184,7 @@ INTERPRETED = {
     ("layers of cells, from the end", "rerank, mean"),
 }  # fmt: skip
 ON_CHECKED_MEMORY = {
-    ("cells", "rerank, codes"), ("the middle layer", "rerank, mean"),
+    ("cells", "rerank, codes"), ("the middle layer", "rerank, mean"), ("all sink", "codes"),
 }  # fmt: skip
 
 
@@ -327,6 +331,19 @@ def test_a_value_that_is_not_finite_is_in_no_sum(option):
     assert (counts == np.array([[81 - 4 - 15 - first - 8], [47 - 4 - 15 - first - 4]])).all()
 
 
+@pytest.mark.parametrize("length", [10, 20, 21, 40])
+def test_before_a_value_is_summed_there_is_no_rest(length):
+    """Of values that are all one the output is one, whatever is estimated."""
+    config = IndexerConfig(
+        num_bits=1, heavy_size=0, sink_size=2, window_size=4, estimate_rest="mean"
+    )
+    key, value = jnp.zeros((1, 50, 1, 4)), jnp.ones((1, 50, 1, 4))
+    cache = prefill(key, value, jnp.array([length], jnp.int32), config)
+    query = jnp.zeros((1, 1, 1, 4))
+    out, _ = decode_attention(query, key[:, :1], value[:, :1], cache, config)
+    np.testing.assert_allclose(out, 1, rtol=1e-6)
+
+
 # What follows from the definition.
 
 
@@ -438,6 +455,24 @@ def test_every_function_that_adds_tokens_adds_their_values(kv_layout):
     assert not emptied.counts[0].any()
     assert not emptied.sums[0].any()
     np.testing.assert_array_equal(emptied.sums[1], index.values.sums[1])
+
+
+@pytest.mark.parametrize("implementation", ["xla", "triton"])
+def test_the_first_candidate_may_be_as_far_as_numbers_go(implementation):
+    config = IndexerConfig(
+        num_bits=1, heavy_size=0, sink_size=INT32.max, init_offset=0, window_size=0,
+        estimate_rest="codes",
+    )  # fmt: skip
+    cache = empty_cache(config, 1, 30, 1, 4, layers=2, dtype=jnp.float32)
+    key = jnp.ones((1, 2, 1, 4))
+    with backend.interpreted() if implementation == "triton" else contextlib.nullcontext():
+        for _ in range(14):
+            index = append(
+                cache.index, key, config, value=cache.value, layer=1, implementation=implementation
+            )
+            cache = dataclasses.replace(cache, index=index)
+    assert index.lengths.tolist() == [[0], [28]]
+    assert not index.values.counts.any()
 
 
 def test_codes_and_their_number_decide_what_is_kept():

@@ -240,7 +240,7 @@ def attend_pool(
     of_pool = dataclasses.replace(step, config=config.pool)
     indices = from_tables(of_pool, tables, index, after, None, selector, layer).indices
     codes = step.by_rows(index.codes)
-    pool, own, block = rank_pool(step, query, caches.key, indices, after, tables, codes, layer)
+    pool, own, block = rank_pool(step, query, caches, indices, after, tables, codes, layer)
     launches = {
         "winners": winners_launch(
             step, query, caches, indices, pool, own, block, after, codes, logits, by, layer

@@ -121,8 +121,10 @@ def rank_pool_kernel(
     place = Place.of(step, program, pl.cdiv(own.number, block))
     slot = place.part * block + jnp.arange(block, dtype=jnp.int32)
     exists = slot < own.number
-    at = inputs.indices.at[(*place.at, jnp.where(exists, own.first + slot, 0))]
-    position = backend.load(at, mask=exists, other=-1)
+    entry = own.first + slot
+    listed = exists & (entry < inputs.indices.shape[3])
+    at = inputs.indices.at[(*place.at, jnp.where(listed, entry, 0))]
+    position = backend.load(at, mask=listed, other=-1)
     query = read_query(inputs.query, *place.at)
 
     plan = plan_query(step, inputs.after, place.kv_row, place.token)
@@ -130,7 +132,7 @@ def rank_pool_kernel(
     short = is_short(step, plan)
     first = jnp.where(short, num_first, plan.first)
     last = jnp.where(short, plan.visible - num_last, plan.last)
-    live = exists & (position >= first) & (position < last)
+    live = listed & (position >= first) & (position < last)
     position = jnp.where(live, position, 0)
     key = read_rows(inputs.key, step.kv_layout, place.row, place.kv_head, position, live)
     products = jnp.sum(key.astype(jnp.float32) * query[None, :], axis=1)
@@ -198,8 +200,8 @@ def attend_winners_kernel(
     at = (*place.at, jnp.where(exists, slot, 0))
     rank = backend.load(inputs.by_key.at[at], mask=exists, other=NOT_A_CANDIDATE)
     live = rank != NOT_A_CANDIDATE
-    entry = inputs.indices.at[(*place.at, jnp.where(exists, own.first + slot, 0))]
-    position = jnp.where(live, backend.load(entry, mask=exists, other=0), 0)
+    entry = inputs.indices.at[(*place.at, jnp.where(live, own.first + slot, 0))]
+    position = jnp.where(live, backend.load(entry, mask=live, other=0), 0)
 
     plan = plan_query(step, inputs.after, place.kv_row, place.token)
     winner = live
@@ -296,7 +298,7 @@ def total_of(logits: Array) -> tuple[Array, Array]:
 def rank_pool(
     step: Step,
     query: Float[Array, "B T N H"],
-    key: Array,
+    caches: Caches,
     indices: Int32[Array, "B T N P"],
     after: Lengths,
     tables: Tables,
@@ -308,25 +310,27 @@ def rank_pool(
     Args:
       step: of the config that reranks.
       query: the queries.
-      key: the cache.
+      caches: keys, and values, which are not read.
       indices: lists of the pool.
       after: lengths after the step.
       tables: look-up tables.
       codes: of all tokens.
-      layer: of cache and codes.
+      layer: of caches and codes.
 
     Returns:
       The ranks, which entries of the lists they are of, and the size of a block.
     """
     first = step.config.sink_size
-    own = Entries(first, max(indices.shape[3] - step.config.window_size, first + 1))
-    block = block_of(query.shape[3], query.shape[3], step.tuning.attended_tile, step.tuning)
+    last = min(indices.shape[3] - step.config.window_size, first + step.S)
+    own = Entries(first, max(last, first + 1))  # no array is empty
+    value_size = caches.value.shape[-1]
+    block = block_of(query.shape[3], value_size, step.tuning.attended_tile, step.tuning)
     shape = jax.ShapeDtypeStruct((*query.shape[:3], own.number), np.int32)
     has_rest = bool(step.config.estimate_rest)
     table, codes_ = (tables.by_query, codes) if has_rest else (None, None)
     what = backend.Launch(
         functools.partial(rank_pool_kernel, step=step, block=block, own=own),
-        PoolInputs(after, query, key, indices, table, codes_),
+        PoolInputs(after, query, caches.key, indices, table, codes_),
         Pool(shape, shape if has_rest else None),
         programs=step.B * step.T * step.N * pl.cdiv(own.number, block),
         state=("key", "codes"),

@@ -343,7 +343,8 @@ class Rest(NamedTuple):
             jnp.sum(jnp.where(counts(m, code) == 0, weights, 0))
             for m, weights in enumerate(all_weights)
         )
-        number_of_all = jnp.maximum(jnp.sum(counts(0, code)), 1).astype(jnp.float32)
+        summed = jnp.sum(counts(0, code))
+        number_of_all = jnp.maximum(summed, 1).astype(jnp.float32)
         of_all = (empty - (by - 1) * total) / number_of_all
         d = jnp.arange(padded(size), dtype=jnp.int32)
         at_once = min(max(step.tuning.weighed_tile // d.size, 1), number)
@@ -363,7 +364,7 @@ class Rest(NamedTuple):
                 return values + jnp.sum(share[:, None] * sums, axis=0)
 
             values = lax.fori_loop(0, number // at_once, add, values)
-        is_there = total > 0
+        is_there = (total > 0) & (summed > 0)
         return Softmax(
             jnp.where(is_there, self.largest, -jnp.inf),
             jnp.where(is_there, total, 0),

@@ -41,7 +41,8 @@ def sum_values_kernel(program, inputs: Inputs, outputs: Sums, *, step: Step):
     size = outputs.sums.shape[3]
     d = jnp.arange(power_of_2_from(size), dtype=jnp.int32)
     for new in range(step.T):
-        position = jnp.minimum(first + new, step.S - 1)
+        # The first candidate may lie far behind the cache.
+        position = jnp.minimum(jnp.minimum(first, step.S) + new, step.S - 1)
         place = (position, kv_head) if step.kv_layout == "BSKH" else (kv_head, position)
         value = backend.load(inputs.value.at[(row, *place, d)], mask=d < size, other=0)
         value = value.astype(jnp.float32)
@@ -50,7 +51,7 @@ def sum_values_kernel(program, inputs: Inputs, outputs: Sums, *, step: Step):
         if config.estimate_rest == "codes":
             code = inputs.codes[kv_row, subspace, position].astype(jnp.int32)
             code = code & (config.num_centroids - 1)
-        is_due = (first + new < last) & (not_finite == 0)
+        is_due = (new < last - first) & (not_finite == 0)
         at = kv_row, subspace, code
         mask = (d < size) & is_due
         so_far = backend.load(outputs.sums.at[(*at, d)], mask=mask, other=0)
