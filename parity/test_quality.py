@@ -48,11 +48,17 @@ def test_inertia_is_the_sum_of_squared_distances(sample):
     np.testing.assert_allclose(quality.inertia(sample.key, index.codebooks, config)[0, 0], want)
 
 
-def test_every_table_has_rows_that_a_file_takes_and_a_report_shows(sample, tmp_path):
+@pytest.fixture(scope="module")
+def decoded(sample):
+    """The row of a decode of half of them."""
+    return list(program.decoding(sample, [1024], [64], ["contiguous"]))
+
+
+def test_every_table_has_rows_that_a_file_takes_and_a_report_shows(sample, decoded, tmp_path):
     rows = [
         *program.quantizers(sample, [(2, 4)], [64], starts=1),
         *program.drift(sample, [(2, 4)], [64]),
-        *program.decoding(sample, [1024], [64], ["strided"]),
+        *decoded,
     ]
     names = {name for name, _ in rows}
     tables = {"inertia", "attention", "table dtype", "drift", "drift, attention", "decoding"}
@@ -65,9 +71,9 @@ def test_every_table_has_rows_that_a_file_takes_and_a_report_shows(sample, tmp_p
     assert report.quality_tables(found["rows"]).keys() == names
 
 
-def test_each_option_brings_a_decode_closer_to_full_attention(sample):
+def test_each_option_brings_a_decode_closer_to_full_attention(decoded):
     """Together they are closer than exact top-k."""
-    ((_, row),) = program.decoding(sample, [1024], [64], ["contiguous"])
+    ((_, row),) = decoded
     assert row["plain"] > 1.2 * row["looking ahead"]
     assert row["looking ahead"] > 1.1 * row["and the rest"]
     assert row["looking ahead"] > 1.2 * row["and rerank 4"]

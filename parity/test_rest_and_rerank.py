@@ -384,7 +384,7 @@ def test_sums_after_many_steps_are_those_built_anew(T, rest):
     config = IndexerConfig(
         num_bits=2, heavy_size=4, sink_size=3, window_size=5, estimate_rest=rest, rerank=2
     )
-    B, S, K, H, size, steps = 3, 90, 2, 8, 6, {1: 3000, 3: 1000, 12: 300}[T]
+    B, S, K, H, size, steps = 3, 90, 2, 8, 6, {1: 1500, 3: 500, 12: 150}[T]
     cache = empty_cache(config, B, S, K, H, value_head_dim=size, dtype=jnp.float32)
     rng = np.random.default_rng(0)
 
@@ -423,15 +423,13 @@ def check_sums(cache, config, kv_layout="BSKH"):
     assert counts.sum() > 0
 
 
-@pytest.mark.parametrize("kv_layout", ["BSKH", "BKSH"])
-def test_every_function_that_adds_tokens_adds_their_values(kv_layout):
+def test_every_function_that_adds_tokens_adds_their_values():
+    kv_layout = "BKSH"
     config = IndexerConfig(
         num_bits=2, heavy_size=4, sink_size=3, window_size=5, estimate_rest="codes", cells=True
     )
     rng = np.random.default_rng(0)
-    shape = (2, 90, 1) if kv_layout == "BSKH" else (2, 1, 90)
-    key, value = (jnp.asarray(rng.integers(-3, 4, (*shape, h)), jnp.float32) for h in (8, 5))
-    axis = 1 if kv_layout == "BSKH" else 2
+    key, value = (jnp.asarray(rng.integers(-3, 4, (2, 1, 90, h)), jnp.float32) for h in (8, 5))
     lengths = jnp.array([60, 40], jnp.int32)
     options = {"value": value, "kv_layout": kv_layout}
 
@@ -440,11 +438,11 @@ def test_every_function_that_adds_tokens_adds_their_values(kv_layout):
 
     index = build_index(key, lengths, config, **options)
     check(index)
-    index = append(index, jax.lax.slice_in_dim(key, 60, 80, axis=axis), config, **options)
+    index = append(index, jax.lax.slice_in_dim(key, 60, 80, axis=2), config, **options)
     check(index)
-    index = append(index, jax.lax.slice_in_dim(key, 80, 82, axis=axis), config, **options)
+    index = append(index, jax.lax.slice_in_dim(key, 80, 82, axis=2), config, **options)
     check(index)
-    new = jax.lax.slice_in_dim(key, 82, 83, axis=axis)
+    new = jax.lax.slice_in_dim(key, 82, 83, axis=2)
     _, index = indexer_next(jnp.ones((2, 1, 2, 8)), new, index, config, **options)
     check(index)
     rows = jnp.array([True, False])
@@ -500,10 +498,9 @@ def test_select_knows_nothing_of_either():
     np.testing.assert_array_equal(got.indices, want.indices)
 
 
-@pytest.mark.parametrize("seed", range(2))
-def test_together_they_are_closer_to_full_attention_than_exact_top_k(seed):
+def test_together_they_are_closer_to_full_attention_than_exact_top_k():
     """On keys in clusters, at the same budget: a fourth of its error at the most."""
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     S, H, config = (
         600,
         16,
