@@ -28,7 +28,7 @@ from jax_indexer.layout import (
 )
 from jax_indexer.rope import LookAhead, positions_on, turned
 from jax_indexer.state import MOST_NEW, PQIndex, Selection, ValueSums, layer_of, put_layer
-from jax_indexer.values import add_values, mean_values
+from jax_indexer.values import add_values, mean_values, summed_codes
 
 # Tokens encoded at once, in distances held in memory (tokens times K * M * C).
 DISTANCES_IN_MEMORY = 2**22
@@ -780,9 +780,7 @@ def estimated(
     total = jnp.sum(weights, axis=-1)
     of_codes, of_all = mean_values(values)
     num_codes = of_codes.shape[3]
-    codes = codes & np.uint8(config.num_centroids - 1)
-    if config.estimate_rest == "mean":
-        codes = jnp.zeros_like(codes[:, :, :1])
+    codes = summed_codes(codes, config)
 
     def by_code(code: Array, weights: Array) -> Array:  # [S], [TG, S] -> [C', TG]
         zeros = jnp.zeros((num_codes, len(weights)), jnp.float32)
@@ -807,9 +805,15 @@ def correction(
         for x in (true_logits, by_pq)
         for largest in [_largest(x)]
     )
+    return corrected_by(largest, total, largest_by_pq, total_by_pq)
+
+
+def corrected_by(largest: Array, total: Array, largest_by_pq: Array, total_by_pq: Array) -> Array:
+    """`correction`, from largest logits and the totals relative to them."""
     log = (largest - largest_by_pq) + (jnp.log(total) - jnp.log(total_by_pq))
     limit = np.float32(np.log(LARGEST_CORRECTION))
-    return jnp.exp(jnp.where(jnp.isfinite(log), jnp.clip(log, -limit, limit), 0))
+    is_known = (log < jnp.inf) & (log > -jnp.inf)
+    return jnp.exp(jnp.where(is_known, jnp.minimum(jnp.maximum(log, -limit), limit), 0))
 
 
 def attend_selected(

@@ -20,6 +20,15 @@ def sums_by(config: IndexerConfig) -> tuple[int, int]:
     return 1, 1
 
 
+def summed_codes(
+    codes: UInt8[Array, "*batch M n"], config: IndexerConfig
+) -> UInt8[Array, "*batch M_ n"]:
+    """The codes that tokens are summed by: one for all of them with "mean"."""
+    if config.estimate_rest == "mean":
+        return jnp.zeros_like(codes[..., :1, :])
+    return codes & np.uint8(config.num_centroids - 1)
+
+
 def no_values(batch: int, kv_heads: int, value_size: int, config: IndexerConfig) -> ValueSums:
     """The sums of empty rows."""
     by = batch, kv_heads, *sums_by(config)
@@ -133,10 +142,7 @@ def _add_many(
             found = lax.dynamic_slice_in_dim(value, start, chunk, axis).astype(jnp.float32)
             found = found if kv_layout == "BKSH" else found.swapaxes(0, 1)
             due = due[None] & jnp.all(jnp.isfinite(found), axis=-1)  # [K, chunk]
-            code = lax.dynamic_slice_in_dim(codes, start, chunk, axis=2)
-            code = code & np.uint8(config.num_centroids - 1)
-            if config.estimate_rest == "mean":
-                code = jnp.zeros_like(code[:, :1])
+            code = summed_codes(lax.dynamic_slice_in_dim(codes, start, chunk, axis=2), config)
             has = (code[:, :, None] == number_of[None, None]) & due[:, None, None]
             found = jnp.where(due[..., None], found, 0)
             sums = jnp.einsum(

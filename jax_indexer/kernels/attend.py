@@ -27,7 +27,7 @@ from jax_indexer.kernels import backend
 from jax_indexer.kernels.step import Lengths, Step, plan_after, plan_query, room_in
 from jax_indexer.kernels.tuning import H100, Tuning
 from jax_indexer.layout import KVLayout, head_axis, power_of_2_from, token_axis
-from jax_indexer.reference import Attention, Caches, Logits
+from jax_indexer.reference import Attention, Caches, Logits, made_logits
 
 # Queries that share what they attend to, at the most: what a tensor core takes at the least.
 ROWS = 16
@@ -90,14 +90,6 @@ def read_query(query: Any, row: Array, token: Array, head: Array) -> Float[Array
 def read_logits(logits: Logits) -> Logits:
     """Scale and cap, read before all that waits for memory: what is read later waits again."""
     return jax.tree.map(lambda ref: ref[0], logits)
-
-
-def made_logits(products: Array, logits: Logits) -> Array:
-    """Logits of inner products."""
-    products = products * logits.scale
-    if logits.soft_cap is not None:
-        products = logits.soft_cap * jnp.tanh(products / logits.soft_cap)
-    return products
 
 
 def _logits(products: Array, live: Array, logits: Logits) -> Array:
@@ -199,6 +191,15 @@ def write_parts(
     d = jnp.arange(found.values.shape[1], dtype=jnp.int32)[None, :]
     mask = jnp.broadcast_to(exists[:, None] & (d < parts.values.shape[4]), found.values.shape)
     backend.store(parts.values.at[row, token, heads[:, None], part, d], found.values, mask=mask)
+
+
+def write_part(parts: Parts, at: tuple[Array, ...], found: Softmax) -> None:
+    """Writes a part of one query, at its place [B, T, N, parts]."""
+    d = jnp.arange(found.values.shape[0], dtype=jnp.int32)
+    mask = d < parts.values.shape[4]
+    backend.store(parts.values.at[(*at, d)], found.values, mask=mask)
+    parts.largest[at] = found.largest
+    parts.total[at] = found.total
 
 
 def read_parts(parts: Parts, row: Array, token: Array, head: Array) -> Softmax:
@@ -321,12 +322,7 @@ def listed_kernel(
         plan = plan_query(step, inputs.after, row * kv_heads + kv_head, token)
         exists &= slot < plan.num_listed - sum(plan.always(step.config))
     live, key, value = read_listed(inputs, kv_layout, row, kv_head, position, exists)
-    found = attend(query, key, value, live, logits)
-    d = jnp.arange(found.values.shape[0], dtype=jnp.int32)
-    mask = d < parts.values.shape[4]
-    backend.store(parts.values.at[row, token, head, part, d], found.values, mask=mask)
-    parts.largest[row, token, head, part] = found.largest
-    parts.total[row, token, head, part] = found.total
+    write_part(parts, (row, token, head, part), attend(query, key, value, live, logits))
 
 
 def shared_kernel(

@@ -6,6 +6,7 @@ better, and reads the values of the winners alone: nothing is sorted, and nothin
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -21,18 +22,18 @@ from jax_indexer.kernels.attend import (
     Parts,
     block_of,
     finite,
-    made_logits,
     read_logits,
     read_query,
     read_rows,
     shapes_of_parts,
     softmax,
     vectors,
+    write_part,
 )
 from jax_indexer.kernels.lookup_table import Tables
 from jax_indexer.kernels.step import Lengths, QueryPlan, Step, plan_query
 from jax_indexer.layout import power_of_2_from
-from jax_indexer.reference import NOT_A_CANDIDATE, Caches, Logits, ordered
+from jax_indexer.reference import NOT_A_CANDIDATE, Caches, Logits, made_logits, ordered
 
 # Entries that are compared with at once.
 COMPARED_AT_ONCE = 64
@@ -206,16 +207,12 @@ def attend_winners_kernel(
     plan = plan_query(step, inputs.after, place.kv_row, place.token)
     winner = live
     if config.rerank > 1:
-        better = count_better(inputs.by_key, place, rank, slot, own.number)
+        better = count_better(inputs.by_key, place, rank, slot)
         winner &= (better < config.heavy_size) | is_short(step, plan)
     value = read_rows(inputs.value, step.kv_layout, place.row, place.kv_head, position, winner)
     logit = made_logits(number_of(rank), logits_of)
     found = softmax(jnp.where(winner, logit, -jnp.inf), winner, value)
-    d = jnp.arange(found.values.shape[0], dtype=jnp.int32)
-    mask = d < outputs.parts.values.shape[4]
-    backend.store(outputs.parts.values.at[(*place.at, place.part, d)], found.values, mask=mask)
-    outputs.parts.largest[(*place.at, place.part)] = found.largest
-    outputs.parts.total[(*place.at, place.part)] = found.total
+    write_part(outputs.parts, (*place.at, place.part), found)
     if outputs.losers is not None:
         score = backend.load(inputs.by_score.at[at], mask=exists, other=NOT_A_CANDIDATE)
         by_pq = made_logits(number_of(score), logits_of)
@@ -223,20 +220,32 @@ def attend_winners_kernel(
         write_losers(inputs, outputs.losers, place, step, position, live, winner, logit, by_pq)
 
 
-def count_better(ranks: Any, place: Place, rank: Array, slot: Array, number: int) -> Array:
-    """How many entries of a pool are better: of a higher rank, or of the same and before."""
+def over_pool(
+    ranks: Any, place: Place, body: Callable[[Array, Array, Any], Any], start: Any
+) -> Any:
+    """Calls body(slots, ranks, so far) for some entries of a pool after the other."""
+    number = ranks.shape[3]
     at_once = min(power_of_2_from(number), COMPARED_AT_ONCE)
 
-    def count(i, better):
-        other_slot = i * at_once + jnp.arange(at_once, dtype=jnp.int32)
-        exists = other_slot < number
-        at = ranks.at[(*place.at, jnp.where(exists, other_slot, 0))]
-        other = backend.load(at, mask=exists, other=NOT_A_CANDIDATE)[None, :]
+    def some(i, so_far):
+        slot = i * at_once + jnp.arange(at_once, dtype=jnp.int32)
+        exists = slot < number
+        at = ranks.at[(*place.at, jnp.where(exists, slot, 0))]
+        return body(slot, backend.load(at, mask=exists, other=NOT_A_CANDIDATE), so_far)
+
+    return lax.fori_loop(0, pl.cdiv(number, at_once), some, start)
+
+
+def count_better(ranks: Any, place: Place, rank: Array, slot: Array) -> Array:
+    """How many entries of a pool are better: of a higher rank, or of the same and before."""
+
+    def count(other_slot, other, better):
         is_before = other_slot[None, :] < slot[:, None]
-        beats = (other > rank[:, None]) | ((other == rank[:, None]) & is_before)
+        is_equal = other[None, :] == rank[:, None]
+        beats = (other[None, :] > rank[:, None]) | (is_equal & is_before)
         return better + jnp.sum(beats.astype(jnp.int32), axis=1)
 
-    return lax.fori_loop(0, pl.cdiv(number, at_once), count, jnp.zeros_like(rank))
+    return over_pool(ranks, place, count, jnp.zeros_like(rank))
 
 
 def write_losers(

@@ -24,7 +24,6 @@ from jax_indexer.kernels.attend import (
     Parts,
     Softmax,
     finite,
-    made_logits,
     merge_two,
     padded,
     read_logits,
@@ -35,17 +34,17 @@ from jax_indexer.kernels.attend import (
     write_output,
 )
 from jax_indexer.kernels.rerank import (
-    COMPARED_AT_ONCE,
     Losers,
     Place,
     Pool,
     by_code,
     number_of,
+    over_pool,
     score_of,
 )
 from jax_indexer.kernels.step import Lengths, QueryPlan, Step, plan_query
 from jax_indexer.layout import power_of_2_from
-from jax_indexer.reference import LARGEST_CORRECTION, NOT_A_CANDIDATE, Logits, ordered
+from jax_indexer.reference import NOT_A_CANDIDATE, Logits, corrected_by, made_logits, ordered
 from jax_indexer.state import Cells, PQIndex, Sealing, sealed_at
 
 HIGHEST_RANK = np.int32(np.iinfo(np.int32).max)
@@ -160,22 +159,15 @@ class Weigher(NamedTuple):
 
     def pool_at_cut(self, m: int, number: int) -> Array:
         """How many tokens of the pool are at the cut, by code."""
-        entries = self.inputs.by_score.shape[3]
-        at_once = min(power_of_2_from(entries), COMPARED_AT_ONCE)
 
-        def count(i, so_far):
-            slot = i * at_once + jnp.arange(at_once, dtype=jnp.int32)
-            exists = slot < entries
-            at = (*self.place.at, jnp.where(exists, slot, 0))
-            rank = backend.load(self.inputs.by_score.at[at], mask=exists, other=NOT_A_CANDIDATE)
-            mine = exists & (rank == self.cut)
-            entry = self.step.config.sink_size + slot
-            at = (*self.place.at, jnp.where(mine, entry, 0))
+        def count(slot, rank, so_far):
+            mine = rank == self.cut  # which no entry is that is no candidate
+            at = (*self.place.at, jnp.where(mine, self.step.config.sink_size + slot, 0))
             token = jnp.where(mine, backend.load(self.inputs.indices.at[at], mask=mine, other=0), 0)
-            ones = mine.astype(jnp.int32)
-            return so_far + self.by_code(m, number, token, mine, ones)
+            return so_far + self.by_code(m, number, token, mine, mine.astype(jnp.int32))
 
-        return lax.fori_loop(0, pl.cdiv(entries, at_once), count, jnp.zeros(number, jnp.int32))
+        start = jnp.zeros(number, jnp.int32)
+        return over_pool(self.inputs.by_score, self.place, count, start)
 
     def by_code(self, m: int, number: int, token: Array, exists: Array, amount: Array) -> Array:
         return by_code(self.inputs.codes, self.place, self.step, m, number, token, exists, amount)
@@ -222,17 +214,11 @@ def weigh_rest_kernel(
     num_parts = outputs.largest.shape[3]
     place = Place.of(step, program, num_parts)
     logits = read_logits(inputs.logits)
-    entries = inputs.by_score.shape[3]
-    at_once = min(power_of_2_from(entries), COMPARED_AT_ONCE)
 
-    def lowest(i, so_far):
-        slot = i * at_once + jnp.arange(at_once, dtype=jnp.int32)
-        exists = slot < entries
-        at = (*place.at, jnp.where(exists, slot, 0))
-        rank = backend.load(inputs.by_score.at[at], mask=exists, other=NOT_A_CANDIDATE)
+    def lowest(_, rank, so_far):
         return jnp.minimum(so_far, jnp.min(jnp.where(rank == NOT_A_CANDIDATE, HIGHEST_RANK, rank)))
 
-    cut = lax.fori_loop(0, pl.cdiv(entries, at_once), lowest, HIGHEST_RANK)
+    cut = over_pool(inputs.by_score, place, lowest, HIGHEST_RANK)
     plan = plan_query(step, inputs.after, place.kv_row, place.token)
     weigher = Weigher(step, inputs, outputs, place, plan, cut, logits)
 
@@ -303,10 +289,6 @@ class Rest(NamedTuple):
         losers, rest = inputs.losers, inputs.rest
         largest_true, total_true = total_of_parts(losers.largest_true, losers.total_true, place)
         largest_by_pq, total_by_pq = total_of_parts(losers.largest_by_pq, losers.total_by_pq, place)
-        log = (largest_true - largest_by_pq) + (jnp.log(total_true) - jnp.log(total_by_pq))
-        limit = np.float32(np.log(LARGEST_CORRECTION))
-        is_known = (log < jnp.inf) & (log > -jnp.inf)
-        log = jnp.where(is_known, jnp.minimum(jnp.maximum(log, -limit), limit), 0)
         cut = rest.cut[place.at]
         largest = jnp.maximum(largest_of(rest.largest, place), largest_of(losers.largest, place))
         at_cut = sum_of_parts(
@@ -315,7 +297,8 @@ class Rest(NamedTuple):
         largest = jnp.where(
             (jnp.sum(at_cut) > 0) & (cut < jnp.inf), jnp.maximum(largest, cut), largest
         )
-        return cls(inputs, place, jnp.exp(log), largest)
+        correction = corrected_by(largest_true, total_true, largest_by_pq, total_by_pq)
+        return cls(inputs, place, correction, largest)
 
     def weights(self, m: int, code: Array) -> Array:
         """What each of some codes weighs, relative to the largest logit."""
