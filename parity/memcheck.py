@@ -29,6 +29,7 @@ from jax_indexer.kernels.step import Step
 from jax_indexer.reference import Caches, Logits
 from jax_indexer.rope import LookAhead, Rope
 from jax_indexer.state import MOST_NEW, RATE, layer_of
+from jax_indexer.values import add_values, no_values
 from parity.checked_memory import check_canaries, poisoned
 
 # (B, T, N, K, H, S, config): sizes around and between those of blocks.
@@ -266,6 +267,38 @@ def check_attention(inputs: Inputs) -> None:
             np.testing.assert_array_equal(one[0, length : length + T], other[0])
 
 
+def check_pool(inputs: Inputs) -> None:
+    """A pool's winners and the rest, in the last of two layers: what values of one number give."""
+    index, query, key_new, config = inputs
+    (B, T, N, H), (_, K, _, S) = query.shape, index.codes.shape
+    of_value, cache = H // 2 + 1, jnp.bfloat16
+    new = Caches(key_new, jnp.ones((B, T, K, of_value), cache))
+    key = jnp.asarray(np.random.default_rng(S).standard_normal((B, S, K, H)), cache)
+    caches = Caches(key, jnp.ones((B, S, K, of_value), cache))
+    logits = Logits(jnp.float32(H**-0.5), jnp.float32(20))
+    layer, counts = jnp.int32(1), jnp.full(B, T, jnp.int32)
+    for selector in ("threshold", "cells") if has_cells(T, config) else ("threshold",):
+        uses_cells = selector == "cells"
+        rest = "codes" if uses_cells else "mean"
+        its_config = dataclasses.replace(config, cells=uses_cells, rerank=3, estimate_rest=rest)
+        state = with_cells(index, its_config) if uses_cells else index
+        nothing = jnp.zeros(B, jnp.int32)
+        values = no_values(B, K, of_value, its_config)
+        grown = nothing, index.lengths, S
+        values = add_values(
+            values, caches.value, index.codes, *grown, its_config, "BSKH", None
+        )
+        state = dataclasses.replace(state, values=values)
+        before = jax.tree.map(lambda x: jnp.stack([x, x]), (state, caches))
+        step = Step.of(before[0], its_config, T=T, N=N)
+        arguments = query, new, before[1], before[0], counts, logits, selector
+        out, _, after = pipeline.launch_decode(step, *arguments, layer)
+        np.testing.assert_allclose(out, np.ones_like(out), rtol=1e-3)
+        values = layer_of(after.values, layer)
+        per_code = values.counts[..., None].astype(jnp.float32)
+        np.testing.assert_array_equal(values.sums, jnp.broadcast_to(per_code, values.sums.shape))
+
+
 def has_cells(T: int, config: IndexerConfig) -> bool:
     return T == 1 and config.num_cells <= MOST_CELLS
 
@@ -275,6 +308,7 @@ CHECKS = {
     "training": check_training,
     "cells": check_cells,
     "attention": check_attention,
+    "pool": check_pool,
 }
 
 

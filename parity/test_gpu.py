@@ -836,7 +836,8 @@ needs_sanitizer = pytest.mark.skipif(
 )
 def test_memcheck_finds_nothing(case, check):
     status, text = under_memcheck("--case", str(case), "--check", check)
-    assert status == 0, text[-3000:]
+    found = "\n".join(line for line in text.splitlines() if line.startswith("====="))
+    assert status == 0, f"{found[:3000]}\n...\n{text[-3000:]}"
     assert f"checked {check}" in text, text[-3000:]
     assert "ERROR SUMMARY: 0 errors" in text
 

@@ -320,7 +320,7 @@ def listed_kernel(
     if step is not None:
         assert inputs.after is not None
         plan = plan_query(step, inputs.after, row * kv_heads + kv_head, token)
-        exists &= slot < plan.num_listed - sum(plan.always(step.config))
+        exists &= slot < plan.between(step.config)
     live, key, value = read_listed(inputs, kv_layout, row, kv_head, position, exists)
     write_part(parts, (row, token, head, part), attend(query, key, value, live, logits))
 

@@ -58,6 +58,13 @@ class Ranks(NamedTuple):
 
         return lax.fori_loop(0, lax.div(self.size + (self.chunk - 1), self.chunk), step, state)
 
+    @classmethod
+    def of(cls, rank: Array, most: int) -> "Ranks":
+        """Those in registers, one a lane, of which no more than `most` are candidates."""
+        (lanes,) = rank.shape
+        first = jnp.arange(lanes, dtype=jnp.int32)
+        return cls(lambda _: ([rank], first), lanes, 1, jnp.int32(lanes), most)
+
     def held(self) -> "Ranks":
         """The same list, read once if it is one chunk."""
         if self.most > self.chunk:
@@ -210,7 +217,13 @@ def _thresholds(low: Array, high: Array) -> tuple[Array, Array, Array]:
 
 
 def find_cut(
-    ranks: Ranks | Weighted, wanted: Array, low: Array, high: Array, reaching_low: Array, slack: int
+    ranks: Ranks | Weighted,
+    wanted: Array,
+    low: Array,
+    high: Array,
+    reaching_low: Array,
+    slack: int,
+    looks_for_ties: bool = True,
 ) -> Cut:
     """The cut that takes the `wanted` best ranks, or up to `slack` more where that ends the search.
 
@@ -221,6 +234,7 @@ def find_cut(
       high: a rank that none reaches, above `low`.
       reaching_low: how many reach `low`, or more than that: then at least `wanted` do.
       slack: how many more than wanted will do.
+      looks_for_ties: whether to be quick where many tie; without it there is less code to fetch.
 
     Returns:
       The cut; exactly `wanted` are taken where more than slack tie at it.
@@ -258,8 +272,10 @@ def find_cut(
         return low, high, reaching_low, reaching_high
 
     state = jnp.int32(0), (low, high, reaching_low, jnp.int32(0))
-    state = lax.while_loop(early, narrow, state)
-    _, (low, _, reaching_low, reaching_high) = lax.while_loop(unfinished, narrow_to_ties, state)
+    state = lax.while_loop(early if looks_for_ties else unfinished, narrow, state)
+    if looks_for_ties:
+        state = lax.while_loop(unfinished, narrow_to_ties, state)
+    _, (low, _, reaching_low, reaching_high) = state
     few = reaching_low <= wanted + slack
     return Cut(
         jnp.where(few, low - 1, low),

@@ -82,6 +82,8 @@ class Outputs(NamedTuple):
       positions: of the winners, cell by cell.
       bits: words with a bit for each position, if budgets are large, else None.
       bits_before: how many bits are set before each word, likewise.
+      weighed: f32[R, Q, n], for what weighs candidates; None if nothing does.
+      left: i32[R, Q, cells + 1], candidates in each cell that are no winners, or None.
     """
 
     indices: Any
@@ -92,12 +94,15 @@ class Outputs(NamedTuple):
     positions: Any
     bits: Any
     bits_before: Any
+    weighed: Any
+    left: Any
 
 
 class Part(NamedTuple):
-    """Some cells: their numbers, how long their lists are, and their ranks."""
+    """Some cells: their numbers, which lanes have one, lengths of their lists, and their ranks."""
 
     cell: Array
+    exists: Array
     size: Array
     rank: Array
 
@@ -123,6 +128,52 @@ class Taken(NamedTuple):
     whole: Array
     by_cell: Array
     at_cut: Array
+
+
+class Scores(NamedTuple):
+    """Scores of one query, as their ranks.
+
+    Attributes:
+      step: of the launch.
+      table: [R, Q, M * C].
+      codes: u8[R, M, S].
+      kv_row, query: whose scores.
+    """
+
+    step: Step
+    table: Any
+    codes: Any
+    kv_row: Array
+    query: Array
+
+    def rank_of(self, digits: Iterable[Array]) -> Array:
+        """The order of the score of these codes."""
+        total = jnp.float32(0)  # so that no score is -0.0
+        for m, digit in enumerate(digits):
+            entry = m * self.step.config.num_centroids + digit
+            total += self.table[self.kv_row, self.query, entry].astype(jnp.float32)
+        return ordered(total)
+
+    def codes_of(self, position: Array, exists: Array) -> Iterable[Array]:
+        """Codes of some tokens, one subspace after the other."""
+        config = self.step.config
+        codes = (
+            backend.load(self.codes.at[self.kv_row, m, position], mask=exists, other=0)
+            for m in range(config.num_subspaces)
+        )
+        return (code.astype(jnp.int32) & (config.num_centroids - 1) for code in codes)
+
+    def cells_of(self, position: Array, exists: Array) -> Array:
+        """Cells of some tokens."""
+        bits = self.step.config.num_bits
+        return functools.reduce(
+            lambda cell, code: cell << bits | code, self.codes_of(position, exists)
+        )
+
+    def ranks_of_tokens(self, position: Array, exists: Array) -> Array:
+        """The order of the scores of some tokens."""
+        rank = self.rank_of(self.codes_of(position, exists))
+        return jnp.where(exists, rank, NOT_A_CANDIDATE)
 
 
 class Search(NamedTuple):
@@ -167,23 +218,10 @@ class Search(NamedTuple):
         fits &= end == self.sealed - self.step.config.first_candidate
         return fits & ((new_end - end == self.sealing.segment) | ~self.state.begun)
 
-    def rank_of(self, digits: Iterable[Array]) -> Array:
-        """The order of the score of these codes."""
-        total = jnp.float32(0)  # so that no score is -0.0
-        for m, digit in enumerate(digits):
-            entry = m * self.step.config.num_centroids + digit
-            total += self.inputs.table[self.kv_row, self.query, entry].astype(jnp.float32)
-        return ordered(total)
-
-    def ranks_of_tokens(self, position: Array, exists: Array) -> Array:
-        """The order of the scores of some tokens."""
-        config = self.step.config
-        codes = (
-            backend.load(self.inputs.codes.at[self.kv_row, m, position], mask=exists, other=0)
-            for m in range(config.num_subspaces)
-        )
-        rank = self.rank_of(code.astype(jnp.int32) & (config.num_centroids - 1) for code in codes)
-        return jnp.where(exists, rank, NOT_A_CANDIDATE)
+    @property
+    def scores(self) -> "Scores":
+        """What scores its tokens and cells."""
+        return Scores(self.step, self.inputs.table, self.inputs.codes, self.kv_row, self.query)
 
     def prepare(self, fill: Callable[[Array, Array, Array], None]) -> None:
         """Fills the winners, so that no place is left as it was, and clears scratch."""
@@ -216,15 +254,18 @@ class Search(NamedTuple):
             # Not known to be neighbours, as the places are not that it is put to: one layout.
             cell = jnp.minimum(first_cell + lane, num_cells - 1)
             length = jnp.maximum(self.starts(0, cell + 1) - self.starts(0, cell), 0)
-            length = jnp.where(first_cell + lane < num_cells, length, 0)
-            rank = self.rank_of(
+            exists = first_cell + lane < num_cells
+            length = jnp.where(exists, length, 0)
+            rank = self.scores.rank_of(
                 (cell >> (config.num_bits * (config.num_subspaces - 1 - m)))
                 & (config.num_centroids - 1)
                 for m in range(config.num_subspaces)
             )
-            parts.append(Part(cell, length, jnp.where(length > 0, rank, NOT_A_CANDIDATE)))
+            parts.append(Part(cell, exists, length, jnp.where(length > 0, rank, NOT_A_CANDIDATE)))
         position = self.sealed + lane
-        return parts, Tail(position, self.ranks_of_tokens(position, position < self.plan.last))
+        return parts, Tail(
+            position, self.scores.ranks_of_tokens(position, position < self.plan.last)
+        )
 
     def find_cut(self, parts: list[Part], tail: Tail) -> Cut:
         """The cut among cells, each as often as it has tokens, and the tail."""
@@ -272,6 +313,10 @@ class Search(NamedTuple):
             into = outputs.begins.at[self.kv_row, self.query, jnp.where(taken, first, budget)]
             backend.store(into, jnp.ones_like(first), mask=taken)
             before += mark
+            if outputs.left is not None:
+                into = jnp.where(part.exists, part.cell, self.step.config.num_cells)
+                at = outputs.left.at[self.kv_row, self.query, into]
+                backend.store(at, part.size - take, mask=part.exists)
         backend.barrier()
         return Taken(cut, whole, by_cell, at_cut)
 
@@ -300,13 +345,15 @@ class Search(NamedTuple):
         def look(state):
             begin, count = state
             token = begin + jnp.arange(TIED_BLOCK, dtype=jnp.int32)
-            mark = self.ranks_of_tokens(token, token < self.sealed) == taken.cut.rank
+            mark = self.scores.ranks_of_tokens(token, token < self.sealed) == taken.cut.rank
             until = count + jnp.cumsum(mark.astype(jnp.int32))
             found = mark & (until <= taken.at_cut)
             into = jnp.where(found, taken.whole + until - 1, budget + PAIRS_AT_ONCE)
             found &= into < budget
             at = self.outputs.positions.at[self.kv_row, self.query, into]
             backend.store(at, token, mask=found)
+            if self.outputs.left is not None:
+                self.leave(token, found, -1)
             return begin + TIED_BLOCK, jnp.max(until)
 
         _, found = lax.while_loop(
@@ -315,6 +362,15 @@ class Search(NamedTuple):
             (self.plan.first, jnp.int32(0)),
         )
         return jnp.minimum(taken.whole + jnp.minimum(found, taken.at_cut), self.plan.num_heavy)
+
+    def leave(self, position: Array, exists: Array, number: int) -> None:
+        """Adds to what is left of the cells of some tokens."""
+        # Idle lanes add nothing, each somewhere else: at one place they would wait for each other.
+        lane = jnp.arange(len(position), dtype=jnp.int32) & (self.step.config.num_cells - 1)
+        cell = jnp.where(exists, self.scores.cells_of(position, exists), lane)
+        place = self.kv_row, self.query, cell
+        backend.barrier()
+        backend.add(self.outputs.left, place, jnp.where(exists, number, 0))
 
     def list_sealed(self, count: Array, writer: Writer) -> None:
         """Puts the winners in scratch in order."""
@@ -394,6 +450,8 @@ class Search(NamedTuple):
         best = (mark > 1) | ((mark == 1) & (ties <= ties_left))
         place = count + (until >> 16) + jnp.minimum(ties, ties_left) - 1
         put(tail.position, place, best & (place >= 0) & (place < self.plan.num_heavy))
+        if self.outputs.left is not None:
+            self.leave(tail.position, (tail.rank != NOT_A_CANDIDATE) & ~best, 1)
 
     def put_in_scratch(self, position: Array, place: Array, mask: Array) -> None:
         """Winners in no order."""
@@ -407,6 +465,7 @@ class Search(NamedTuple):
         fill: Callable[[Array, Array, Array], None],
         put: Callable[[Array, Array, Array], None],
         arrange: Callable[[Array], None],
+        weigh: Callable[[list[Part], Tail, Cut], None] | None = None,
     ) -> None:
         """Puts the winners, or if the state does not fit some candidates; `fill` comes before.
 
@@ -415,6 +474,7 @@ class Search(NamedTuple):
           fill: takes positions, places and a mask, of what is written again.
           put: likewise, of winners.
           arrange: takes how many winners lie in scratch.
+          weigh: takes all candidates, and the cut.
         """
         plan, place = self.plan, self.place
 
@@ -427,6 +487,8 @@ class Search(NamedTuple):
             self.prepare(fill)
             parts, tail = self.score_all()
             taken = self.take(parts, self.find_cut(parts, tail))
+            if weigh is not None:
+                weigh(parts, tail, taken.cut)
             self.read_lists(taken)
             count = self.look_for_tied(taken)
             arrange(count)
@@ -509,7 +571,7 @@ def cells_attend_kernel(
     # Not before the search, which needs the registers.
     vector, logits = read_query(inputs.query, row, token, head), read_logits(inputs.logits)
     found = read_parts(inputs.known, row, token, head)
-    num_listed = plan.num_listed - sum(plan.always(step.config))
+    num_listed = plan.between(step.config)
     for first in range(0, step.num_middle, block):
         slot = first + jnp.arange(block, dtype=jnp.int32)
         at = search.outputs.positions.at[kv_row, query, slot]
@@ -583,6 +645,8 @@ def search_launch(
             positions=integers(budget + PAIRS_AT_ONCE),
             bits=integers(num_words + 1) if num_words else None,
             bits_before=integers(num_words) if num_words else None,
+            weighed=None,
+            left=None,
         ),
         programs=step.R * step.Q,
         in_place=("weights",),

@@ -13,19 +13,15 @@ from jax_indexer.config import Selector
 from jax_indexer.kernels import backend
 from jax_indexer.kernels.append import append_launch
 from jax_indexer.kernels.attend import (
-    Ended,
     Middle,
-    Parts,
     always_launch,
     launch_listed,
-    merge_parts,
     write_launch,
 )
 from jax_indexer.kernels.cells_select import attend_cells, select_cells
-from jax_indexer.kernels.lookup_table import Tables, tables_launch
+from jax_indexer.kernels.lookup_table import tables_launch
 from jax_indexer.kernels.output import Lists, weights_launch
-from jax_indexer.kernels.rerank import rank_pool, winners_launch
-from jax_indexer.kernels.rest import merge_rest, weigh_launch
+from jax_indexer.kernels.pool import attend_pool, attend_pool_of_cells
 from jax_indexer.kernels.seal import seal_launch
 from jax_indexer.kernels.step import Lengths, QueryPlan, Step, plan_after, plan_query
 from jax_indexer.kernels.threshold import select_threshold
@@ -34,7 +30,7 @@ from jax_indexer.kernels.value_sums import sum_values_launch
 from jax_indexer.layout import by_query_head
 from jax_indexer.reference import Caches, Logits
 from jax_indexer.state import MOST_NEW, PQIndex, Selection, layer_of, put_layer
-from jax_indexer.values import add_values, sums_by
+from jax_indexer.values import add_values
 
 
 def append_launches(
@@ -193,16 +189,16 @@ def launch_decode(
     lengths = index.lengths
     index, after = appended(step, index, made, layer, caches.value)
     has_pool = step.config.rerank > 1 or step.config.estimate_rest
-    if has_pool:
-        ended = attend_pool(
-            step, made["tables"], index, after, query, caches, logits, always, lengths, selector,
-            layer,
-        )  # fmt: skip
+    known = step, made["tables"], index, after, query, caches
+    others = logits, always, lengths, layer
+    if has_pool and selector == "cells":
+        ended = attend_pool_of_cells(*known, *others)
+    elif has_pool:
+        of_pool = selected(step.of_pool, made, index, after, selector, layer)
+        ended = attend_pool(*known, of_pool.indices, *others)
     elif selector == "cells" and step.num_middle <= step.tuning.attended_at_once:
         assert index.cells is not None
-        ended = attend_cells(
-            step, made["tables"], index, after, query, caches, logits, always, lengths, layer
-        )
+        ended = attend_cells(*known, *others)
     else:
         indices = selected(step, made, index, after, selector, layer).indices
         ended = launch_listed(
@@ -218,49 +214,6 @@ def launch_decode(
     return ended.output.out, caches, dataclasses.replace(index, lengths=ended.lengths)
 
 
-def attend_pool(
-    step: Step,
-    tables: Tables,
-    index: PQIndex,
-    after: Lengths,
-    query: Float[Array, "B T N H"],
-    caches: Caches,
-    logits: Logits,
-    known: Parts,
-    lengths: Array,
-    selector: Selector,
-    layer: Array | None = None,
-) -> Ended:
-    """Selects a pool, attends to the best of it by their keys, and estimates what is left.
-
-    Arguments and result are those of `attend_cells`, and the selector of the pool.
-    """
-    config = step.config
-    by = sums_by(config) if config.estimate_rest else None
-    of_pool = dataclasses.replace(step, config=config.pool)
-    indices = from_tables(of_pool, tables, index, after, None, selector, layer).indices
-    codes = step.by_rows(index.codes)
-    pool, own, block = rank_pool(step, query, caches, indices, after, tables, codes, layer)
-    launches = {
-        "winners": winners_launch(
-            step, query, caches, indices, pool, own, block, after, codes, logits, by, layer
-        )
-    }
-    if by is not None:
-        launches["rest"] = weigh_launch(
-            step, pool, indices, tables.by_query, index, after, logits, by,
-            selector == "cells", layer,
-        )  # fmt: skip
-    made = backend.launch_together(launches, num_warps=step.tuning.attended_warps)
-    parts, losers = made["winners"]
-    if losers is None:
-        return merge_parts(
-            query, (known, parts), after, lengths, caches.value.shape[-1], layer, step.tuning
-        )
-    arguments = (known, parts), losers, made["rest"], index, after, lengths, layer
-    return merge_rest(step, query, *arguments)
-
-
 def selected(
     step: Step,
     made: dict[str, Any],
@@ -271,20 +224,7 @@ def selected(
 ) -> Selection:
     """Everything of a selection that follows the first launch."""
     weights = made["weights"].weights if "weights" in made else None
-    return from_tables(step, made["tables"], index, lengths, weights, selector, layer)
-
-
-def from_tables(
-    step: Step,
-    tables: Tables,
-    index: PQIndex,
-    lengths: Lengths,
-    weights: Float[Array, "R Q S"] | None,
-    selector: Selector,
-    layer: Array | None = None,
-) -> Selection:
-    """Everything of a selection that follows the tables."""
-    arguments = step, tables, step.by_rows(index.codes), lengths
+    arguments = step, made["tables"], step.by_rows(index.codes), lengths
     if selector == "cells":
         assert index.cells is not None
         lists = select_cells(*arguments, index.cells, weights, layer)

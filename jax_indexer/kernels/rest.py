@@ -1,13 +1,13 @@
 """The rest: candidates that are not attended to, estimated from their scores and means of values.
 
-Beside attention to the winners of a pool, programs add up what all the candidates outside of it
-weigh by PQ, by code: cells with their sizes where there are cells, tokens one by one elsewhere. The
-lowest score in the pool is the cut: below it nothing is in the pool; of those at it tokens are
-counted, as integers, so that nothing remains where all of them are. The last kernel corrects these
-weights by what the pool weighs by its keys and by PQ, and multiplies them with the means.
+What candidates outside of a pool weigh by PQ is added up by code. Where a search of cells found the
+pool, it left how many tokens of each cell are in the pool and how many are not. Elsewhere programs
+of their own go through all tokens: the lowest score in the pool is the cut, below which nothing is
+in the pool; tokens at it are counted, so that nothing remains where all of them are in the pool.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -15,344 +15,318 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 from jax.experimental import pallas as pl
-from jaxtyping import Float
 
 from jax_indexer.kernels import backend
-from jax_indexer.kernels.attend import (
-    MERGED_AT_ONCE,
-    Ended,
-    Parts,
-    Softmax,
-    finite,
-    merge_two,
-    padded,
-    read_logits,
-    read_parts,
-    shapes_of_end,
-    vectors,
-    write_length,
-    write_output,
-)
-from jax_indexer.kernels.rerank import (
-    Losers,
-    Place,
-    Pool,
-    by_code,
-    number_of,
-    over_pool,
-    score_of,
-)
-from jax_indexer.kernels.step import Lengths, QueryPlan, Step, plan_query
+from jax_indexer.kernels.attend import MERGED_AT_ONCE, Softmax, finite, padded, read_logits, vectors
+from jax_indexer.kernels.best import HIGHEST, Cut, number_of, reduced_together
+from jax_indexer.kernels.cells_select import Inputs, Part, Scores, Search, Tail
+from jax_indexer.kernels.step import Place, Step, plan_query
 from jax_indexer.layout import power_of_2_from
-from jax_indexer.reference import NOT_A_CANDIDATE, Logits, corrected_by, made_logits, ordered
-from jax_indexer.state import Cells, PQIndex, Sealing, sealed_at
+from jax_indexer.reference import NOT_A_CANDIDATE, Logits, corrected_by, made_logits
+from jax_indexer.values import sums_by
 
-HIGHEST_RANK = np.int32(np.iinfo(np.int32).max)
-# Parts that a context without cells is weighed in, at the most.
+# Parts that a context is weighed in, at the most, token by token.
 MOST_PARTS = 64
 
 
-class WeighInputs(NamedTuple):
-    """A pool, and all candidates: the arrays of the index, of cells if they are used, else None."""
-
-    after: Lengths
-    by_score: Any  # of the pool
-    indices: Any  # its lists
-    table: Any  # [R, Q, M * C]
-    codes: Any  # u8[R, M, S]
-    base: Any  # i32[B]
-    starts: Any  # i32[R, 2, cells + 1]
-    logits: Logits
-
-
-class Weights(NamedTuple):
-    """What the candidates outside of a pool weigh by PQ, in parts.
+class Weighed(NamedTuple):
+    """What candidates weigh by PQ, token by token, in parts.
 
     Attributes:
-      cut: f32[B, T, N], the logit of the lowest score in the pool.
       largest: f32[B, T, N, parts], the largest logit below the cut.
       weights: f32[B, T, N, parts, M', C'], the sums of exp(logit - largest) below it, by code.
-      at_cut: i32[B, T, N, parts, M', C'], how many tokens outside of the pool are at the cut; only
-        the sum over all parts is that.
+      at_cut: i32[B, T, N, parts, M', C'], how many tokens are at the cut.
     """
 
-    cut: Any
     largest: Any
     weights: Any
     at_cut: Any
 
 
-class Weigher(NamedTuple):
-    """One program's view of its query.
+class Sources(NamedTuple):
+    """What the rest is made from.
 
     Attributes:
-      step, inputs, outputs: of the launch.
-      place, plan: of the query.
-      cut: the rank of the lowest score in the pool.
-      logits: how to make logits.
+      sums: f32[R, M', C', H'], of values.
+      counts: i32[R, M', C'].
+      weighed: what candidates weigh, None where a search has left it.
     """
 
-    step: Step
-    inputs: WeighInputs
-    outputs: Weights
-    place: Place
-    plan: QueryPlan
-    cut: Array
-    logits: Logits
-
-    def weigh(self, score: Array, size: Array, so_far: Array) -> tuple[Array, Array, Array, Array]:
-        """Sizes of what is below the cut and at it, and the logits and their largest so far."""
-        rank, logit = ordered(score), made_logits(score, self.logits)
-        below = jnp.where(rank < self.cut, size, 0)
-        at = jnp.where(rank == self.cut, size, 0)
-        weighs = (below > 0) & (logit < jnp.inf)
-        largest = jnp.maximum(so_far, jnp.max(jnp.where(weighs, logit, -jnp.inf)))
-        weight = jnp.exp(logit - finite(largest)) * below.astype(jnp.float32)
-        return jnp.where(weighs, weight, 0), at, largest, jnp.exp(so_far - finite(largest))
-
-    def put(self, m: int, largest: Array, weights: Array, at_cut: Array) -> None:
-        """Writes the part of a subspace."""
-        at = (*self.place.at, self.place.part)
-        code = jnp.arange(len(weights), dtype=jnp.int32)
-        backend.store(self.outputs.weights.at[(*at, m, code)], weights)
-        backend.store(self.outputs.at_cut.at[(*at, m, code)], at_cut)
-        if m == 0:  # it is the same for all
-            self.outputs.largest[at] = largest
-
-    def cells(self, sealing: Sealing) -> None:
-        """The sealed candidates, cell by cell, less those of the pool that are at the cut."""
-        config, place = self.step.config, self.place
-        C, M = config.num_centroids, config.num_subspaces
-        by, number = self.outputs.weights.shape[4:]
-        others = config.num_cells // number
-        at_once = min(max(self.step.tuning.weighed_tile // number, 1), power_of_2_from(others))
-        for m in range(by):
-            below_digit = C ** (M - 1 - m) if number > 1 else others
-            code = jnp.arange(number, dtype=jnp.int32)[:, None]
-
-            def weigh(i, carry, code=code, below_digit=below_digit):
-                largest, weights, at_cut = carry
-                other = (i * at_once + jnp.arange(at_once, dtype=jnp.int32))[None, :]
-                exists = other < others
-                other = jnp.where(exists, other, 0)
-                high, low = other // below_digit, other % below_digit
-                cell = (high * number + code) * below_digit + low
-                begin = self.inputs.starts[place.kv_row, 0, cell]
-                size = jnp.maximum(self.inputs.starts[place.kv_row, 0, cell + 1] - begin, 0)
-                # In a short context there are no candidates.
-                size = jnp.where(exists & (self.plan.last > self.plan.first), size, 0)
-                score = jnp.float32(0)
-                for digit in range(M):
-                    entry = (cell >> (config.num_bits * (M - 1 - digit))) & (C - 1)
-                    entry = self.inputs.table[place.kv_row, place.query, digit * C + entry]
-                    score += entry.astype(jnp.float32)
-                weight, at, largest, scale = self.weigh(score, size, largest)
-                weights = weights * scale + jnp.sum(weight, axis=1)
-                return largest, weights, at_cut + jnp.sum(at, axis=1)
-
-            zeros = jnp.zeros(number, jnp.float32), jnp.zeros(number, jnp.int32)
-            turns = pl.cdiv(others, at_once)
-            largest, weights, at_cut = lax.fori_loop(
-                0, turns, weigh, (jnp.float32(-jnp.inf), *zeros)
-            )
-            self.put(m, largest, weights, at_cut - self.pool_at_cut(m, number))
-
-    def pool_at_cut(self, m: int, number: int) -> Array:
-        """How many tokens of the pool are at the cut, by code."""
-
-        def count(slot, rank, so_far):
-            mine = rank == self.cut  # which no entry is that is no candidate
-            at = (*self.place.at, jnp.where(mine, self.step.config.sink_size + slot, 0))
-            token = jnp.where(mine, backend.load(self.inputs.indices.at[at], mask=mine, other=0), 0)
-            return so_far + self.by_code(m, number, token, mine, mine.astype(jnp.int32))
-
-        start = jnp.zeros(number, jnp.int32)
-        return over_pool(self.inputs.by_score, self.place, count, start)
-
-    def by_code(self, m: int, number: int, token: Array, exists: Array, amount: Array) -> Array:
-        return by_code(self.inputs.codes, self.place, self.step, m, number, token, exists, amount)
-
-    def tokens(self, first: Array, last: Array, pool: Array | None = None) -> None:
-        """Candidates in [first, last), one by one, less those of the pool if `pool` says so."""
-        step = self.step
-        by, number = self.outputs.weights.shape[4:]
-        at_once = min(max(2 * step.tuning.weighed_tile // number, 16), step.tuning.weighed_tokens)
-
-        def weigh(i, carry):
-            largest, weights, at_cut = carry
-            token = first + i * at_once + jnp.arange(at_once, dtype=jnp.int32)
-            exists = token < last
-            token = jnp.where(exists, token, 0)
-            score = score_of(self.inputs.table, self.place, self.inputs.codes, step, token, exists)
-            weight, at, largest, scale = self.weigh(score, exists.astype(jnp.int32), largest)
-            of_code = functools.partial(self.by_code, number=number, token=token, exists=exists)
-            weights = [
-                so_far * scale + of_code(m, amount=weight) for m, so_far in enumerate(weights)
-            ]
-            at_cut = [so_far + of_code(m, amount=at) for m, so_far in enumerate(at_cut)]
-            return largest, weights, at_cut
-
-        turns = lax.div(jnp.maximum(last - first, 0) + (at_once - 1), jnp.int32(at_once))
-        zeros = [[jnp.zeros(number, dtype)] * by for dtype in (jnp.float32, jnp.int32)]
-        largest, weights, at_cut = lax.fori_loop(0, turns, weigh, (jnp.float32(-jnp.inf), *zeros))
-        for m in range(by):
-            of_pool = 0 if pool is None else jnp.where(pool, self.pool_at_cut(m, number), 0)
-            self.put(m, largest, weights[m], at_cut[m] - of_pool)
+    sums: Any
+    counts: Any
+    weighed: Weighed | None
 
 
-def tokens_of_part(step: Step, sealing: Sealing | None) -> int:
-    """Tokens that a program weighs one by one; all of a context are in few parts."""
-    if sealing is not None:
-        return step.tuning.weighed_tokens
-    return max(step.tuning.weighed_tokens, power_of_2_from(pl.cdiv(step.S, MOST_PARTS)))
+class Scored(NamedTuple):
+    """Tokens, or cells of them, in registers: how many each stands for, and its logit by PQ."""
+
+    size: Array
+    logit: Array
+
+    @classmethod
+    def of(cls, rank: Array, size: Array, logits: Logits) -> "Scored":
+        """Of ranks of scores; what has no finite weight stands for nothing."""
+        logit = made_logits(number_of(rank), logits)
+        return cls(jnp.where(logit < jnp.inf, size, 0), logit)
+
+    def largest(self) -> Array:
+        return jnp.max(jnp.where(self.size > 0, self.logit, -jnp.inf))
+
+    def weights(self, largest: Array) -> Array:
+        """What each weighs, relative to the largest logit."""
+        weight = jnp.exp(self.logit - finite(largest)) * self.size.astype(jnp.float32)
+        return jnp.where(self.size > 0, weight, 0)
 
 
-def weigh_rest_kernel(
-    program, inputs: WeighInputs, outputs: Weights, *, step: Step, sealing: Sealing | None
-):
-    """What some of the candidates of a query weigh that are not in its pool."""
-    num_parts = outputs.largest.shape[3]
-    place = Place.of(step, program, num_parts)
-    logits = read_logits(inputs.logits)
+class Members(NamedTuple):
+    """A pool in registers, a lane for each entry.
 
-    def lowest(_, rank, so_far):
-        return jnp.minimum(so_far, jnp.min(jnp.where(rank == NOT_A_CANDIDATE, HIGHEST_RANK, rank)))
+    Attributes:
+      position: in the cache.
+      is_candidate: which lanes are candidates.
+      lost: what candidates weigh that are not attended to, relative to `largest_lost`.
+      largest_lost: the largest of their true logits; None, as `lost`, where all are attended to.
+      largest, total: of all true logits, and of the exponentials relative to it.
+    """
 
-    cut = over_pool(inputs.by_score, place, lowest, HIGHEST_RANK)
-    plan = plan_query(step, inputs.after, place.kv_row, place.token)
-    weigher = Weigher(step, inputs, outputs, place, plan, cut, logits)
+    position: Array
+    is_candidate: Array
+    lost: Array | None
+    largest_lost: Array | None
+    largest: Array
+    total: Array
 
-    @pl.when(place.part == 0)
-    def _():
-        outputs.cut[place.at] = made_logits(number_of(cut), logits)
-
-    size = tokens_of_part(step, sealing)
-    if sealing is None:
-        first = plan.first + place.part * size
-        last = jnp.minimum(first + size, plan.last)
-        weigher.tokens(first, last, pool=place.part == 0)
-        return
-    sealed = sealed_at(inputs.after.lengths[place.row], inputs.base[place.row], sealing, step.S)
-    first = jnp.maximum(sealed, plan.first) + (place.part - 1) * size
-    last = jnp.minimum(first + size, plan.last)
-
-    @pl.when(place.part == 0)
-    def _():
-        weigher.cells(sealing)
-
-    @pl.when(place.part > 0)
-    def _():
-        weigher.tokens(first, last)
+    @classmethod
+    def of(cls, position: Array, is_candidate: Array, logit: Array, lost: Array) -> "Members":
+        """From true logits, and from those that are not attended to: -inf for none."""
+        largest, largest_lost = reduced_together((logit, lost), jnp.max)
+        total = jnp.sum(jnp.exp(logit - finite(largest)))
+        lost = jnp.exp(lost - finite(largest_lost))
+        return cls(position, is_candidate, lost, largest_lost, largest, total)
 
 
-# The end
+class Others(NamedTuple):
+    """Candidates outside of a pool.
+
+    Attributes:
+      largest: the largest of their logits by PQ.
+      weights: f32[C'] for each of M', sums of exp(logit - largest) by code.
+      of_pool: the largest logit in the pool, and the total relative to it.
+      too_much: what the lanes of the pool have in `weights`, or None.
+    """
+
+    largest: Array
+    weights: list[Array]
+    of_pool: tuple[Array, Array]
+    too_much: Array | None
 
 
-class EndInputs(NamedTuple):
-    """All that is known of each query's attention."""
-
-    parts: tuple[Parts, ...]
-    losers: Losers
-    rest: Weights
-    sums: Any  # f32[R, M', C', H']
-    counts: Any  # i32[R, M', C']
-    after: Lengths
-    lengths: Any  # not read
+def by_code(code: Array, number: int, amount: Array) -> Array:
+    """Sums of amounts by code."""
+    if number == 1:
+        return jnp.sum(amount)[None]
+    each = jnp.arange(number, dtype=jnp.int32)
+    zero = jnp.zeros((), amount.dtype)
+    # This way round a warp has all codes, and adds up its tokens by itself.
+    return jnp.sum(jnp.where(each[None, :] == code[:, None], amount[:, None], zero), axis=0)
 
 
-def merge_rest_kernel(program, inputs: EndInputs, outputs: Ended, *, step: Step):
-    place = Place.of(step, program, 1)
-    found = [read_parts(parts, *place.at) for parts in inputs.parts]
-    found = functools.reduce(merge_two, found)
-    rest = Rest.of(inputs, place)
-    found = merge_two(found, rest.estimate(step))
-    write_output(outputs.output, *place.at, found)
-    write_length(inputs.after, outputs.lengths, place.row, (place.token == 0) & (place.head == 0))
+def weigh_cells(logits: Logits, search: Search, parts: list[Part], tail: Tail, cut: Cut) -> None:
+    """Writes what candidates weigh by PQ, those outside of a pool and those in it.
+
+    These are the largest logit below the cut, that at it if tokens at it are left, and that in the
+    pool; the total below relative to the first, how many are left at the cut, and the total in the
+    pool.
+    """
+    in_tail = (tail.rank != NOT_A_CANDIDATE).astype(jnp.int32)
+    ranks = [*(part.rank for part in parts), tail.rank]
+    sizes = [*(part.size for part in parts), in_tail]
+    scored = [Scored.of(*x, logits) for x in zip(ranks, sizes, strict=True)]
+
+    def reduced(columns: list[tuple[Array, ...]], add: Callable, reduce: Callable) -> list[Array]:
+        added = [functools.reduce(add, column) for column in zip(*columns, strict=True)]
+        return reduced_together(added, reduce)
+
+    def largest_of_cells(rank: Array, x: Scored) -> tuple[Array, ...]:
+        logit = jnp.where(x.size > 0, x.logit, -jnp.inf)
+        sides = rank < cut.rank, rank > cut.rank
+        return tuple(jnp.where(side, logit, -jnp.inf) for side in sides)
+
+    columns = [largest_of_cells(*x) for x in zip(ranks, scored, strict=True)]
+    below, above = reduced(columns, jnp.maximum, jnp.max)
+
+    def totals_of_cells(rank: Array, x: Scored) -> tuple[Array, ...]:
+        size = x.size.astype(jnp.float32)
+        is_at, is_below = rank == cut.rank, rank < cut.rank
+        weight = jnp.exp(x.logit - finite(jnp.where(is_below, below, above))) * size
+        weight = jnp.where((x.size > 0) & ~is_at, weight, 0)
+        sides = jnp.where(is_below, weight, 0), jnp.where(is_below, 0, weight)
+        return *sides, jnp.where(is_at, size, 0)
+
+    columns = [totals_of_cells(*x) for x in zip(ranks, scored, strict=True)]
+    total_below, total_above, number = reduced(columns, jnp.add, jnp.sum)
+    ties = jnp.where(number > 0, cut.ties.astype(jnp.float32), 0)
+    left, at_cut = number - ties, made_logits(number_of(cut.rank), logits)
+    of_pool = jnp.maximum(above, jnp.where(ties > 0, at_cut, -jnp.inf))
+    total = total_above * jnp.exp(above - finite(of_pool))
+    total += jnp.where(ties > 0, ties * jnp.exp(at_cut - finite(of_pool)), 0)
+    at_cut = jnp.where(left > 0, at_cut, -jnp.inf)
+    weighed = search.outputs.weighed
+    for i, x in enumerate((below, at_cut, of_pool, total_below, left, total)):
+        weighed[search.kv_row, search.query, i] = x
 
 
 class Rest(NamedTuple):
     """One program's view of its query.
 
     Attributes:
-      inputs, place: of the program.
-      correction: of what PQ says.
-      largest: the largest logit of the rest.
+      step: of the config that reranks.
+      scores: of the query.
+      place: of the query.
+      logits: how to make logits.
+      sources: means of values, and what is weighed.
     """
 
-    inputs: EndInputs
+    step: Step
+    scores: Scores
     place: Place
-    correction: Array
-    largest: Array
+    logits: Logits
+    sources: Sources
 
-    @classmethod
-    def of(cls, inputs: EndInputs, place: Place) -> "Rest":
-        losers, rest = inputs.losers, inputs.rest
-        largest_true, total_true = total_of_parts(losers.largest_true, losers.total_true, place)
-        largest_by_pq, total_by_pq = total_of_parts(losers.largest_by_pq, losers.total_by_pq, place)
-        cut = rest.cut[place.at]
-        largest = jnp.maximum(largest_of(rest.largest, place), largest_of(losers.largest, place))
-        at_cut = sum_of_parts(
-            rest.at_cut, place, 0, jnp.arange(rest.at_cut.shape[5], dtype=jnp.int32)
-        )
-        largest = jnp.where(
-            (jnp.sum(at_cut) > 0) & (cut < jnp.inf), jnp.maximum(largest, cut), largest
-        )
-        correction = corrected_by(largest_true, total_true, largest_by_pq, total_by_pq)
-        return cls(inputs, place, correction, largest)
+    @property
+    def by(self) -> tuple[int, int]:
+        """M' and C'."""
+        return self.sources.counts.shape[1:3]
 
-    def weights(self, m: int, code: Array) -> Array:
-        """What each of some codes weighs, relative to the largest logit."""
-        losers, rest, largest = self.inputs.losers, self.inputs.rest, finite(self.largest)
-        by_pq = sum_of_parts(rest.weights, self.place, m, code, rest.largest, largest)
-        at_cut = sum_of_parts(rest.at_cut, self.place, m, code).astype(jnp.float32)
-        cut = rest.cut[self.place.at]
-        weighs = (at_cut > 0) & (cut < jnp.inf)
-        by_pq += jnp.where(weighs, at_cut * jnp.exp(cut - largest), 0)
-        lost = sum_of_parts(losers.weights, self.place, m, code, losers.largest, largest)
-        return by_pq * self.correction + lost
+    def of_cells(self, search: Search, fits: Array) -> Others:
+        """What a search left, with its scratch `weighed` and `left`."""
+        usable = fits & (search.plan.num_heavy > 0)
 
-    def estimate(self, step: Step) -> Softmax:
-        """The rest as a part of the softmax."""
-        place, (_, by, number, size) = self.place, self.inputs.sums.shape
+        def read(i, other):
+            at = search.outputs.weighed.at[(*self.place.of_kv, jnp.int32(i))]
+            return backend.load(at, mask=usable, other=other)
+
+        below, at_cut, of_pool = (read(i, -jnp.inf) for i in range(3))
+        total_below, number, total = (read(i, 0.0) for i in range(3, 6))
+        largest = jnp.maximum(below, at_cut)
+        others = Others(largest, [], (of_pool, total), None)
+        if self.by[1] > 1:
+            return others._replace(weights=self.left_by_code(search, usable, largest))
+        of_cut = number * jnp.exp(at_cut - finite(largest))
+        weight = total_below * jnp.exp(below - finite(largest)) + of_cut
+        return others._replace(weights=[weight[None]])
+
+    def left_by_code(self, search: Search, usable: Array, largest: Array) -> list[Array]:
+        """What is left weighs, relative to the largest logit, by code."""
+        config, by = self.step.config, self.by[0]
+        C, M = config.num_centroids, config.num_subspaces
+        code = jnp.arange(C, dtype=jnp.int32)[:, None]
+        other = jnp.arange(config.num_cells // C, dtype=jnp.int32)[None, :]
+
+        def weights(m: int) -> Array:
+            """Of all cells, [codes of subspace m, codes of the others]."""
+            below = C ** (M - 1 - m)
+            cell = (other // below * C + code) * below + other % below
+            rank = self.scores.rank_of(
+                code if digit == m else other // C ** (M - 1 - digit - (digit < m)) % C
+                for digit in range(M)
+            )
+            left = backend.load(
+                search.outputs.left.at[(*self.place.of_kv, cell)],
+                mask=jnp.broadcast_to(usable, cell.shape),
+                other=0,
+            )
+            return Scored.of(rank, left, self.logits).weights(largest)
+
+        first = weights(0)
+        sums = [jnp.sum(first, axis=1)]
+        if M == 2:  # all others are one subspace
+            sums += [jnp.sum(first, axis=0)]
+        return sums + [jnp.sum(weights(m), axis=1) for m in range(len(sums), by)]
+
+    def of_parts(self, pool: Members) -> Others:
+        """What was weighed before, token by token."""
+        weighed, (by, number) = self.sources.weighed, self.by
+        assert weighed is not None
+        score = self.scores.ranks_of_tokens(pool.position, pool.is_candidate)
+        of_pool = Scored.of(score, pool.is_candidate.astype(jnp.int32), self.logits)
+        cut = jnp.min(jnp.where(pool.is_candidate, score, HIGHEST))
+        logit = made_logits(number_of(cut), self.logits)
         code = jnp.arange(number, dtype=jnp.int32)
+        at_cut = [sum_of_parts(weighed.at_cut, self.place, m, code) for m in range(by)]
+        in_pool = (score == cut) & (of_pool.size > 0)
+        is_left = jnp.sum(at_cut[0]) > jnp.sum(in_pool.astype(jnp.int32))
+        largest = largest_of(weighed.largest, self.place)
+        largest = jnp.maximum(largest, jnp.where(is_left, logit, -jnp.inf))
+        weight = jnp.where(is_left, jnp.exp(logit - finite(largest)), 0)
+        below = (
+            sum_of_parts(weighed.weights, self.place, m, code, weighed.largest, finite(largest))
+            for m in range(by)
+        )
+        weights = [x + weight * at.astype(jnp.float32) for x, at in zip(below, at_cut, strict=True)]
+        most = of_pool.largest()
+        total = jnp.sum(of_pool.weights(most))
+        return Others(largest, weights, (most, total), jnp.where(in_pool, weight, 0))
 
-        def counts(m: int, code: Array) -> Array:
-            return self.inputs.counts[place.kv_row, m, code]
+    def estimate(
+        self, pool: Members, others: Others, by_codes: Callable[[Array], list[Array]]
+    ) -> Softmax:
+        """Candidates that are not attended to, as a part of the softmax.
 
-        all_weights = [self.weights(m, code) for m in range(by)]
-        total = jnp.sum(all_weights[0])
+        Args:
+          pool: what is known of the pool.
+          others: likewise, of other candidates.
+          by_codes: sums what lanes of the pool have by code, in each of M' subspaces.
+        """
+        correction = corrected_by(pool.largest, pool.total, *others.of_pool)
+        largest, amount = others.largest, None
+        if pool.lost is not None:
+            assert pool.largest_lost is not None
+            largest = jnp.maximum(largest, pool.largest_lost)
+            amount = pool.lost * jnp.exp(pool.largest_lost - finite(largest))
+        scale = correction * jnp.exp(others.largest - finite(largest))
+        if others.too_much is not None:
+            too_much = scale * others.too_much
+            amount = -too_much if amount is None else amount - too_much
+        weights = [scale * x for x in others.weights]
+        if amount is not None:
+            weights = [x + y for x, y in zip(weights, by_codes(amount), strict=True)]
+        return self.with_values(largest, weights)
+
+    def with_values(self, largest: Array, weights: list[Array]) -> Softmax:
+        """Weights by code, with the means of the codes' values."""
+        sums, kv_row = self.sources.sums, self.place.kv_row
+        _, by, number, size = sums.shape
+        code = jnp.arange(number, dtype=jnp.int32)
+        d = jnp.arange(padded(size), dtype=jnp.int32)
+        counts = [self.sources.counts[kv_row, m, code] for m in range(by)]
+        total = jnp.maximum(jnp.sum(weights[0]), 0)
         # Empty codes have the mean of all, of which (M' - 1) times is too much.
         empty = sum(
-            jnp.sum(jnp.where(counts(m, code) == 0, weights, 0))
-            for m, weights in enumerate(all_weights)
+            jnp.sum(jnp.where(count == 0, weight, 0))
+            for count, weight in zip(counts, weights, strict=True)
         )
-        summed = jnp.sum(counts(0, code))
-        number_of_all = jnp.maximum(summed, 1).astype(jnp.float32)
-        of_all = (empty - (by - 1) * total) / number_of_all
-        d = jnp.arange(padded(size), dtype=jnp.int32)
-        at_once = min(max(step.tuning.weighed_tile // d.size, 1), number)
+        summed = jnp.sum(counts[0])
+        of_all = (empty - (by - 1) * total) / jnp.maximum(summed, 1).astype(jnp.float32)
         values = jnp.zeros(d.size, jnp.float32)
-        for m in range(by):
-
-            def add(i, values, m=m):
-                code = i * at_once + jnp.arange(at_once, dtype=jnp.int32)
-                count = counts(m, code)
-                share = self.weights(m, code) / jnp.maximum(count, 1).astype(jnp.float32)
-                share = jnp.where(count > 0, share, 0) + (of_all if m == 0 else 0)
-                sums = backend.load(
-                    self.inputs.sums.at[place.kv_row, m, code[:, None], d[None, :]],
-                    mask=jnp.broadcast_to((d < size)[None, :], (at_once, d.size)),
-                    other=0,
-                )
-                return values + jnp.sum(share[:, None] * sums, axis=0)
-
-            values = lax.fori_loop(0, number // at_once, add, values)
+        for m, (count, weight) in enumerate(zip(counts, weights, strict=True)):
+            share = weight / jnp.maximum(count, 1).astype(jnp.float32)
+            share = jnp.where(count > 0, share, 0) + (of_all if m == 0 else 0)
+            found = backend.load(
+                sums.at[kv_row, m, code[:, None], d[None, :]],
+                mask=jnp.broadcast_to((d < size)[None, :], (number, d.size)),
+                other=0,
+            )
+            values += jnp.sum(share[:, None] * found, axis=0)
         is_there = (total > 0) & (summed > 0)
         return Softmax(
-            jnp.where(is_there, self.largest, -jnp.inf),
+            jnp.where(is_there, largest, -jnp.inf),
             jnp.where(is_there, total, 0),
             jnp.where(is_there, values, 0),
         )
+
+
+# Parts that were weighed before
 
 
 def parts_at_once(num_parts: int) -> int:
@@ -368,28 +342,14 @@ def read_part(x: Any, place: Place, i: Array, other: float) -> tuple[Array, Arra
     return backend.load(x.at[at], mask=exists, other=other), exists
 
 
-def turns_of(x: Any) -> int:
-    return pl.cdiv(x.shape[3], parts_at_once(x.shape[3]))
-
-
 def largest_of(x: Any, place: Place) -> Array:
     """The largest number of all parts."""
 
     def one(i, so_far):
         return jnp.maximum(so_far, jnp.max(read_part(x, place, i, -jnp.inf)[0]))
 
-    return lax.fori_loop(0, turns_of(x), one, jnp.float32(-jnp.inf))
-
-
-def total_of_parts(largest: Any, total: Any, place: Place) -> tuple[Array, Array]:
-    """The largest logit of all parts, 0 if there is none, and the total relative to it."""
-    of_all = finite(largest_of(largest, place))
-
-    def one(i, so_far):
-        scale = jnp.exp(read_part(largest, place, i, -jnp.inf)[0] - of_all)
-        return so_far + jnp.sum(scale * read_part(total, place, i, 0.0)[0])
-
-    return of_all, lax.fori_loop(0, turns_of(largest), one, jnp.float32(0))
+    turns = pl.cdiv(x.shape[3], parts_at_once(x.shape[3]))
+    return lax.fori_loop(0, turns, one, jnp.float32(-jnp.inf))
 
 
 def sum_of_parts(
@@ -415,101 +375,95 @@ def sum_of_parts(
     return lax.fori_loop(0, pl.cdiv(x.shape[3], at_once), one, jnp.zeros(code.size, x.dtype))
 
 
-# Launches
+class WeighInputs(NamedTuple):
+    """Lists of a pool, i32[B, T, N, P], and what all candidates are scored by."""
+
+    search: Inputs
+    indices: Any
+    logits: Logits
 
 
-def weigh_launch(
-    step: Step,
-    pool: Pool,
-    indices: Array,
-    table: Float[Array, "R Q MC"],
-    index: PQIndex,
-    after: Lengths,
-    logits: Logits,
-    by: tuple[int, int],
-    uses_cells: bool,
-    layer: Array | None,
-) -> backend.Launch:
-    """The launch that weighs the candidates outside of a pool.
+def weigh_tokens_kernel(program, inputs: WeighInputs, outputs: Weighed, *, step: Step):
+    """What some of the candidates of a query weigh."""
+    num_parts, by, number = outputs.weights.shape[3:]
+    place, part = Place.of(step, program // num_parts), program % num_parts
+    logits = read_logits(inputs.logits)
+    plan = plan_query(step, inputs.search.lengths, place.kv_row, place.token)
+    scores = Scores(step, inputs.search.table, inputs.search.codes, place.kv_row, place.query)
+
+    slot = jnp.arange(power_of_2_from(step.pooled), dtype=jnp.int32)
+    plan_of_pool = plan_query(step.of_pool, inputs.search.lengths, place.kv_row, place.token)
+    listed = slot < plan_of_pool.between(step.config)
+    entry = jnp.where(listed, step.config.sink_size + slot, 0)
+    position = backend.load(inputs.indices.at[(*place.at, entry)], mask=listed, other=-1)
+    exists = (position >= plan.first) & (position < plan.last)
+    cut = scores.ranks_of_tokens(jnp.where(exists, position, 0), exists)
+    cut = jnp.min(jnp.where(cut == NOT_A_CANDIDATE, HIGHEST, cut))
+
+    at_once = min(max(2 * step.tuning.weighed_tile // number, 16), step.tuning.weighed_tokens)
+    first = plan.first + part * tokens_of_part(step)
+    last = jnp.minimum(first + tokens_of_part(step), plan.last)
+
+    def weigh(i, carry):
+        so_far, weights, at_cut = carry
+        token = first + i * at_once + jnp.arange(at_once, dtype=jnp.int32)
+        exists = token < last
+        token = jnp.where(exists, token, 0)
+        rank = scores.ranks_of_tokens(token, exists)
+        found = Scored.of(rank, exists.astype(jnp.int32), logits)
+        at = jnp.where(rank == cut, found.size, 0)
+        found = found._replace(size=jnp.where(rank < cut, found.size, 0))
+        largest = jnp.maximum(so_far, found.largest())
+        weight = found.weights(largest)
+        scale = jnp.exp(so_far - finite(largest))
+        codes = [token] if number == 1 else list(scores.codes_of(token, exists))
+        weights = [
+            x * scale + by_code(code, number, weight)
+            for x, code in zip(weights, codes, strict=True)
+        ]
+        at_cut = [x + by_code(code, number, at) for x, code in zip(at_cut, codes, strict=True)]
+        return largest, weights, at_cut
+
+    turns = lax.div(jnp.maximum(last - first, 0) + (at_once - 1), jnp.int32(at_once))
+    zeros = [[jnp.zeros(number, dtype)] * by for dtype in (jnp.float32, jnp.int32)]
+    largest, weights, at_cut = lax.fori_loop(0, turns, weigh, (jnp.float32(-jnp.inf), *zeros))
+    outputs.largest[(*place.at, part)] = largest
+    code = jnp.arange(number, dtype=jnp.int32)
+    for m in range(by):
+        backend.store(outputs.weights.at[(*place.at, part, m, code)], weights[m])
+        backend.store(outputs.at_cut.at[(*place.at, part, m, code)], at_cut[m])
+
+
+def tokens_of_part(step: Step) -> int:
+    """Tokens that a program weighs."""
+    return max(step.tuning.weighed_tokens, power_of_2_from(pl.cdiv(step.S, MOST_PARTS)))
+
+
+def weigh_tokens(
+    step: Step, search: Inputs, indices: Array, logits: Logits, layer: Array | None
+) -> Weighed:
+    """Weighs all candidates token by token.
 
     Args:
       step: of the config that reranks.
-      pool: its ranks.
-      indices: its lists.
-      table: look-up tables by query.
-      index: after the step.
-      after: the lengths after it.
+      search: tables, codes and lengths.
+      indices: lists of the pool.
       logits: how to make logits.
-      by: M' and C'.
-      uses_cells: whether to take sealed candidates by their cells.
-      layer: of the index.
+      layer: of the codes.
     """
-    cells: Cells | None = index.cells if uses_cells else None
-    size = tokens_of_part(step, None if cells is None else cells.sealing)
-    if cells is None:
-        num_parts = max(pl.cdiv(step.S - step.config.window_size, size), 1)
-    else:
-        num_parts = 1 + max(pl.cdiv(min(cells.sealing.most_tail(step.S), step.S), size), 1)
-    queries = step.B, step.T, step.N
+    parts = max(pl.cdiv(step.S - step.config.window_size, tokens_of_part(step)), 1)
+    of_parts = step.B, step.T, step.N, parts
 
-    def of_parts(dtype: Any, *rest: int) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((*queries, num_parts, *rest), dtype)
+    def shape(dtype: Any, *rest: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((*of_parts, *rest), dtype)
 
-    return backend.Launch(
-        functools.partial(
-            weigh_rest_kernel, step=step, sealing=None if cells is None else cells.sealing
-        ),
-        WeighInputs(
-            after,
-            pool.by_score,
-            indices,
-            table,
-            step.by_rows(index.codes),
-            None if cells is None else cells.base,
-            None if cells is None else step.by_rows(cells.starts),
-            vectors(logits),
-        ),
-        Weights(
-            jax.ShapeDtypeStruct(queries, np.float32),
-            of_parts(np.float32),
-            of_parts(np.float32, *by),
-            of_parts(np.int32, *by),
-        ),
-        programs=step.B * step.T * step.N * num_parts,
-        state=("codes", "base", "starts"),
-        layer=layer,
-    )
-
-
-def merge_rest(
-    step: Step,
-    query: Float[Array, "B T N H"],
-    parts: tuple[Parts, ...],
-    losers: Losers,
-    rest: Weights,
-    index: PQIndex,
-    after: Lengths,
-    lengths: Array,
-    layer: Array | None,
-) -> Ended:
-    """The output of a step, and its lengths in place of those before."""
-    values = index.values
-    assert values is not None
+    by = sums_by(step.config)
     what = backend.Launch(
-        functools.partial(merge_rest_kernel, step=step),
-        EndInputs(
-            parts,
-            losers,
-            rest,
-            step.by_rows(values.sums),
-            step.by_rows(values.counts),
-            after,
-            lengths,
-        ),
-        shapes_of_end(query, values.sums.shape[-1], lengths, after, layer),
-        programs=step.B * step.T * step.N,
-        in_place=("lengths",),
-        state=("sums", "counts", "lengths"),
+        functools.partial(weigh_tokens_kernel, step=step),
+        WeighInputs(search, indices, vectors(logits)),
+        Weighed(shape(np.float32), shape(np.float32, *by), shape(np.int32, *by)),
+        programs=step.B * step.T * step.N * parts,
+        state=("search.codes",),
         layer=layer,
     )
-    return backend.launch(what, num_warps=step.tuning.merged_warps)
+    return backend.launch(what, num_warps=step.tuning.attended_warps)

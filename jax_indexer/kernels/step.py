@@ -82,6 +82,16 @@ class Step:
         """Heavy tokens that a list can hold, 1 if it holds none: no array is empty."""
         return max(min(self.config.heavy_size, self.S), 1)
 
+    @property
+    def of_pool(self) -> "Step":
+        """The step that finds the candidates for reranking."""
+        return dataclasses.replace(self, config=self.config.pool)
+
+    @property
+    def pooled(self) -> int:
+        """Entries between sink and window of the lists that it makes: at least 1."""
+        return max(min(self.of_pool.num_middle, self.S), 1)
+
 
 class Lengths(NamedTuple):
     """Of each row: i32[B] tokens in the cache, and i32[B] new tokens among them, None for T.
@@ -120,6 +130,10 @@ class QueryPlan(NamedTuple):
         """
         num_first = jnp.minimum(config.sink_size, self.visible)
         return num_first, jnp.minimum(config.window_size, self.visible - num_first)
+
+    def between(self, config: IndexerConfig) -> Array:
+        """How many entries of the list lie between these."""
+        return self.num_listed - sum(self.always(config))
 
     def always_attends(self, position: Array, config: IndexerConfig) -> Array:
         """Which positions are in the list whatever the scores are (rules 1 and 5)."""
@@ -174,3 +188,39 @@ def plan_latest(step: Step, lengths: Lengths, kv_row: Array, token: Array) -> Qu
     if lengths.counts is not None:
         token = jnp.minimum(token, lengths.counts[kv_row // step.K] - 1)
     return plan_query(step, lengths, kv_row, token)
+
+
+class Place(NamedTuple):
+    """Which query a program is of.
+
+    Attributes:
+      row, token, head: in [B, T, N].
+      kv_head, kv_row: of the head.
+      query: among those of its kv row.
+    """
+
+    row: Array
+    token: Array
+    head: Array
+    kv_head: Array
+    kv_row: Array
+    query: Array
+
+    @classmethod
+    def of(cls, step: Step, program: Array) -> "Place":
+        """Of programs in the order of [B, T, N]."""
+        head, token = program % step.N, program // step.N % step.T
+        row, kv_head = program // (step.N * step.T), head // step.G
+        return cls(
+            row, token, head, kv_head, row * step.K + kv_head, token * step.G + head % step.G
+        )
+
+    @property
+    def at(self) -> tuple[Array, Array, Array]:
+        """Of [B, T, N, ...]."""
+        return self.row, self.token, self.head
+
+    @property
+    def of_kv(self) -> tuple[Array, Array]:
+        """Of [R, Q, ...]."""
+        return self.kv_row, self.query

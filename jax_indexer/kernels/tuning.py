@@ -53,6 +53,9 @@ class Tuning:
       attended_at_once: tokens that a program attends to behind its own search, at the most.
       attended_warps, merged_warps: of programs that attend to a block of a list, that merge more
         parts than are read at once; fewer take one warp.
+      pooled_at_once: blocks of a pool's keys that are on their way at once.
+      pooled_tile: elements that sums by code of a pool take at once.
+      pooled_warps: of programs that rerank, or sum by code, behind their own search.
       weighed_tile, weighed_tokens: of the rest: elements that a program holds, and tokens that it
         takes. The bits of an output depend on them.
       tokens_per_part, sums_block: k-means: tokens that one program sums, and sums that one adds
@@ -90,6 +93,9 @@ class Tuning:
     attended_at_once: int = 256
     attended_warps: int = 8
     merged_warps: int = 4
+    pooled_at_once: int = 4
+    pooled_tile: int = 32768
+    pooled_warps: int = 16
     weighed_tile: int = 4096
     weighed_tokens: int = 256
     tokens_per_part: int = 4096
@@ -104,6 +110,11 @@ class Tuning:
         # More for winners that have a bit set, one atomic addition after the other.
         least = 16 if budget > self.most_paired else 4
         return self.cells_warps or min(max(num_cells // (16 * 32), least), 32)
+
+    def warps_for_pool(self, num_cells: int, does_more: bool) -> int:
+        """More than for a search alone where much follows: it is less code to fetch for each."""
+        warps = self.warps_for_cells(num_cells, 1)
+        return max(self.pooled_warps, warps) if does_more else warps
 
     def warps_for_groups(self, num_groups: int, programs: int) -> int:
         """Warps of the threshold selector, for lists of this many groups."""

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.experimental import pallas as pl
 
 from jax_indexer.kernels import backend
 from jax_indexer.kernels.step import Lengths, Step, room_in
@@ -40,27 +41,28 @@ def sum_values_kernel(program, inputs: Inputs, outputs: Sums, *, step: Step):
     first, last = (summed_until(x, config) for x in (room.start, room.start + room.taken))
     size = outputs.sums.shape[3]
     d = jnp.arange(power_of_2_from(size), dtype=jnp.int32)
-    for new in range(step.T):
-        # The first candidate may lie far behind the cache.
-        position = jnp.minimum(jnp.minimum(first, step.S) + new, step.S - 1)
+
+    def add(position: Array) -> None:
         place = (position, kv_head) if step.kv_layout == "BSKH" else (kv_head, position)
         value = backend.load(inputs.value.at[(row, *place, d)], mask=d < size, other=0)
         value = value.astype(jnp.float32)
-        not_finite = jnp.sum(jnp.where(jnp.abs(value) < jnp.inf, 0, 1))
+        is_finite = jnp.sum(jnp.where(jnp.abs(value) < jnp.inf, 0, 1)) == 0
         code = jnp.int32(0)
         if config.estimate_rest == "codes":
             code = inputs.codes[kv_row, subspace, position].astype(jnp.int32)
             code = code & (config.num_centroids - 1)
-        is_due = (new < last - first) & (not_finite == 0)
         at = kv_row, subspace, code
-        mask = (d < size) & is_due
+        mask = (d < size) & is_finite
         so_far = backend.load(outputs.sums.at[(*at, d)], mask=mask, other=0)
         count = outputs.counts[at]
         backend.barrier()  # the next token may have the same code
         backend.store(outputs.sums.at[(*at, d)], so_far + value, mask=mask)
-        outputs.counts[at] = count + is_due.astype(jnp.int32)
-        if new + 1 < step.T:
-            backend.barrier()
+        outputs.counts[at] = count + is_finite.astype(jnp.int32)
+        backend.barrier()
+
+    for new in range(step.T):
+        # What is not due may be written meanwhile, or lie behind the cache.
+        pl.when(new < last - first)(functools.partial(add, first + new))
 
 
 def sum_values_launch(
