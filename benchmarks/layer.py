@@ -35,7 +35,7 @@ from benchmarks.measure import (
     plan_of,
 )
 from benchmarks.results import Plan
-from benchmarks.run import KNOWN, add_names, add_sizes, changed, changes_of, known
+from benchmarks.run import KNOWN, POOL_FLAGS, add_names, add_sizes, changed, changes_of, known
 from jax_indexer.config import default_selector
 
 # Workloads
@@ -76,8 +76,15 @@ QUICK = Repetitions(pipeline=10, warm=10, cold=5, calls=5, amortised=10, rounds=
 
 
 def _refusal(
-    w: LayerWorkload, *, full: bool = False, unrolled: bool = False, scans: bool = True
+    w: LayerWorkload,
+    *,
+    full: bool = False,
+    unrolled: bool = False,
+    scans: bool = True,
+    pools: bool = True,
 ) -> str | None:
+    if not pools and (w.config.rerank > 1 or w.config.estimate_rest):
+        return "no rerank and no rest"
     if w.count > 1 and not scans:
         return "a scan is one jit"
     if full and unrolled != bool(w.layers):
@@ -109,7 +116,7 @@ def _jax(
 
 def _torch(name: str, step: type[TorchLayer]) -> Implementation:
     def refuses(w: LayerWorkload) -> str | None:
-        return torch_steps.refused(w) or _refusal(w, scans=False)
+        return torch_steps.refused(w) or _refusal(w, scans=False, pools=False)
 
     build = lambda layer, programs: step(layer)  # noqa: E731
     return Implementation(name, build, needs_gpu=False, refuses=refuses)
@@ -133,7 +140,7 @@ IMPLEMENTATIONS = {
             JaxAttention,
             attention_programs,
             needs_gpu=False,
-            refuses=functools.partial(_refusal, scans=False),
+            refuses=functools.partial(_refusal, scans=False, pools=False),
         ),
         _torch("torch.sparse_attention", OriginalAttention),
     )
@@ -150,7 +157,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"{SWEEP_BASE} from 1024 to 2**20 tokens, for one row and four; kernel times only",
     )
     which.add_argument("--scan", action="store_true", help=f"by default {', '.join(SCANS)}")
-    add_sizes(parser)
+    add_sizes(parser, POOL_FLAGS)
 
 
 def chosen_workloads(arguments: argparse.Namespace) -> list[LayerWorkload]:

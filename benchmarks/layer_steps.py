@@ -15,7 +15,18 @@ from jax import lax
 from benchmarks import jax_steps, torch_steps
 from benchmarks.clock import Step, synchronised
 from benchmarks.jax_steps import Forms, Program, Programs, config_for
-from jax_indexer import DecodeCache, decode_attention, select, sparse_attention, with_cells
+from jax_indexer import (
+    DecodeCache,
+    IndexerConfig,
+    PQIndex,
+    decode_attention,
+    reference,
+    select,
+    sparse_attention,
+    with_cells,
+)
+from jax_indexer.state import ValueSums
+from jax_indexer.values import add_values, no_values
 from parity.agreement import Lists, Reference, check_lists
 from parity.inputs import Workload, make_inputs
 
@@ -164,18 +175,27 @@ class LayerStep(Step):
         """What gives the lists of a batch row."""
         return None
 
+    def wanted(self) -> np.ndarray | None:
+        """What should come out where lists alone do not say it, [B, T, N, H] in float32."""
+        return None
+
     def check(self, reference: Layer):
         """Raises AssertionError unless tokens were written, lists are right, and so is the output.
 
         Of full attention one head is looked at.
         """
         w, query, lists, out = reference.workload, self.query(), self.lists(), self.output()
+        of_pool = self.wanted()
         if self.new is not None:
             self._check_written(w)
         if lists is not None:
             check_lists(reference.scores(query), lists)
         wrong = []
         for b, t in np.ndindex(w.B, w.T):
+            if of_pool is not None:
+                heads, wanted = np.arange(w.N), of_pool[b, t]
+                wrong += self._far(w, out[b, t], wanted, heads, b, t)
+                continue
             if lists is not None:
                 heads, places = np.arange(w.N), lists(b).indices[t]
             elif (b, t) == (w.B - 1, w.T - 1):
@@ -185,13 +205,18 @@ class LayerStep(Step):
             kv_heads = np.broadcast_to((heads // (w.N // w.K))[:, None], places.shape)
             vectors = self.tokens(np.full_like(places, b), np.maximum(places, 0), kv_heads)
             wanted = exact(query[b, t, heads], *vectors, places >= 0)
-            error = np.linalg.norm(out[b, t, heads] - wanted, axis=1)
-            share = error / np.linalg.norm(wanted, axis=1)
-            # Weights and the output may be rounded to the dtype; or it is NaN.
-            far = heads[~(share <= max(2 * float(jnp.finfo(w.dtype).eps), 1e-5))]
-            wrong += [f"batch row {b}, query token {t}, head {n}" for n in far]
+            wrong += self._far(w, out[b, t, heads], wanted, heads, b, t)
         if len(wrong) > self.may_differ:
             raise AssertionError(f"{wrong[0]}: not attention to its list, as {len(wrong)} in all")
+
+    @staticmethod
+    def _far(
+        w: LayerWorkload, out: np.ndarray, wanted: np.ndarray, heads: np.ndarray, b: int, t: int
+    ) -> list[str]:
+        """The heads whose output is another: weights and output may be rounded to the dtype."""
+        share = np.linalg.norm(out - wanted, axis=1) / np.linalg.norm(wanted, axis=1)
+        far = heads[~(share <= max(2 * float(jnp.finfo(w.dtype).eps), 1e-5))]  # or it is NaN
+        return [f"batch row {b}, query token {t}, head {n}" for n in far]
 
     def _check_written(self, w: LayerWorkload) -> None:
         ends = np.asarray(w.lengths)[:, None, None]
@@ -295,6 +320,9 @@ def layer_programs(
     """A call with its caches donated, and what selects the last lists again, to check them."""
     config = config_for(w, selector)
     query, key_new, lengths, index = jax_steps.shapes_of(w, config)
+    if config.estimate_rest:
+        values = jax.eval_shape(lambda: no_values(w.B, w.K, w.H, config))
+        index = dataclasses.replace(index, values=values)
     programs = {}
     if make is ours:
         options["selector"] = selector
@@ -336,6 +364,7 @@ class JaxLayer(LayerStep):
             config = config_for(w, selector)
             index = dataclasses.replace(jax_steps.index_of(inputs), lengths=index)
             index = with_cells(index, config) if config.cells else index
+            index = dataclasses.replace(index, values=self._sums(index, config))
             index, lengths = stacked((index, lengths), w.layers)
         self._index, self._query = index, jnp.asarray(inputs.query)
         self._arguments = self._query, *map(jnp.asarray, self.new), lengths
@@ -370,12 +399,34 @@ class JaxLayer(LayerStep):
             place = np.full_like(place[0], layers - 1), *place
         return [np.asarray(gathered(cache, place)) for cache in caches]
 
+    def _sums(self, index: PQIndex, config: IndexerConfig) -> ValueSums | None:
+        """Sums of the values of the last layer, if there is a rest."""
+        if not config.estimate_rest:
+            return None
+        w, value = self.layer.workload, self._last(self.layer.caches[1])
+        empty, nothing = no_values(w.B, w.K, w.H, config), jnp.zeros(w.B, jnp.int32)
+        grown = nothing, index.lengths, w.capacity
+        return add_values(empty, value, index.codes, *grown, config, "BSKH", None)
+
+    def _last(self, tree: Any) -> Any:
+        """What the last layer has."""
+        return jax.tree.map(lambda x: x[-1], tree) if self.layer.workload.layers else tree
+
+    def wanted(self):
+        config = self.layer.workload.config
+        if "select" not in self._programs or (config.rerank == 1 and not config.estimate_rest):
+            return None
+        query, index = jnp.asarray(self.query()), self._last(self._index)
+        caches = reference.Caches(*(self._last(x) for x in self.layer.caches))
+        logits = reference.Logits(jnp.float32(query.shape[-1] ** -0.5), None)
+        options = None, logits, config, "BSKH", None
+        found = jax.jit(lambda *arrays: reference.attend_selected(*arrays, *options))
+        return np.asarray(found(query, caches, index).astype(jnp.float32))
+
     def lists(self):
         if "select" not in self._programs:
             return None
-        last = self._index
-        if self.layer.workload.layers:
-            last = jax.tree.map(lambda x: x[-1], last)
+        last = self._last(self._index)
         found = self._programs["select"].as_user(jnp.asarray(self.query()), last)
         indices, counts = np.asarray(found.indices), np.asarray(found.counts)
         return lambda b: Lists(indices=indices[b], counts=counts[b], weights=None)

@@ -99,6 +99,12 @@ CONFIG_FLAGS = {
     "window": ("window_size", int, "last tokens, always attended"),
     "table-dtype": ("table_dtype", FLOATS, "what look-up table entries are rounded to"),
 }
+# Of whole layers alone.
+POOL_FLAGS = {
+    "rerank": ("rerank", int, "candidates that are ranked by their keys, in budgets"),
+    "estimate-rest": ("estimate_rest", ("mean", "codes"), "how the other candidates are estimated"),
+}
+FLAGS_OF_CONFIGS = CONFIG_FLAGS | POOL_FLAGS
 
 # What a sweep changes, and what it measures unless told otherwise.
 SWEEPS: dict[str, list[dict[str, Any]]] = {
@@ -156,10 +162,10 @@ def add_names(
     )
 
 
-def add_sizes(parser: argparse.ArgumentParser) -> None:
-    """The flags that change workloads."""
+def add_sizes(parser: argparse.ArgumentParser, more: dict[str, Any] | None = None) -> None:
+    """The flags that change workloads, and some more of configs."""
     sizes = parser.add_argument_group("change the workloads")
-    for flag, (_, kind, meaning) in (WORKLOAD_FLAGS | CONFIG_FLAGS).items():
+    for flag, (_, kind, meaning) in (WORKLOAD_FLAGS | CONFIG_FLAGS | (more or {})).items():
         values: dict[str, Any] = {"choices": kind} if isinstance(kind, tuple) else {"type": kind}
         if flag == "L":
             values["nargs"] = "+"
@@ -206,8 +212,8 @@ def changes_of(arguments: argparse.Namespace) -> dict[str, Any]:
     """What a command line says of sizes, by flag."""
     return {
         flag: value
-        for flag in (*WORKLOAD_FLAGS, *CONFIG_FLAGS, "weights")
-        if (value := getattr(arguments, flag.replace("-", "_"))) is not None
+        for flag in (*WORKLOAD_FLAGS, *FLAGS_OF_CONFIGS, "weights")
+        if (value := getattr(arguments, flag.replace("-", "_"), None)) is not None
     }
 
 
@@ -235,7 +241,7 @@ def changed(workload: Workload, changes: dict[str, Any]) -> Workload:
         if flag in WORKLOAD_FLAGS:
             fields[WORKLOAD_FLAGS[flag][0]] = value
         else:
-            config[CONFIG_FLAGS[flag][0]] = value
+            config[FLAGS_OF_CONFIGS[flag][0]] = value
     if not changes:
         return workload
     new = dataclasses.replace(

@@ -126,7 +126,7 @@ def positions_on(
     i: Int32[Array, "*n"],
     distance: Int32[Array, "*#n"],
     stride: Int32[Array, "*#n"],
-    copy: int,
+    copy: int | Int32[Array, ""],
     ahead: LookAhead,
 ) -> Int32[Array, "*n"]:
     """By how many positions a copy of a key is turned on: to one of those expected.
@@ -142,19 +142,18 @@ def positions_on(
     """
     place = i - ahead.begin
     # In int32, whose products wrap around.
-    golden, offset = (np.uint32(x).view(np.int32) for x in (GOLDEN, copy * 2**32 // ahead.copies))
-    spread = place * golden + offset
+    golden, between = (np.uint32(x).view(np.int32) for x in (GOLDEN, (2**32 - 1) // ahead.copies))
+    spread = place * golden + jnp.int32(copy) * between
     share = lax.shift_right_logical(spread, jnp.full_like(spread, 8)).astype(jnp.float32)
     further = (share * np.float32(ahead.horizon * 2.0**-24)).astype(jnp.int32)
     return distance - place * stride + further
 
 
-def cos_and_sin(
+def angles(
     on: Int32[Array, "*tokens #H"], speed: Int32[Array, "*#tokens H"]
-) -> tuple[Array, Array]:
-    """Of the angles by which dimensions turn in so many positions."""
-    angle = (on * speed).astype(jnp.float32) * np.float32(2 * np.pi / 2**32)
-    return jnp.cos(angle), jnp.sin(angle)
+) -> Float[Array, "*tokens H"]:
+    """By which dimensions turn in so many positions, in [-pi, pi)."""
+    return (on * speed).astype(jnp.float32) * np.float32(2 * np.pi / 2**32)
 
 
 def turned(
@@ -163,7 +162,8 @@ def turned(
     """Keys turned on, in float32, rounded to their dtype as keys that come later would be."""
     h = np.arange(key.shape[-1])
     last = (1,) * on.ndim + (-1,)
-    cos, sin = cos_and_sin(on[..., None], jnp.asarray(ahead.speed(len(h))).reshape(last))
+    angle = angles(on[..., None], jnp.asarray(ahead.speed(len(h))).reshape(last))
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
     sin *= np.where(ahead.rope.is_first(h), np.float32(-1), np.float32(1)).reshape(last)
     own = key.astype(jnp.float32)
     both = own * cos + own[..., ahead.rope.partner(h)] * sin

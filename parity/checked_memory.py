@@ -286,6 +286,7 @@ def checked(seed: int = 0) -> Iterator[list[dict[str, np.ndarray]]]:
             (backend, "load", load),
             (backend, "store", store),
             (backend, "add", add),
+            (backend, "cos_and_sin", lambda angle: (jnp.cos(angle), jnp.sin(angle))),
             (pl, "when", _when),
             (lax, "fori_loop", _fori_loop),
             (lax, "while_loop", _while_loop),

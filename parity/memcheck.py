@@ -285,9 +285,7 @@ def check_pool(inputs: Inputs) -> None:
         nothing = jnp.zeros(B, jnp.int32)
         values = no_values(B, K, of_value, its_config)
         grown = nothing, index.lengths, S
-        values = add_values(
-            values, caches.value, index.codes, *grown, its_config, "BSKH", None
-        )
+        values = add_values(values, caches.value, index.codes, *grown, its_config, "BSKH", None)
         state = dataclasses.replace(state, values=values)
         before = jax.tree.map(lambda x: jnp.stack([x, x]), (state, caches))
         step = Step.of(before[0], its_config, T=T, N=N)

@@ -1,6 +1,7 @@
 """Subspaces of every M-th dimension: those of neighbours, of keys whose dimensions are permuted."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -62,7 +63,7 @@ def test_dimensions_are_dealt_to_subspaces_in_turn():
     indirect=["implementation"],
 )
 def test_it_is_the_other_grouping_of_permuted_keys(metric, kv_layout, implementation):
-    """To the bit: codebooks, codes, lists, and gains."""
+    """To the bit: codebooks, codes, lists, and gains; but a GPU adds up norms in another order."""
     cells = metric == "euclidean"
     key, query, new = draw(0, B, S, K, H), draw(1, B, 1, K * G, H), draw(2, B, 1, K, H)
     options = {"kv_layout": kv_layout, "implementation": implementation}
@@ -77,10 +78,16 @@ def test_it_is_the_other_grouping_of_permuted_keys(metric, kv_layout, implementa
         return selection, index, rebuild_gain(index, cache, config, **options)
 
     got = life("strided", np.arange(H))
-    want = life("contiguous", ORDER)
+    want, codes = life("contiguous", ORDER), np.asarray(got[1].codes)
+    if metric == "ip" and jax.default_backend() == "gpu":
+        # A root near 0 has half the digits of what it is taken of.
+        close = functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-3)
+        books = [dataclasses.replace(x[1], codes=None) for x in (got, want)]
+        jax.tree.map(close, (*books[:1], got[2]), (*books[1:], want[2]))
+        got, want = ((x[0], x[1].codes) for x in (got, want))
     jax.tree.map(np.testing.assert_array_equal, got, want)
     other = build_index(key, jnp.asarray(LENGTHS), of("contiguous", metric=metric))
-    assert (np.asarray(other.codes) != np.asarray(got[1].codes)).any()
+    assert (np.asarray(other.codes) != codes).any()
 
 
 @pytest.mark.parametrize("implementation", ["xla", pytest.param("triton", marks=pytest.mark.gpu)])
