@@ -11,8 +11,8 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from examples.options import named, plain
 from examples.model import CHUNK, decode, index_prompts, read_prompts
+from examples.options import named, plain
 from examples.weights import MODELS, Loaded, load
 from jax_indexer import IndexerConfig, empty_cache
 from parity.real_keys import Failure
@@ -52,8 +52,8 @@ def generate(
 ) -> None:
     """Prints the text as it comes, and then how fast it came and what was attended to."""
     parameters, model = loaded.parameters, loaded.model
-    recipe = None if attention == "full" else named(model.rope)[attention]
-    config = recipe and recipe.config
+    option = None if attention == "full" else named(model.rope)[attention]
+    config = option and option.config
     capacity = -(-(len(prompt) + new_tokens) // CHUNK) * CHUNK
     sizes = 1, capacity, model.kv_heads, model.head_dim
     dtype = parameters.embedding.dtype
@@ -65,8 +65,8 @@ def generate(
         logits, cache = read_prompts(
             parameters, [prompt], cache, model, lambda tokens: bar.advance(task, tokens)
         )
-        if recipe:
-            ahead = {"rope": model.rope, "look_ahead": new_tokens, "copies": recipe.copies}
+        if option:
+            ahead = {"rope": model.rope, "look_ahead": new_tokens, "copies": option.copies}
             cache = index_prompts(cache, jnp.ones(1, bool), config, **ahead)
 
     from tokenizers.decoders import DecodeStream

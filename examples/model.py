@@ -259,17 +259,21 @@ def index_prompts(
     rows: Bool[Array, "B"],
     config: IndexerConfig,
     *,
+    lengths: Int32[Array, "B"] | None = None,
     rope: Rope | None = None,
     look_ahead: int | None = None,
     copies: int = 2,
 ) -> DecodeCache:
-    """Trains codebooks of the marked rows on what is in the cache, in all layers."""
+    """Trains codebooks of the marked rows on what is in the cache, in all layers.
+
+    With `lengths` on the first so many tokens, which are those that the rows then have.
+    """
 
     def layer(index, number):
-        value = cache.value if config.estimate_rest else None
+        of = {"value": cache.value if config.estimate_rest else None, "lengths": lengths}
         ahead = {"rope": rope, "look_ahead": look_ahead, "copies": copies}
-        return rebuild(index, cache.key, config, rows, value=value, layer=number, **ahead), None
+        return rebuild(index, cache.key, config, rows, layer=number, **of, **ahead), None
 
-    numbers = jnp.arange(cache.key.shape[0], dtype=jnp.int32)
+    numbers = jnp.arange(len(cache.key), dtype=jnp.int32)
     index, _ = lax.scan(layer, cache.index, numbers)
     return dataclasses.replace(cache, index=index)

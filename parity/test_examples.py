@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from examples import generate, weights
-from examples.options import named
 from examples.model import (
     CHUNK,
     Layer,
@@ -21,6 +20,7 @@ from examples.model import (
     read_prompts,
     turns,
 )
+from examples.options import named
 from jax_indexer import DecodeCache, IndexerConfig, Rope, empty_cache, reset, select
 from parity import real_keys as rk
 

@@ -1,0 +1,240 @@
+"""Measures what sparse attention does to a model's predictions: `python -m examples.evaluate`.
+
+A text is read with full attention, and its last tokens are decoded, each followed by the text's own
+next one, with each option: perplexity, divergence from full attention, and agreement with it.
+"""
+
+import argparse
+import dataclasses
+import json
+import shlex
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.results import describe_machine, find_commit, has_gpu
+from examples.model import decode, read_prompts
+from examples.options import BUDGET, NAMES, Option, options, plain
+from examples.scoring import STEP, Reading, prepared, read, score
+from examples.texts import PASSKEY, TEXTS, haystacks, tokens_of
+from examples.weights import MODELS, Loaded, load
+from jax_indexer import empty_cache
+from parity.real_keys import Failure
+
+DEPTHS = 10
+ANSWER = 8  # tokens in which a passkey must be said
+ABOUT = ("measure", "model", "text", "length", "tokens", "prompt")  # of arguments, for the file
+Row = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What is measured, and with what.
+
+    Attributes:
+      loaded: the model.
+      names: of the options.
+      budgets: of each.
+      prompt: how many tokens codebooks are trained on.
+      advance: called with what is done next, before it is.
+    """
+
+    loaded: Loaded
+    names: Sequence[str]
+    budgets: Sequence[int]
+    prompt: int
+    advance: Callable[[str], None]
+
+    def options(self) -> Iterator[tuple[str, int, Option]]:
+        """The names, budgets and options."""
+        for budget in self.budgets:
+            of_budget = options(self.loaded.model.rope, budget)
+            yield from ((name, budget, of_budget[name]) for name in self.names)
+
+    def score(self, reading: Reading, name: str, budget: int, option: Option, **how: Any) -> Row:
+        """A row of the results; `how` as `examples.scoring.score` takes it."""
+        self.advance(", ".join([name, f"budget {budget}", *(f"{k} {v}" for k, v in how.items())]))
+        began = time.perf_counter()
+        model = self.loaded.model
+        found = score(self.loaded.parameters, model, reading, option, self.prompt, **how)
+        seconds = round(time.perf_counter() - began, 1)
+        return {"option": name, "budget": budget, **how, **found, "seconds": seconds}
+
+
+def by_option(work: Work, reading: Reading) -> Iterator[Row]:
+    """Each option at each budget."""
+    for chosen in work.options():
+        yield work.score(reading, *chosen)
+
+
+def by_layer(work: Work, reading: Reading) -> Iterator[Row]:
+    """With full attention in no layer, in one of them, and in the first few."""
+    one = [[i] for i in range(work.loaded.model.layers)]
+    for chosen in work.options():
+        for layers in ([], *one, [0, 1], [0, 1, 2, 3]):
+            yield work.score(reading, *chosen, full_layers=layers)
+
+
+def by_drift(work: Work, reading: Reading) -> Iterator[Row]:
+    """With the prompt's codebooks, and with those trained anew where `rebuild_gain` says so."""
+    for chosen in work.options():
+        for rebuilding in (False, True):
+            yield work.score(reading, *chosen, rebuilding=rebuilding)
+
+
+def by_needle(work: Work, filler: np.ndarray) -> Iterator[Row]:
+    """Whether a passkey is found at each depth, with full attention and with each option."""
+    parameters, model, tokenizer, _ = work.loaded
+    S = len(filler)
+    for depth, tokens in haystacks(filler[: S - ANSWER], DEPTHS, tokenizer):
+        work.advance(f"passkey at {depth:.0%}: reading")
+        sizes = 1, S, model.kv_heads, model.head_dim
+        dtype = parameters.embedding.dtype
+        cache = empty_cache(plain(), *sizes, dtype=dtype, layers=model.layers)
+        known = len(tokens) - 1  # the last one is the first step's
+        _, cache = read_prompts(parameters, [tokens[:known].tolist()], cache, model)
+        key, value = cache.key, cache.value
+        for name, budget, option in (("full", 0, None), *work.options()):
+            work.advance(f"passkey at {depth:.0%}: {name}, budget {budget}")
+            cache = prepared(key, value, model.rope, option or Option(plain()), known, known)
+            config = option and option.config
+            step, said = tokens[None, known:], []
+            for _ in range(ANSWER):
+                logits, cache = decode(parameters, step, None, cache, model, config)
+                step = np.asarray(jnp.argmax(logits, axis=-1), np.int32)
+                said.append(int(step[0, 0]))
+            text = tokenizer.decode(said)
+            found = {"found": PASSKEY in text, "said": text}
+            yield {"option": name, "budget": budget, "depth": depth, **found}
+
+
+MEASUREMENTS = {"options": by_option, "layers": by_layer, "drift": by_drift, "needles": by_needle}
+
+
+def table(rows: Sequence[Row]) -> Table:
+    """Rows as a table: what they have in common is its columns."""
+    names = [name for name in rows[0] if all(name in row for row in rows)]
+    table = Table(*names)
+    for row in rows:
+        table.add_row(
+            *(f"{x:.4f}" if isinstance(x, float) else str(x) for x in map(row.get, names))
+        )
+    return table
+
+
+def draw(rows: Sequence[Row], path: Path) -> None:
+    """Divergence from full attention and perplexity against the budget, a line for each option."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    axes = figure.subplots(1, 2)
+    for name in dict.fromkeys(row["option"] for row in rows):
+        of_name = sorted((row for row in rows if row["option"] == name), key=lambda x: x["budget"])
+        for one, what in zip(axes, ("divergence", "ratio"), strict=True):
+            one.plot(
+                *zip(*((x["budget"], x[what]) for x in of_name), strict=True), "o-", label=name
+            )
+    for one, label in zip(axes, ("KL(full, sparse)", "perplexity / full attention's"), strict=True):
+        one.set(xscale="log", yscale="log", xlabel="budget", ylabel=label)
+    axes[1].legend(fontsize="small")
+    figure.savefig(path, dpi=120)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m examples.evaluate", description=__doc__)
+    parser.add_argument("measure", nargs="?", choices=MEASUREMENTS, default="options")
+    parser.add_argument("--model", choices=MODELS, default="smollm2")
+    parser.add_argument("--text", choices=TEXTS, default="documentation")
+    parser.add_argument("--length", type=int, default=8192, help="tokens of the text")
+    parser.add_argument("--tokens", type=int, default=1024, help="of these, decoded at the end")
+    parser.add_argument("--prompt", type=int, help="tokens codebooks are trained on; all others")
+    parser.add_argument("--budget", type=int, nargs="+", default=[BUDGET])
+    parser.add_argument("--option", nargs="+", choices=NAMES, default=NAMES, metavar="NAME")
+    parser.add_argument("--output", type=Path, help="a .json file for the rows; a .png beside it")
+    parser.add_argument("--commit", help="where git does not tell: of the code that is measured")
+    return parser
+
+
+def check(arguments: argparse.Namespace, context: int) -> None:
+    """Failure for numbers that do not fit each other; `prompt` becomes a number."""
+    length, tokens = arguments.length, arguments.tokens
+    if not 2 * STEP <= length <= context:
+        raise Failure(
+            f"--length: expected {2 * STEP} to {context}, got {length}: the model's limit"
+        )
+    if tokens % STEP or not 0 < tokens < length:
+        raise Failure(
+            f"--tokens: expected a multiple of {STEP} below {length}, got {tokens}; the tokens "
+            "before them are the prompt"
+        )
+    if arguments.prompt is None:
+        arguments.prompt = length - tokens
+    if not 0 < arguments.prompt <= length - tokens:
+        raise Failure(
+            f"--prompt: expected 1 to {length - tokens}, got {arguments.prompt}; codebooks are "
+            "trained before tokens are decoded"
+        )
+    if min(arguments.budget) < 1:
+        raise Failure(f"--budget: expected 1 or more, got {min(arguments.budget)}")
+
+
+def measure(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
+    """The results file."""
+    loaded = load(arguments.model, jnp.bfloat16 if has_gpu() else jnp.float32)
+    check(arguments, loaded.model.context)
+    began = time.perf_counter()
+    tokens = tokens_of(arguments.text, arguments.length, loaded.tokenizer)
+    names = tuple(dict.fromkeys(arguments.option))
+    with console.status("") as status:
+        work = Work(loaded, names, arguments.budget, arguments.prompt, status.update)
+        if arguments.measure == "needles":
+            about, subject = {}, tokens
+        else:
+            status.update(f"reading {len(tokens)} tokens with full attention")
+            subject = read(loaded.parameters, loaded.model, tokens, arguments.tokens)
+            about = {"full_perplexity": subject.perplexity()}
+        rows = []
+        for row in MEASUREMENTS[arguments.measure](work, subject):
+            rows.append(row)
+            console.print(
+                *(f"{k} {v:.4f}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items())
+            )
+    return {
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": shlex.join(["python", "-m", "examples.evaluate", *arguments.words]),
+        **find_commit(arguments.commit),
+        "machine": describe_machine(),
+        **{name: getattr(arguments, name) for name in ABOUT},
+        **about,
+        "seconds": round(time.perf_counter() - began),
+        "rows": rows,
+    }
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    words = sys.argv[1:] if words is None else words
+    arguments = make_parser().parse_args(words, argparse.Namespace(words=words))
+    console = Console(stderr=True)
+    try:
+        results = measure(arguments, console)
+    except Failure as problem:
+        console.print(f"[red]{problem}[/red]", soft_wrap=True)
+        return 1
+    Console().print(table(results["rows"]))
+    if arguments.output:
+        arguments.output.write_text(json.dumps(results, indent=1) + "\n")
+        if arguments.measure == "options":
+            draw(results["rows"], arguments.output.with_suffix(".png"))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
