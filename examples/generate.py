@@ -94,7 +94,7 @@ def summary(times: list[float], shares: list[float]) -> str:
     return f"{rate:.1f} tokens a second after the first, {attended}"
 
 
-def main(arguments: list[str] | None = None) -> int:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m examples.generate", description=__doc__)
     parser.add_argument("--prompt-file", type=Path, required=True, help="the text to continue")
     parser.add_argument("--tokens", type=int, default=64, help="how many tokens to add")
@@ -105,7 +105,11 @@ def main(arguments: list[str] | None = None) -> int:
         help="attention while decoding",
     )
     parser.add_argument("--model", choices=MODELS, default="smollm2")
-    options = parser.parse_args(arguments)
+    return parser
+
+
+def main(words: list[str] | None = None) -> int:
+    options = make_parser().parse_args(words)
     console = Console(stderr=True)
     try:
         dtype = jnp.bfloat16 if jax.default_backend() == "gpu" else jnp.float32

