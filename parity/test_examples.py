@@ -101,32 +101,34 @@ def decoded(texts, cache: DecodeCache, config: IndexerConfig | None, **of) -> np
     return np.stack(out, axis=1)
 
 
-def reference(tokens, pairs: str, biases: bool) -> np.ndarray:
-    """Logits [T, V] of a whole text: the forward pass that makes the real keys, and a head."""
-    model, parameters = tiny(pairs, biases)
-    wide = jax.tree.map(lambda x: np.asarray(x, np.float64), parameters)
+def reference(model: Model, parameters: Parameters, tokens) -> np.ndarray:
+    """Logits [T, V] of a whole text in float64: the forward pass that makes the real keys."""
+    wide = functools.partial(np.asarray, dtype=np.float64)
     # That one turns neighbouring dimensions: rows of halves are put in their order.
     H = model.head_dim
-    order = np.arange(H) if pairs == "interleaved" else np.arange(H).reshape(2, -1).T.reshape(-1)
-    layers = wide.layers
-    x = wide.embedding[tokens]
+    order = np.arange(H)
+    if model.rope.pairs == "half":
+        order = order.reshape(2, -1).T.reshape(-1)
+    base = model.rope.frequencies[1] ** (-H / 2)
+
+    def project(normed, weight, bias):
+        out = np.einsum("te,nhe->tnh", normed, weight)
+        return out if bias is None else out + bias
+
+    x = wide(parameters.embedding[np.array(tokens)])
     for i in range(model.layers):
-        w = jax.tree.map(lambda a, i=i: a[i], layers)
-
-        def project(weight, bias, normed):
-            out = np.einsum("te,nhe->tnh", normed, weight)
-            return out if bias is None else out + bias
-
+        w = jax.tree.map(lambda a, i=i: wide(a[i]), parameters.layers)
         normed = rk.rms_norm(x, w.attention_norm, model.norm_epsilon)
-        query = project(w.query, w.query_bias, normed)[..., order]
-        key = project(w.key, w.key_bias, normed)[..., order]
-        value = project(w.value, w.value_bias, normed)
-        query, key = rk.rotate(query, 10000.0), rk.rotate(key, 10000.0)
-        out = rk.attention(query, key, value)
+        query, key = (
+            rk.rotate(project(normed, *weights)[..., order], base)
+            for weights in ((w.query, w.query_bias), (w.key, w.key_bias))
+        )
+        out = rk.attention(query, key, project(normed, w.value, w.value_bias))
         x = x + np.einsum("tnh,enh->te", out, w.output)
         normed = rk.rms_norm(x, w.feed_forward_norm, model.norm_epsilon)
         x = x + rk.feed_forward(normed, w.gate, w.up, w.down)
-    return rk.rms_norm(x, wide.norm, model.norm_epsilon) @ wide.unembedding.T
+    normed = rk.rms_norm(x, wide(parameters.norm), model.norm_epsilon)
+    return normed @ wide(parameters.unembedding).T
 
 
 def relative(actual, expected) -> float:
@@ -139,10 +141,27 @@ def test_full_attention_gives_the_logits_of_an_independent_forward(pairs, biases
     """Float32 against float64 through three layers: about 1e-6, of 1e-3 that are promised."""
     [text] = tokens_of(CHUNK + 30)
     logits, cache = started([text[:-8]], SPARSE, pairs, biases)
-    expected = reference(text, pairs, biases)
+    expected = reference(*tiny(pairs, biases), text)
     assert relative(logits[0], expected[-9]) < 1e-4
     got = decoded([text[-8:]], cache, None, pairs=pairs, biases=biases)
     assert relative(got[0], expected[-8:]) < 1e-4
+
+
+@pytest.mark.parametrize("name", weights.MODELS)
+def test_a_real_model_gives_the_logits_of_an_independent_forward(name):
+    try:
+        loaded = weights.load(name)
+    except rk.Failure as problem:
+        pytest.skip(str(problem))
+    model, parameters = loaded.model, loaded.parameters
+    text = "def fibonacci(n):\n    numbers = [0, 1]\n    for i in range(2, "
+    tokens = loaded.tokenizer.encode(text).ids
+    assert loaded.tokenizer.decode(tokens) == text
+    sizes = 1, CHUNK, model.kv_heads, model.head_dim
+    cache = empty_cache(SPARSE, *sizes, dtype=jnp.float32, layers=model.layers)
+    logits, _ = read_prompts(parameters, [tokens], cache, model)
+    expected = reference(model, parameters, tokens)[-1]
+    assert relative(logits[0], expected) < 1e-3
 
 
 def test_sparse_attention_to_all_tokens_is_full_attention():
@@ -333,8 +352,8 @@ def test_reranking_all_candidates_is_exact_top_k():
 
 
 def test_full_perplexity_is_that_of_an_independent_forward():
-    _, _, reading = tiny_reading()
-    logits = reference(reading.tokens, "interleaved", False)[-2 * STEP :]
+    parameters, model, reading = tiny_reading()
+    logits = reference(model, parameters, reading.tokens)[-2 * STEP :]
     shifted = logits - logits.max(-1, keepdims=True)
     expected = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
     following = reading.tokens[-2 * STEP + 1 :]
