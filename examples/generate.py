@@ -66,7 +66,7 @@ def generate(
             parameters, [prompt], cache, model, lambda tokens: bar.advance(task, tokens)
         )
         if option:
-            ahead = {"rope": model.rope, "look_ahead": new_tokens, "copies": option.copies}
+            ahead = option.ahead(model.rope, len(prompt), new_tokens)
             cache = index_prompts(cache, jnp.ones(1, bool), config, **ahead)
 
     from tokenizers.decoders import DecodeStream

@@ -1,11 +1,15 @@
 """What is measured: ways to attend while decoding, from plain product quantization on."""
 
 import dataclasses
+from typing import Any
 
 from jax_indexer import IndexerConfig, Rope
 
 BUDGET = 128
 NAMES = (
+    "fast",
+    "balanced",
+    "near-exact",
     "window",
     "contiguous",
     "strided",
@@ -25,14 +29,23 @@ class Option:
 
     Attributes:
       config: of the indexer.
-      copies: of each key that codebooks are trained on too, turned ahead; 0 for none.
+      copies: of each key that codebooks are trained on too, turned ahead; 0 for none. None for as
+        many as what follows is worth: 3 where it is as long as the prompt, none where it is short,
+        since codebooks that fit what comes too well do not fit what is there.
       exact: whether tokens are chosen by their true logits, which reads all keys: what product
         quantization approximates.
     """
 
     config: IndexerConfig
-    copies: int = 0
+    copies: int | None = 0
     exact: bool = False
+
+    def ahead(self, rope: Rope, prompt: int, following: int) -> dict[str, Any]:
+        """Arguments of `rebuild` and `prefill`, for a prompt behind which so many tokens follow."""
+        copies = self.copies
+        if copies is None:
+            copies = min(round(3 * following / prompt), 8)
+        return {"rope": rope, "look_ahead": following, "copies": copies} if copies else {}
 
 
 def plain(budget: int = BUDGET) -> IndexerConfig:
@@ -49,9 +62,9 @@ def named(rope: Rope, budget: int = BUDGET) -> dict[str, Option]:
     fast = dataclasses.replace(plain(budget), grouping=apart)
     estimating = dataclasses.replace(fast, estimate_rest="codes")
     return {
-        "fast": Option(fast),
-        "balanced": Option(dataclasses.replace(estimating, rerank=8), copies=3),
-        "near-exact": Option(dataclasses.replace(estimating, rerank=16), copies=3),
+        "fast": Option(fast, copies=None),
+        "balanced": Option(dataclasses.replace(estimating, rerank=8), copies=None),
+        "near-exact": Option(dataclasses.replace(estimating, rerank=16), copies=None),
     }
 
 

@@ -227,11 +227,9 @@ def prepared(
     layers, B, S, K, H = key.shape
     cache = empty_cache(option.config, B, S, K, H, dtype=key.dtype, layers=layers)
     cache = DecodeCache(jnp.copy(key), jnp.copy(value), cache.index)
-    ahead = {"rope": rope, "look_ahead": S - prompt, "copies": option.copies}
     rows, lengths = np.ones(B, bool), np.full(B, prompt, np.int32)
-    cache = index_prompts(
-        cache, rows, option.config, lengths=lengths, **(ahead if option.copies else {})
-    )
+    ahead = option.ahead(rope, prompt, S - prompt)
+    cache = index_prompts(cache, rows, option.config, lengths=lengths, **ahead)
     return encode(cache, option.config, prompt, length) if prompt < length else cache
 
 
