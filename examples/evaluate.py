@@ -21,9 +21,9 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.results import describe_machine, find_commit, has_gpu
-from examples.model import decode, read_prompts
+from examples.model import read_prompts
 from examples.options import BUDGET, NAMES, Option, options, plain
-from examples.scoring import STEP, Reading, prepared, read, score
+from examples.scoring import STEP, Reading, predict, prepared, read, score
 from examples.texts import PASSKEY, TEXTS, haystacks, tokens_of
 from examples.weights import MODELS, Loaded, load
 from jax_indexer import empty_cache
@@ -105,15 +105,14 @@ def by_needle(work: Work, filler: np.ndarray) -> Iterator[Row]:
         for name, budget, option in (("full", 0, None), *work.options()):
             work.advance(f"passkey at {depth:.0%}: {name}, budget {budget}")
             cache = prepared(key, value, model.rope, option or Option(plain()), known, known)
-            config = option and option.config
             step, said = tokens[None, known:], []
             for _ in range(ANSWER):
-                logits, cache = decode(parameters, step, None, cache, model, config)
-                step = np.asarray(jnp.argmax(logits, axis=-1), np.int32)
+                found, cache = predict(parameters, step, cache, model, option)
+                step = np.asarray(jnp.argmax(found, axis=-1), np.int32)
                 said.append(int(step[0, 0]))
             text = tokenizer.decode(said)
-            found = {"found": PASSKEY in text, "said": text}
-            yield {"option": name, "budget": budget, "depth": depth, **found}
+            row = {"option": name, "budget": budget, "depth": depth}
+            yield {**row, "found": PASSKEY in text, "said": text}
 
 
 MEASUREMENTS = {"options": by_option, "layers": by_layer, "drift": by_drift, "needles": by_needle}
@@ -154,7 +153,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", choices=MODELS, default="smollm2")
     parser.add_argument("--text", choices=TEXTS, default="documentation")
     parser.add_argument("--length", type=int, default=8192, help="tokens of the text")
-    parser.add_argument("--tokens", type=int, default=1024, help="of these, decoded at the end")
+    parser.add_argument("--tokens", type=int, help="of these, decoded at the end; an eighth")
     parser.add_argument("--prompt", type=int, help="tokens codebooks are trained on; all others")
     parser.add_argument("--budget", type=int, nargs="+", default=[BUDGET])
     parser.add_argument("--option", nargs="+", choices=NAMES, default=NAMES, metavar="NAME")
@@ -164,8 +163,11 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def check(arguments: argparse.Namespace, context: int) -> None:
-    """Failure for numbers that do not fit each other; `prompt` becomes a number."""
-    length, tokens = arguments.length, arguments.tokens
+    """Failure for numbers that do not fit each other; what was left out becomes a number."""
+    length = arguments.length
+    if arguments.tokens is None:
+        arguments.tokens = max(length // 8 // STEP, 1) * STEP
+    tokens = arguments.tokens
     if not 2 * STEP <= length <= context:
         raise Failure(
             f"--length: expected {2 * STEP} to {context}, got {length}: the model's limit"

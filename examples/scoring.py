@@ -88,12 +88,17 @@ def attention(option: Option, is_full: Bool[Array, "layers"] | None) -> Attend:
     return attend
 
 
-@functools.partial(jax.jit, static_argnames="model", donate_argnames="cache")
+@functools.partial(jax.jit, static_argnames=("model", "option"), donate_argnames="cache")
 def predict(
-    parameters: Parameters, tokens: Int32[Array, "B T"], cache: DecodeCache, model: Model
+    parameters: Parameters,
+    tokens: Int32[Array, "B T"],
+    cache: DecodeCache,
+    model: Model,
+    option: Option | None,
 ) -> tuple[Float[Array, "B T V"], DecodeCache]:
-    """Log-probabilities of the next tokens, with full attention."""
-    x, cache = forward(parameters, tokens, None, cache, model, full_attention)
+    """Log-probabilities of the next tokens, with full attention for no option."""
+    attend = full_attention if option is None else attention(option, None)
+    x, cache = forward(parameters, tokens, None, cache, model, attend)
     return jax.nn.log_softmax(logits_of(parameters, x)), cache
 
 
@@ -209,7 +214,7 @@ def read(
     _, cache = read_prompts(parameters, [tokens[:start].tolist()], cache, model, advance)
     expected = []
     for at in range(start, len(tokens), STEP):
-        new, cache = predict(parameters, tokens[None, at : at + STEP], cache, model)
+        new, cache = predict(parameters, tokens[None, at : at + STEP], cache, model, None)
         expected.append(np.asarray(new[0]))
         advance(STEP)
     return Reading(tokens, decoded, cache.key, cache.value, np.concatenate(expected))
