@@ -92,7 +92,7 @@ def by_drift(work: Work, reading: Reading) -> Iterator[Row]:
 
 def by_needle(work: Work, filler: np.ndarray) -> Iterator[Row]:
     """Whether a passkey is found at each depth, with full attention and with each option."""
-    parameters, model, tokenizer, _ = work.loaded
+    model, parameters, tokenizer, _ = work.loaded
     S = len(filler)
     for depth, tokens in haystacks(filler[: S - ANSWER], DEPTHS, tokenizer):
         work.advance(f"passkey at {depth:.0%}: reading")

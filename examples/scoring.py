@@ -262,7 +262,7 @@ def score(
       advance: called with how many tokens were decoded.
 
     Returns:
-      As `Reading.scores`, and with `rebuilding` how many layers were rebuilt.
+      As `Reading.scores`, and how many layers were rebuilt.
     """
     start, parts, rebuilt = len(reading.tokens) - reading.decoded, [], 0
     cache = prepared(reading.key, reading.value, model.rope, option, prompt, start)
@@ -279,4 +279,4 @@ def score(
         parts.append(jax.tree.map(lambda x: np.asarray(x[0]), new))
         advance(STEP)
     found = reading.scores(Scores(*(np.concatenate(x) for x in zip(*parts, strict=True))))
-    return found | ({"rebuilt": rebuilt} if rebuilding else {})
+    return found | {"rebuilt": rebuilt}

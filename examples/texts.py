@@ -15,8 +15,8 @@ TEXTS = ("documentation", "source")
 # The standard library's modules whose sources, joined, are the text.
 MODULES = ("argparse", "ast", "difflib", "doctest", "inspect", "tarfile", "typing")
 PASSKEY = "71432"
-NEEDLE = f"\nRemember this: the passkey is {PASSKEY}.\n"
-QUESTION = "\nThe passkey that was to be remembered is"
+NEEDLE = f"\nThe secret passkey is {PASSKEY}. Remember it.\n"
+QUESTION = "\nThe secret passkey is"
 
 
 def tokens_of(text: str, length: int, tokenizer: "tokenizers.Tokenizer") -> np.ndarray:
