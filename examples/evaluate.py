@@ -230,7 +230,7 @@ def main(words: Sequence[str] | None = None) -> int:
     except Failure as problem:
         console.print(str(problem), style="red", markup=False, soft_wrap=True)
         return 1
-    Console().print(table(results["rows"]))
+    Console(width=120).print(table(results["rows"]))
     if arguments.output:
         arguments.output.write_text(json.dumps(results, indent=1) + "\n")
         if arguments.measure == "options":

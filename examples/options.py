@@ -30,8 +30,8 @@ class Option:
     Attributes:
       config: of the indexer.
       copies: of each key that codebooks are trained on too, turned ahead; 0 for none. None for as
-        many as what follows is worth: 3 where it is as long as the prompt, none where it is short,
-        since codebooks that fit what comes too well do not fit what is there.
+        many as what follows is worth: 3 where it is as long as the prompt, at least 1. More make
+        codebooks fit what comes at the cost of what is there.
       exact: whether tokens are chosen by their true logits, which reads all keys: what product
         quantization approximates.
     """
@@ -44,7 +44,7 @@ class Option:
         """Arguments of `rebuild` and `prefill`, for a prompt behind which so many tokens follow."""
         copies = self.copies
         if copies is None:
-            copies = min(round(3 * following / prompt), 8)
+            copies = min(max(round(3 * following / prompt), 1), 8)
         return {"rope": rope, "look_ahead": following, "copies": copies} if copies else {}
 
 
