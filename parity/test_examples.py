@@ -30,7 +30,6 @@ from parity import real_keys as rk
 
 V, E, F, CAPACITY = 50, 24, 40, 2 * CHUNK
 PROMPT = CHUNK - 2 * STEP
-PAIRS = ["interleaved", "half"]
 # All of a short context is selected: no length here passes the budget.
 EVERYTHING = IndexerConfig(num_bits=3, heavy_size=CAPACITY, sink_size=4, window_size=4)
 SPARSE = IndexerConfig(
@@ -135,8 +134,7 @@ def relative(actual, expected) -> float:
     return float(np.abs(actual - expected).max() / np.abs(expected).max())
 
 
-@pytest.mark.parametrize("biases", [False, True])
-@pytest.mark.parametrize("pairs", PAIRS)
+@pytest.mark.parametrize(("pairs", "biases"), [("interleaved", False), ("half", True)])
 def test_full_attention_gives_the_logits_of_an_independent_forward(pairs, biases):
     """Float32 against float64 through three layers: about 1e-6, of 1e-3 that are promised."""
     [text] = tokens_of(CHUNK + 30)
