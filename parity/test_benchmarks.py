@@ -966,6 +966,20 @@ def layer_run(tmp_path_factory):
     return (*of_layer(output, "--workload small-grouped --B 1 --L 131"), output)
 
 
+POOL = "small-grouped --rerank 2 --estimate-rest mean"
+
+
+def test_a_layer_that_reranks_and_has_a_rest_is_measured(tmp_path):
+    words = f"--workload {POOL} --implementation jax:xla jax:full-xla torch:sdpa"
+    status, rows = of_layer(tmp_path / "r.json", words)
+    assert status == 0
+    assert [(row["workload"], row["status"]) for row in rows][0] == (POOL, "ok")
+    assert rows[2]["status"] == "skipped"  # it has neither
+    again = parsed(results.command_of("layer", POOL, "jax:xla"))
+    (w,) = layer.chosen_workloads(again)
+    assert w.config.pool.heavy_size == 2 * SMALL["small-grouped"].config.heavy_size
+
+
 def test_a_layer_is_measured_beside_its_peers_and_attention_alone(layer_run):
     status, rows, _ = layer_run
     assert [(row["implementation"], row["status"]) for row in rows] == [
@@ -1047,6 +1061,7 @@ def nothing_written(out, before, after):
     [
         (wrong_output, "small-grouped", "batch row 1, query token 0, head 3: not attention to its"),
         (wrong_output, "layers", "batch row 1, query token 0, head 3: not attention to its list"),
+        (wrong_output, POOL, "batch row 1, query token 0, head 3: not attention to its list"),
         (nothing_written, "small-grouped", "batch row 0: its new value was not written"),
         (nothing_written, "steps", "batch row 0: its new value was not written"),
     ],

@@ -21,7 +21,7 @@ from jax_indexer.kernels.attend import (
 from jax_indexer.kernels.cells_select import attend_cells, select_cells
 from jax_indexer.kernels.lookup_table import tables_launch
 from jax_indexer.kernels.output import Lists, weights_launch
-from jax_indexer.kernels.pool import attend_pool, attend_pool_of_cells
+from jax_indexer.kernels.pool import MOST_COUNTED, attend_pool, attend_pool_of_cells
 from jax_indexer.kernels.seal import seal_launch
 from jax_indexer.kernels.step import Lengths, QueryPlan, Step, plan_after, plan_query
 from jax_indexer.kernels.threshold import select_threshold
@@ -191,7 +191,7 @@ def launch_decode(
     has_pool = step.config.rerank > 1 or step.config.estimate_rest
     known = step, made["tables"], index, after, query, caches
     others = logits, always, lengths, layer
-    if has_pool and selector == "cells":
+    if has_pool and selector == "cells" and step.S <= MOST_COUNTED:
         ended = attend_pool_of_cells(*known, *others)
     elif has_pool:
         of_pool = selected(step.of_pool, made, index, after, selector, layer)

@@ -65,6 +65,10 @@ from jax_indexer.reference import NOT_A_CANDIDATE, Attention, Caches, Logits, ma
 from jax_indexer.state import PQIndex, Sealing
 
 
+# Positions of a cache, at the most, whose weights a search adds up: it counts in float32.
+MOST_COUNTED = 1 << 24
+
+
 class EndInputs(NamedTuple):
     """What is attended to.
 
