@@ -973,7 +973,7 @@ def test_a_layer_that_reranks_and_has_a_rest_is_measured(tmp_path):
     words = f"--workload {POOL} --implementation jax:xla jax:full-xla torch:sdpa"
     status, rows = of_layer(tmp_path / "r.json", words)
     assert status == 0
-    assert [(row["workload"], row["status"]) for row in rows][0] == (POOL, "ok")
+    assert (rows[0]["workload"], rows[0]["status"]) == (POOL, "ok")
     assert rows[2]["status"] == "skipped"  # it has neither
     again = parsed(results.command_of("layer", POOL, "jax:xla"))
     (w,) = layer.chosen_workloads(again)
