@@ -64,7 +64,6 @@ from jax_indexer.layout import power_of_2_from
 from jax_indexer.reference import NOT_A_CANDIDATE, Attention, Caches, Logits, made_logits, ordered
 from jax_indexer.state import PQIndex, Sealing
 
-
 # Positions of a cache, at the most, whose weights a search adds up: it counts in float32.
 MOST_COUNTED = 1 << 24
 
