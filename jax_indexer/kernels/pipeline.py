@@ -19,7 +19,7 @@ from jax_indexer.kernels.attend import (
     write_launch,
 )
 from jax_indexer.kernels.cells_select import attend_cells, select_cells
-from jax_indexer.kernels.lookup_table import tables_launch
+from jax_indexer.kernels.lookup_table import Tables, tables_launch
 from jax_indexer.kernels.output import Lists, weights_launch
 from jax_indexer.kernels.pool import MOST_COUNTED, attend_pool, attend_pool_of_cells
 from jax_indexer.kernels.seal import seal_launch
@@ -224,7 +224,20 @@ def selected(
 ) -> Selection:
     """Everything of a selection that follows the first launch."""
     weights = made["weights"].weights if "weights" in made else None
-    arguments = step, made["tables"], step.by_rows(index.codes), lengths
+    return from_tables(step, made["tables"], index, lengths, weights, selector, layer)
+
+
+def from_tables(
+    step: Step,
+    tables: Tables,
+    index: PQIndex,
+    lengths: Lengths,
+    weights: Float[Array, "R Q S"] | None,
+    selector: Selector,
+    layer: Array | None = None,
+) -> Selection:
+    """Everything of a selection that follows the tables."""
+    arguments = step, tables, step.by_rows(index.codes), lengths
     if selector == "cells":
         assert index.cells is not None
         lists = select_cells(*arguments, index.cells, weights, layer)
