@@ -59,7 +59,8 @@ def named(rope: Rope, budget: int = BUDGET) -> dict[str, Option]:
     The two subspaces hold the cosines and the sines of RoPE's pairs, which costs nothing in a step.
     """
     apart = "strided" if rope.pairs == "interleaved" else "contiguous"
-    fast = dataclasses.replace(plain(budget), grouping=apart)
+    # On a GPU lists come from cells; they are the same.
+    fast = dataclasses.replace(plain(budget), grouping=apart, cells=True)
     estimating = dataclasses.replace(fast, estimate_rest="codes")
     return {
         "fast": Option(fast, copies=None),
