@@ -256,6 +256,10 @@ def prefill(
 ) -> DecodeCache:
     """Puts prompts into a cache: their keys and values, codebooks trained on them, their codes.
 
+    To decode about as if with full attention: `IndexerConfig(cells=True, rerank=8,
+    estimate_rest="codes")`, with `grouping="strided"` where RoPE's pairs are interleaved, and
+    `look_ahead` where about as many tokens follow as a prompt has. The defaults are the fastest.
+
     Args:
       key: [B, s, K, H] ("BSKH") or [B, K, s, H] ("BKSH"), keys of prompts of up to s tokens, in the
         cache's dtype; what lies past a row's length is garbage.
