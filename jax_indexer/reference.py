@@ -113,15 +113,19 @@ def best(rank: Int32[Array, "*batch n"], number: int) -> Int32[Array, "*batch k"
         return lax.top_k(rank, number)[1]
 
     def by_floats(rank):
-        # Two ranks lie below that of -inf, so negative ones move up by two: from -inf on,
-        # what is not subnormal keeps its order.
+        # Two ranks lie below that of -inf, so negative ones move up by two.
         magnitude = jnp.maximum(-2 - rank, 0)
         magnitude = jnp.where(rank == NAN_RANK, np.int32(0x7F7FFFFF), magnitude)
         magnitude = jnp.where(rank == NOT_A_CANDIDATE, np.int32(0x7F800000), magnitude)
         bits = jnp.where(rank < 0, magnitude | np.int32(-(2**31)), rank)
         return by_integers(lax.bitcast_convert_type(bits, jnp.float32))
 
-    return lax.platform_dependent(rank, cpu=by_floats, default=by_integers)
+    def on_cpu(rank):
+        # The two that would become 0, of the least numbers there are, have no float of their own.
+        has_floats = ~jnp.any((rank == -1) | (rank == -2))
+        return lax.cond(has_floats, by_floats, by_integers, rank)
+
+    return lax.platform_dependent(rank, cpu=on_cpu, default=by_integers)
 
 
 def visible_tokens(

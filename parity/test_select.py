@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_indexer import IndexerConfig, PQIndex, select
+from jax_indexer import IndexerConfig, PQIndex, reference, select
 from parity import oracle
 from parity.compare import check_selection
 from parity.inputs import SMALL, Workload, make_inputs
@@ -437,3 +437,16 @@ def test_selectors_give_the_same_list(selector, implementation):
     default = select(query, index, workload.config, implementation=implementation)
     named = select(query, index, workload.config, implementation=implementation, selector=selector)
     jax.tree.map(np.testing.assert_array_equal, default, named)
+
+
+@pytest.mark.parametrize("step", [1, 7919])
+def test_the_best_ranks_are_found_in_their_order(step):
+    """Of numbers of every size, the least among them, NaN, infinities, and what is no candidate."""
+    infinity = 0x7F800000
+    special = [reference.NAN_RANK, reference.NOT_A_CANDIDATE, infinity, -infinity]
+    rank = np.array([*(step * np.arange(-300, 301)), *special], np.int32)
+    rank = np.sort(np.concatenate([rank, rank[::3]]))  # what ties by mistake comes the wrong way
+    number = 700
+    found = jax.jit(lambda rank: reference.best(rank, number))(jnp.asarray(rank)[None])
+    want = np.argsort(-rank.astype(np.int64), kind="stable")
+    np.testing.assert_array_equal(found[0], want[:number])
