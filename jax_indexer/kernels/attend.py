@@ -621,19 +621,6 @@ def launch_listed(
         shared = in_parts(shared_kernel, number, tuning.always_tile, together)
         launches = {"shared": shared} | ({"listed": listed} if own.number else {})
         parts = tuple(backend.launch_together(launches, num_warps=warps).values())
-    return merge_parts(query, parts, after, lengths, value_size, layer, tuning)
-
-
-def merge_parts(
-    query: Float[Array, "B T N H"],
-    parts: tuple[Parts, ...],
-    after: Lengths | None,
-    lengths: Array | None,
-    value_size: int,
-    layer: Array | None,
-    tuning: Tuning,
-) -> Ended:
-    """The output of parts in their order, and lengths of a step, if there are any."""
     merge = backend.Launch(
         merge_kernel,
         MergeInputs(parts, after, lengths),

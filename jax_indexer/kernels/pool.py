@@ -362,29 +362,29 @@ def cells_pool_kernel(
 ):
     """Searches, and ends the step: of a pool nobody asks in which order it is."""
     place, of_pool = Place.of(step, program), step.of_pool
-    at = place.kv_row, place.query
-    plan, plan_of_pool = (plan_query(x, inputs.search.lengths, at[0], 0) for x in (step, of_pool))
+    plan, plan_of_pool = (
+        plan_query(x, inputs.search.lengths, place.kv_row, 0) for x in (step, of_pool)
+    )
     search = search_for(
-        of_pool, sealing, num_warps, inputs.search, outputs.search, *at, plan_of_pool
+        of_pool, sealing, num_warps, inputs.search, outputs.search, *place.of_kv, plan_of_pool
     )
     fits = search.state_fits()
     write_length(inputs.search.lengths, outputs.lengths, place.row, place.head == 0)
-    weigh = None
+    weigh, put = None, search.put_in_scratch
     if inputs.end.rest is not None:
         weigh = functools.partial(weigh_cells, read_logits(inputs.end.logits), search)
-    put = search.put_in_scratch
     search.find(fits, put, put, lambda count: None, weigh)
     number = plan_of_pool.between(step.config)
 
     @pl.when(plan_of_pool.num_heavy == 0)  # all of a short context is listed
     def _():
         slot = jnp.arange(power_of_2_from(step.pooled), dtype=jnp.int32)
-        search.put_in_scratch(step.config.sink_size + slot, slot, slot < number)
+        put(step.config.sink_size + slot, slot, slot < number)
 
     backend.barrier()
 
     def position_of(slot: Array, exists: Array) -> Array:
-        return backend.load(outputs.search.positions.at[(*at, slot)], mask=exists, other=0)
+        return backend.load(outputs.search.positions.at[(*place.of_kv, slot)], mask=exists, other=0)
 
     end = End(step, inputs.end, outputs.scratch, place, plan, number, position_of)
     end.write(outputs.output, search.scores, lambda rest, _: rest.of_cells(search, fits))
