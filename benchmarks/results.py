@@ -144,8 +144,8 @@ def command_of(kind: str, workload: str, implementation: str) -> str:
     return f"python -m benchmarks {command} --workload {workload}{which}"
 
 
-def repeatable(argv: Sequence[str]) -> str:
-    """The command line, less the commit and this machine's paths: they measure nothing."""
+def repeatable(argv: Sequence[str], program: str = "benchmarks") -> str:
+    """A program's command line, less the commit and this machine's paths: they measure nothing."""
     kept, words = [], iter(argv)
     for word in words:
         name, equals, _ = word.partition("=")
@@ -156,7 +156,7 @@ def repeatable(argv: Sequence[str]) -> str:
             next(words)
         if name == "--real-keys":
             kept += [name, "DIR"]
-    return shlex.join(["python", "-m", "benchmarks", *kept])
+    return shlex.join(["python", "-m", program, *kept])
 
 
 def shape_of(workload: Workload) -> dict[str, Any]:

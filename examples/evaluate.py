@@ -5,8 +5,8 @@ next one, with each option: perplexity, divergence from full attention, and agre
 """
 
 import argparse
+import contextlib
 import dataclasses
-import json
 import shlex
 import sys
 import time
@@ -20,18 +20,39 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.results import describe_machine, find_commit, has_gpu
+from benchmarks.results import (
+    describe_machine,
+    find_commit,
+    has_gpu,
+    output_path,
+    repeatable,
+    write,
+)
 from examples.model import read_prompts
-from examples.options import BUDGET, NAMES, Option, options, plain
-from examples.scoring import STEP, Reading, predict, prepared, read, score
+from examples.options import BUDGET, NAMES, Option, named, options, plain
+from examples.scoring import (
+    BLOCK,
+    Reading,
+    predict,
+    prepared,
+    read,
+    score,
+    tokens_a_step,
+)
 from examples.texts import PASSKEY, TEXTS, haystacks, tokens_of
 from examples.weights import MODELS, Loaded, load
-from jax_indexer import empty_cache
+from jax_indexer import Rope, empty_cache
+from jax_indexer.config import MOST_CELLS
 from parity.real_keys import Failure
 
 DEPTHS = 10
 ANSWER = 8  # tokens in which a passkey must be said
-ABOUT = ("measure", "model", "text", "length", "tokens", "prompt")  # of arguments, for the file
+ABOUT = ("measure", "model", "length", "tokens", "prompt")  # of arguments, for the file
+# Of a config, for a row; `--config` takes these and `copies`.
+FIELDS = (
+    *("num_subspaces", "num_bits", "grouping", "heavy_size", "sink_size", "window_size"),
+    *("rerank", "estimate_rest"),
+)
 Row = dict[str, Any]
 
 
@@ -41,23 +62,15 @@ class Work:
 
     Attributes:
       loaded: the model.
-      names: of the options.
-      budgets: of each.
+      options: what is measured: names, budgets, and how to attend.
       prompt: how many tokens codebooks are trained on.
       advance: called with what is done next, before it is.
     """
 
     loaded: Loaded
-    names: Sequence[str]
-    budgets: Sequence[int]
+    options: Sequence[tuple[str, int, Option]]
     prompt: int
     advance: Callable[[str], None]
-
-    def options(self) -> Iterator[tuple[str, int, Option]]:
-        """The names, budgets and options."""
-        for budget in self.budgets:
-            of_budget = options(self.loaded.model.rope, budget)
-            yield from ((name, budget, of_budget[name]) for name in self.names)
 
     def score(self, reading: Reading, name: str, budget: int, option: Option, **how: Any) -> Row:
         """A row of the results; `how` as `examples.scoring.score` takes it."""
@@ -66,26 +79,29 @@ class Work:
         model = self.loaded.model
         found = score(self.loaded.parameters, model, reading, option, self.prompt, **how)
         seconds = round(time.perf_counter() - began, 1)
-        return {"option": name, "budget": budget, **how, **found, "seconds": seconds}
+        ahead = option.ahead(model.rope, self.prompt, len(reading.tokens) - self.prompt)
+        config = {x: getattr(option.config, x) for x in FIELDS} | {"copies": ahead.get("copies", 0)}
+        about = {"option": name, "budget": budget, **how}
+        return {**about, **found, "seconds": seconds, "config": config}
 
 
 def by_option(work: Work, reading: Reading) -> Iterator[Row]:
     """Each option at each budget."""
-    for chosen in work.options():
+    for chosen in work.options:
         yield work.score(reading, *chosen)
 
 
 def by_layer(work: Work, reading: Reading) -> Iterator[Row]:
     """With full attention in no layer, in one of them, and in the first few."""
     one = [[i] for i in range(work.loaded.model.layers)]
-    for chosen in work.options():
+    for chosen in work.options:
         for layers in ([], *one, [0, 1], [0, 1, 2, 3]):
             yield work.score(reading, *chosen, full_layers=layers)
 
 
 def by_drift(work: Work, reading: Reading) -> Iterator[Row]:
     """With the prompt's codebooks, and with those trained anew where `rebuild_gain` says so."""
-    for chosen in work.options():
+    for chosen in work.options:
         for rebuilding in (False, True):
             yield work.score(reading, *chosen, rebuilding=rebuilding)
 
@@ -102,14 +118,14 @@ def by_needle(work: Work, filler: np.ndarray) -> Iterator[Row]:
         known = len(tokens) - 1  # the last one is the first step's
         _, cache = read_prompts(parameters, [tokens[:known].tolist()], cache, model)
         key, value = cache.key, cache.value
-        for name, budget, option in (("full", 0, None), *work.options()):
+        for name, budget, option in (("full", 0, None), *work.options):
             work.advance(f"passkey at {depth:.0%}: {name}, budget {budget}")
             cache = prepared(key, value, model.rope, option or Option(plain()), known, known)
-            step, said = tokens[None, known:], []
+            token, said = tokens[known:], []
             for _ in range(ANSWER):
-                found, cache = predict(parameters, step, cache, model, option)
-                step = np.asarray(jnp.argmax(found, axis=-1), np.int32)
-                said.append(int(step[0, 0]))
+                found, cache = predict(parameters, token, cache, model, option)
+                token = np.asarray(jnp.argmax(found, axis=-1), np.int32)
+                said.append(int(token[0]))
             text = tokenizer.decode(said)
             row = {"option": name, "budget": budget, "depth": depth}
             yield {**row, "found": PASSKEY in text, "said": text}
@@ -120,7 +136,7 @@ MEASUREMENTS = {"options": by_option, "layers": by_layer, "drift": by_drift, "ne
 
 def table(rows: Sequence[Row]) -> Table:
     """Rows as a table: what they have in common is its columns."""
-    names = [name for name in rows[0] if all(name in row for row in rows)]
+    names = [name for name in rows[0] if name != "config" and all(name in row for row in rows)]
     table = Table(*names)
     for row in rows:
         table.add_row(
@@ -147,16 +163,55 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
+def parsed(words: Sequence[str], rope: Rope) -> Option:
+    """The option "fast" with other fields, each FIELD=VALUE; Failure where there is no such one."""
+    base = named(rope)["fast"]
+    changes = dict(word.partition("=")[::2] for word in words)
+    if unknown := changes.keys() - {*FIELDS, "copies"}:
+        raise Failure(
+            f"--config: expected FIELD=VALUE of {', '.join((*FIELDS, 'copies'))}, got "
+            f"{', '.join(sorted(unknown))}"
+        )
+    try:
+        values = {x: int(v) if v.isdecimal() else v != "none" and v for x, v in changes.items()}
+        copies = values.pop("copies", base.copies)
+        config = dataclasses.replace(base.config, cells=False, **values)
+        has_cells = config.num_cells <= MOST_CELLS
+        return Option(dataclasses.replace(config, cells=has_cells), copies)
+    except ValueError as problem:
+        raise Failure(f"--config {shlex.join(words)}: {problem}") from None
+
+
+def chosen(arguments: argparse.Namespace, rope: Rope) -> list[tuple[str, int, Option]]:
+    """The named options at each budget, and those of configs: names, budgets, options."""
+    names = dict.fromkeys(arguments.option)
+    of_budgets = {budget: options(rope, budget) for budget in arguments.budget}
+    found = [(name, budget, x[name]) for budget, x in of_budgets.items() for name in names]
+    for words in arguments.config:
+        option = parsed(words, rope)
+        found.append((" ".join(words), option.config.heavy_size, option))
+    return found
+
+
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m examples.evaluate", description=__doc__)
     parser.add_argument("measure", nargs="?", choices=MEASUREMENTS, default="options")
     parser.add_argument("--model", choices=MODELS, default="smollm2")
-    parser.add_argument("--text", choices=TEXTS, default="documentation")
+    parser.add_argument("--text", choices=TEXTS, nargs="+", default=["documentation"])
     parser.add_argument("--length", type=int, default=8192, help="tokens of the text")
     parser.add_argument("--tokens", type=int, help="of these, decoded at the end; an eighth")
     parser.add_argument("--prompt", type=int, help="tokens codebooks are trained on; all others")
     parser.add_argument("--budget", type=int, nargs="+", default=[BUDGET])
-    parser.add_argument("--option", nargs="+", choices=NAMES, default=NAMES, metavar="NAME")
+    parser.add_argument("--option", nargs="*", choices=NAMES, default=NAMES, metavar="NAME")
+    parser.add_argument(
+        "--config",
+        nargs="+",
+        action="append",
+        default=[],
+        metavar="FIELD=VALUE",
+        help='one more option: "fast" with other fields, as `--config num_bits=5 rerank=8 '
+        "estimate_rest=codes`; may be given again",
+    )
     parser.add_argument("--output", type=Path, help="a .json file for the rows; a .png beside it")
     parser.add_argument("--commit", help="where git does not tell: of the code that is measured")
     return parser
@@ -166,15 +221,15 @@ def check(arguments: argparse.Namespace, context: int) -> None:
     """Failure for numbers that do not fit each other; what was left out becomes a number."""
     length = arguments.length
     if arguments.tokens is None:
-        arguments.tokens = max(length // 8 // STEP, 1) * STEP
+        arguments.tokens = max(length // 8 // BLOCK, 1) * BLOCK
     tokens = arguments.tokens
-    if not 2 * STEP <= length <= context:
+    if not 2 * BLOCK <= length <= context:
         raise Failure(
-            f"--length: expected {2 * STEP} to {context}, got {length}: the model's limit"
+            f"--length: expected {2 * BLOCK} to {context}, got {length}: the model's limit"
         )
-    if tokens % STEP or not 0 < tokens < length:
+    if tokens % BLOCK or not 0 < tokens < length:
         raise Failure(
-            f"--tokens: expected a multiple of {STEP} below {length}, got {tokens}; the tokens "
+            f"--tokens: expected a multiple of {BLOCK} below {length}, got {tokens}; the tokens "
             "before them are the prompt"
         )
     if arguments.prompt is None:
@@ -186,39 +241,50 @@ def check(arguments: argparse.Namespace, context: int) -> None:
         )
     if min(arguments.budget) < 1:
         raise Failure(f"--budget: expected 1 or more, got {min(arguments.budget)}")
+    if arguments.output:
+        try:
+            output_path(arguments.output, "")
+        except ValueError as problem:
+            raise Failure(str(problem)) from None
 
 
 def measure(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
-    """The results file."""
+    """The results file, which is written after each row; an interrupt ends it."""
     loaded = load(arguments.model, jnp.bfloat16 if has_gpu() else jnp.float32)
     check(arguments, loaded.model.context)
     began = time.perf_counter()
-    tokens = tokens_of(arguments.text, arguments.length, loaded.tokenizer)
-    names = tuple(dict.fromkeys(arguments.option))
-    with console.status("") as status:
-        work = Work(loaded, names, arguments.budget, arguments.prompt, status.update)
-        if arguments.measure == "needles":
-            about, subject = {}, tokens
-        else:
-            status.update(f"reading {len(tokens)} tokens with full attention")
-            subject = read(loaded.parameters, loaded.model, tokens, arguments.tokens)
-            about = {"full_perplexity": subject.perplexity()}
-        rows = []
-        for row in MEASUREMENTS[arguments.measure](work, subject):
-            rows.append(row)
-            console.print(
-                *(f"{k} {v:.4f}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items())
-            )
-    return {
+    texts = {x: tokens_of(x, arguments.length, loaded.tokenizer) for x in arguments.text}
+    results = {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": shlex.join(["python", "-m", "examples.evaluate", *arguments.words]),
+        "command": repeatable(arguments.words, "examples.evaluate"),
         **find_commit(arguments.commit),
         "machine": describe_machine(),
         **{name: getattr(arguments, name) for name in ABOUT},
-        **about,
-        "seconds": round(time.perf_counter() - began),
-        "rows": rows,
+        "dtype": loaded.parameters.embedding.dtype.name,
+        "tokens_a_step": tokens_a_step(),
+        "full_perplexity": {},
+        "rows": [],
     }
+    with console.status("") as status, contextlib.suppress(KeyboardInterrupt):
+        options = chosen(arguments, loaded.model.rope)
+        work = Work(loaded, options, arguments.prompt, status.update)
+        for text, subject in texts.items():
+            if arguments.measure != "needles":
+                status.update(f"reading {len(subject)} tokens with full attention")
+                subject = read(loaded.parameters, loaded.model, subject, arguments.tokens)
+                results["full_perplexity"][text] = subject.perplexity()
+            for row in MEASUREMENTS[arguments.measure](work, subject):
+                results["rows"].append({"text": text, **row})
+                results["seconds"] = round(time.perf_counter() - began)
+                if arguments.output:
+                    write(arguments.output, results)
+                console.print(*shown(row))
+    return results
+
+
+def shown(row: Row) -> list[str]:
+    """A row in words."""
+    return [f"{k} {v:.4f}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()]
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -230,11 +296,11 @@ def main(words: Sequence[str] | None = None) -> int:
     except Failure as problem:
         console.print(str(problem), style="red", markup=False, soft_wrap=True)
         return 1
+    if not results["rows"]:
+        return 1
     Console(width=120).print(table(results["rows"]))
-    if arguments.output:
-        arguments.output.write_text(json.dumps(results, indent=1) + "\n")
-        if arguments.measure == "options":
-            draw(results["rows"], arguments.output.with_suffix(".png"))
+    if arguments.output and arguments.measure == "options":
+        draw(results["rows"], arguments.output.with_suffix(".png"))
     return 0
 
 

@@ -75,7 +75,7 @@ def options(rope: Rope, budget: int = BUDGET) -> dict[str, Option]:
     apart = named(rope, budget)["fast"].config
     estimating = dataclasses.replace(apart, estimate_rest="codes")
     return {
-        "window": Option(plain(0)),
+        "window": Option(dataclasses.replace(plain(0), window_size=config.window_size + budget)),
         "contiguous": Option(dataclasses.replace(config, grouping="contiguous")),
         "strided": Option(dataclasses.replace(config, grouping="strided")),
         "look-ahead": Option(apart, copies=3),

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ from examples.model import (
     read_prompts,
     write,
 )
-from examples.options import Option, plain
+from examples.options import BUDGET, Option, plain
 from jax_indexer import (
     DecodeCache,
     IndexerConfig,
@@ -34,9 +34,8 @@ from jax_indexer import (
     rebuild_gain,
 )
 
-# Tokens of the text that are decoded at once: each sees those before it, and no more is summed for
-# the rest than one at a time would.
-STEP = 64
+# Tokens of the text that a call decodes.
+BLOCK = 64
 # From which gain on codebooks are trained again, and after how many tokens it is asked.
 WORTH_REBUILDING = 0.02
 ASK_EVERY = 256
@@ -88,18 +87,48 @@ def attention(option: Option, is_full: Bool[Array, "layers"] | None) -> Attend:
     return attend
 
 
+def tokens_a_step() -> int:
+    """How many tokens a step of a block decodes: one on a GPU, as who generates text does.
+
+    On a CPU all of them: each sees those before it, and no more is summed for the rest than one at
+    a time would.
+    """
+    return 1 if jax.default_backend() == "gpu" else BLOCK
+
+
+def in_steps(step: Callable[..., Any], cache: DecodeCache, *of_tokens: Array) -> Any:
+    """What `step` makes, (cache, arrays [1, T, ...]) -> (cache, [1, T, ...]), of a block's tokens.
+
+    Args:
+      step: takes the first tokens with their batch row, and so on.
+      cache: that the tokens are behind.
+      *of_tokens: [BLOCK, ...], or fewer tokens of which each is a step.
+
+    Returns:
+      The same of all tokens, [BLOCK, ...], and the cache.
+    """
+    T = min(tokens_a_step(), len(of_tokens[0]))
+    parts = (x.reshape(-1, 1, T, *x.shape[1:]) for x in of_tokens)
+    cache, out = lax.scan(lambda cache, part: step(cache, *part), cache, tuple(parts))
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[3:]), out), cache
+
+
 @functools.partial(jax.jit, static_argnames=("model", "option"), donate_argnames="cache")
 def predict(
     parameters: Parameters,
-    tokens: Int32[Array, "B T"],
+    tokens: Int32[Array, "T"],
     cache: DecodeCache,
     model: Model,
     option: Option | None,
-) -> tuple[Float[Array, "B T V"], DecodeCache]:
+) -> tuple[Float[Array, "T V"], DecodeCache]:
     """Log-probabilities of the next tokens, with full attention for no option."""
     attend = full_attention if option is None else attention(option, None)
-    x, cache = forward(parameters, tokens, None, cache, model, attend)
-    return jax.nn.log_softmax(logits_of(parameters, x)), cache
+
+    def step(cache, tokens):
+        x, cache = forward(parameters, tokens, None, cache, model, attend)
+        return cache, jax.nn.log_softmax(logits_of(parameters, x))
+
+    return in_steps(step, cache, tokens)
 
 
 class Scores(NamedTuple):
@@ -119,9 +148,9 @@ class Scores(NamedTuple):
 @functools.partial(jax.jit, static_argnames=("model", "option"), donate_argnames="cache")
 def compare(
     parameters: Parameters,
-    tokens: Int32[Array, "B T"],
-    following: Int32[Array, "B T"],
-    expected: Float[Array, "B T V"],
+    tokens: Int32[Array, "T"],
+    following: Int32[Array, "T"],
+    expected: Float[Array, "T V"],
     is_full: Bool[Array, "layers"] | None,
     cache: DecodeCache,
     model: Model,
@@ -129,11 +158,15 @@ def compare(
 ) -> tuple[Scores, DecodeCache]:
     """The scores of each of the tokens, beside log-probabilities of full attention."""
     attend = attention(option, is_full)
-    x, cache = forward(parameters, tokens, None, cache, model, attend)
-    found = jax.nn.log_softmax(logits_of(parameters, x))
-    loss = -jnp.take_along_axis(found, following[..., None], axis=-1)[..., 0]
-    divergence = jnp.sum(jnp.exp(expected) * (expected - found), axis=-1)
-    return Scores(loss, divergence, found.argmax(-1) == expected.argmax(-1)), cache
+
+    def step(cache, tokens, following, expected):
+        x, cache = forward(parameters, tokens, None, cache, model, attend)
+        found = jax.nn.log_softmax(logits_of(parameters, x))
+        loss = -jnp.take_along_axis(found, following[..., None], axis=-1)[..., 0]
+        divergence = jnp.sum(jnp.exp(expected) * (expected - found), axis=-1)
+        return cache, Scores(loss, divergence, found.argmax(-1) == expected.argmax(-1))
+
+    return in_steps(step, cache, tokens, following, expected)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "start", "end"), donate_argnames="cache")
@@ -213,10 +246,10 @@ def read(
     start = len(tokens) - decoded
     _, cache = read_prompts(parameters, [tokens[:start].tolist()], cache, model, advance)
     expected = []
-    for at in range(start, len(tokens), STEP):
-        new, cache = predict(parameters, tokens[None, at : at + STEP], cache, model, None)
-        expected.append(np.asarray(new[0]))
-        advance(STEP)
+    for at in range(start, len(tokens), BLOCK):
+        new, cache = predict(parameters, tokens[at : at + BLOCK], cache, model, None)
+        expected.append(np.asarray(new))
+        advance(BLOCK)
     return Reading(tokens, decoded, cache.key, cache.value, np.concatenate(expected))
 
 
@@ -234,8 +267,10 @@ def prepared(
     cache = DecodeCache(jnp.copy(key), jnp.copy(value), cache.index)
     rows, lengths = np.ones(B, bool), np.full(B, prompt, np.int32)
     ahead = option.ahead(rope, prompt, S - prompt)
-    cache = index_prompts(cache, rows, option.config, lengths=lengths, **ahead)
-    return encode(cache, option.config, prompt, length) if prompt < length else cache
+    # One program for all that differ in what they do with the same codes.
+    config = dataclasses.replace(option.config, heavy_size=BUDGET, rerank=1)
+    cache = index_prompts(cache, rows, config, lengths=lengths, **ahead)
+    return encode(cache, config, prompt, length) if prompt < length else cache
 
 
 def score(
@@ -268,15 +303,14 @@ def score(
     cache = prepared(reading.key, reading.value, model.rope, option, prompt, start)
     is_full = None if full_layers is None else np.isin(np.arange(model.layers), full_layers)
     following = np.append(reading.tokens[1:], 0)  # nothing follows the last
-    for at in range(0, reading.decoded, STEP):
+    for at in range(0, reading.decoded, BLOCK):
         if rebuilding and at % ASK_EVERY == 0:
             cache, layers = rebuild_where_it_gains(cache, option.config)
             rebuilt += int(layers)
-        place = slice(start + at, start + at + STEP)
-        of_full = reading.expected[None, at : at + STEP]
-        tokens = reading.tokens[None, place], following[None, place]
-        new, cache = compare(parameters, *tokens, of_full, is_full, cache, model, option)
-        parts.append(jax.tree.map(lambda x: np.asarray(x[0]), new))
-        advance(STEP)
+        place = slice(start + at, start + at + BLOCK)
+        of_text = reading.tokens[place], following[place], reading.expected[at : at + BLOCK]
+        new, cache = compare(parameters, *of_text, is_full, cache, model, option)
+        parts.append(jax.tree.map(np.asarray, new))
+        advance(BLOCK)
     found = reading.scores(Scores(*(np.concatenate(x) for x in zip(*parts, strict=True))))
     return found | {"rebuilt": rebuilt}

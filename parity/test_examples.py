@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import hashlib
+import json
 import re
 import shlex
 from pathlib import Path
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from examples import evaluate, generate, texts, weights
+from examples import evaluate, generate, scoring, texts, weights
 from examples.model import (
     CHUNK,
     Layer,
@@ -24,12 +25,12 @@ from examples.model import (
     turns,
 )
 from examples.options import Option, named
-from examples.scoring import STEP, read, score
+from examples.scoring import BLOCK, read, score
 from jax_indexer import DecodeCache, IndexerConfig, Rope, empty_cache, reset, select
 from parity import real_keys as rk
 
 V, E, F, CAPACITY = 50, 24, 40, 2 * CHUNK
-PROMPT = CHUNK - 2 * STEP
+PROMPT = CHUNK - 2 * BLOCK
 # All of a short context is selected: no length here passes the budget.
 EVERYTHING = IndexerConfig(num_bits=3, heavy_size=CAPACITY, sink_size=4, window_size=4)
 SPARSE = IndexerConfig(
@@ -349,6 +350,17 @@ def test_scores_of_full_attention_in_other_words(option, full_layers):
     assert found["agreement"] == 1
 
 
+def test_a_token_a_step_scores_as_a_block_at_once(monkeypatch):
+    """What a GPU decodes in 64 steps, a CPU in one; sums for the rest are older there."""
+    option = Option(dataclasses.replace(SPARSE, estimate_rest=False))
+    at_once = score(*tiny_reading(), option, PROMPT)
+    monkeypatch.setattr(scoring, "tokens_a_step", lambda: 1)
+    scoring.compare.clear_cache()
+    one_by_one = score(*tiny_reading(), option, PROMPT)
+    scoring.compare.clear_cache()
+    assert one_by_one == pytest.approx(at_once, rel=1e-4)
+
+
 def test_reranking_all_candidates_is_exact_top_k():
     parameters, model, reading = tiny_reading()
     config = IndexerConfig(num_bits=1, heavy_size=8, sink_size=4, window_size=4)
@@ -362,10 +374,10 @@ def test_reranking_all_candidates_is_exact_top_k():
 
 def test_full_perplexity_is_that_of_an_independent_forward():
     parameters, model, reading = tiny_reading()
-    logits = reference(model, parameters, reading.tokens)[-2 * STEP :]
+    logits = reference(model, parameters, reading.tokens)[-2 * BLOCK :]
     shifted = logits - logits.max(-1, keepdims=True)
     expected = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
-    following = reading.tokens[-2 * STEP + 1 :]
+    following = reading.tokens[-2 * BLOCK + 1 :]
     loss = -expected[np.arange(len(following)), following].mean()
     assert reading.perplexity() == pytest.approx(np.exp(loss), rel=1e-4)
     np.testing.assert_allclose(reading.expected, expected, atol=1e-4)
@@ -409,6 +421,60 @@ def test_a_haystack_has_its_passkey_at_its_depth():
 def test_measurements_that_cannot_be_are_refused(words, message):
     with pytest.raises(rk.Failure, match=message):
         evaluate.check(evaluate.make_parser().parse_args(words), 8192)
+
+
+def test_a_config_of_the_command_line_changes_the_fast_option():
+    words = ["--option", "--budget", "32", "--config", "rerank=8", "--config"]
+    words += ["num_subspaces=4", "num_bits=5", "estimate_rest=codes", "copies=0", "heavy_size=64"]
+    rope = Rope.from_base(10000.0, 8)
+    first, second = evaluate.chosen(evaluate.make_parser().parse_args(words), rope)
+    fast = named(rope)["fast"]
+    assert first == ("rerank=8", 128, Option(dataclasses.replace(fast.config, rerank=8), None))
+    name, budget, option = second
+    assert name == "num_subspaces=4 num_bits=5 estimate_rest=codes copies=0 heavy_size=64"
+    assert budget == option.config.heavy_size == 64
+    assert option.copies == 0
+    assert option.config.estimate_rest == "codes"
+    assert not option.config.cells  # of which there would be too many
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("budget=8", "--config: expected FIELD=VALUE of num_subspaces, .*, copies, got budget"),
+        ("num_bits=9", "--config num_bits=9: num_bits: expected .* got 9"),
+        ("rerank=many", "--config rerank=many: rerank: expected"),
+        ("estimate_rest", "--config estimate_rest: estimate_rest: expected one of"),
+    ],
+)
+def test_a_config_that_cannot_be_is_refused(word, message):
+    with pytest.raises(rk.Failure, match=message):
+        evaluate.parsed([word], Rope.from_base(10000.0, 8))
+
+
+def test_an_interrupted_evaluation_leaves_its_rows(monkeypatch, tmp_path):
+    loaded = weights.Loaded(*tiny(), Tokenizer(), frozenset())
+    monkeypatch.setattr(evaluate, "load", lambda name, dtype: loaded)
+    [text] = tokens_of(CHUNK)
+    monkeypatch.setattr(evaluate, "tokens_of", lambda *of: np.array(text, np.int32))
+
+    def two_rows(work, reading):
+        yield work.score(reading, *work.options[0])
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(evaluate.MEASUREMENTS, "drift", two_rows)
+    path = tmp_path / "drift.json"
+    words = ["drift", "--length", str(CHUNK), "--option", "fast", "--budget", "8"]
+    assert evaluate.main([*words, "--output", str(path), "--commit", "abc"]) == 0
+    results = json.loads(path.read_text())
+    [row] = results["rows"]
+    assert (row["text"], row["option"], row["budget"]) == ("documentation", "fast", 8)
+    config = IndexerConfig(**{x: row["config"][x] for x in evaluate.FIELDS}, cells=True)
+    assert config == named(loaded.model.rope, 8)["fast"].config
+    assert row["config"]["copies"] == 1
+    assert results["commit"] == "abc"
+    assert results["command"] == shlex.join(["python", "-m", "examples.evaluate", *words])
+    assert results["full_perplexity"].keys() == {"documentation"}
 
 
 def test_readme_quotes_the_model():
