@@ -238,6 +238,38 @@ def test_nothing_compiles_as_rows_grow_end_and_start_again(compilations):
     assert compilations() == before
 
 
+def test_4096_generated_tokens_compile_nothing_anew(compilations):
+    """Each is sampled and fed back; rows that are full end, and start again from other prompts."""
+    model, parameters = tiny()
+    prompts = iter(tokens_of(*range(120, 500, 9)))
+    cache, token = new_cache(model, SPARSE, 2), np.zeros((2, 1), np.int32)
+
+    def restart(ended, cache, token):
+        cache = dataclasses.replace(cache, index=reset(cache.index, ended))
+        starting = [next(prompts) if has_ended else [] for has_ended in ended]
+        logits, cache = read_prompts(parameters, starting, cache, model)
+        token = np.where(ended[:, None], np.asarray(logits).argmax(-1)[:, None], token)
+        return index_prompts(cache, ended, SPARSE), token.astype(np.int32)
+
+    def step(cache, token):
+        logits, cache = decode(parameters, token, None, cache, model, SPARSE)
+        return cache, np.asarray(logits).argmax(-1).astype(np.int32)
+
+    cache, token = restart(np.array([True, True]), cache, token)
+    lengths = np.asarray(cache.index.lengths)[0]
+    cache, token = step(cache, token)
+    lengths, before, generated, restarts = lengths + 1, compilations(), 0, 0
+    while generated < 4096:
+        if (ended := lengths == CAPACITY).any():
+            cache, token = restart(ended, cache, token)
+            lengths, restarts = np.asarray(cache.index.lengths)[0], restarts + 1
+        cache, token = step(cache, token)
+        lengths, generated = lengths + 1, generated + len(token)
+    assert restarts > 5
+    assert cache.index.lengths.tolist() == [lengths.tolist()] * 3
+    assert compilations() == before
+
+
 @pytest.mark.parametrize("config", [None, SPARSE], ids=["full", "sparse"])
 def test_a_full_row_keeps_its_cache(config):
     model, parameters = tiny()
