@@ -13,12 +13,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from examples import evaluate, generate, scoring, texts, weights
+from benchmarks.clock import Kernel
+from benchmarks.results import has_gpu
+from examples import evaluate, generate, profile, scoring, texts, weights
 from examples.model import (
     CHUNK,
     Layer,
     Model,
     Parameters,
+    attention,
     decode,
     index_prompts,
     read_prompts,
@@ -507,6 +510,68 @@ def test_an_interrupted_evaluation_leaves_its_rows(monkeypatch, tmp_path):
     assert results["commit"] == "abc"
     assert results["command"] == shlex.join(["python", "-m", "examples.evaluate", *words])
     assert results["full_perplexity"].keys() == {"documentation"}
+
+
+# As XLA prints a program: what a matrix product became, attention, a copy, and the rest.
+HLO = """
+%fused_computation.1 (p.0: bf16[576]) -> bf16[64] {
+  %p.0 = bf16[576]{0} parameter(0)
+  %reduce.2 = bf16[64]{0} reduce(%p.0), metadata={op_name="jit(f)/while/body/bte,nhe/dot_general"}
+  ROOT %add.3 = bf16[64]{0} add(%reduce.2, %reduce.2), metadata={op_name="jit(f)/while/body/add"}
+}
+
+ENTRY %main.9 (a: bf16[576]) -> bf16[64] {
+  %input_add_fusion.7 = bf16[64]{0} fusion(%a), kind=kInput, calls=%fused_computation.1
+  %loop_fusion.2 = s32[1]{0} fusion(%a), metadata={op_name="jit(f)/while/body/attention/add"}
+  %dynamic_slice_fusion = s32[1]{0} fusion(%a), metadata={op_name="jit(f)/attention/dynamic_slice"}
+  %argmax-fusion = s32[1]{0} fusion(%a), metadata={op_name="jit(f)/sampling/argmax"}
+  ROOT %loop_fusion.3 = s32[1]{0} fusion(%a), metadata={op_name="jit(f)/while/body/rsqrt"}
+}
+"""
+
+
+@pytest.mark.parametrize(
+    ("kernel", "share"),
+    [
+        ("input_add_fusion_7", "matrices"),
+        ("nvjet_tst_64x8_64x16_4x1_v_bz_TNT", "matrices"),
+        ("loop_fusion_2", "attention"),
+        ("cells_attend_kernel", "attention"),
+        ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop", "attention"),
+        ("dynamic_slice_fusion", "copies"),
+        ("argmax_fusion", "sampling"),
+        ("loop_fusion_3", "other"),
+    ],
+)
+def test_a_profile_tells_what_kernels_are_for(kernel, share):
+    found = profile.breakdown([Kernel(kernel, 0, 6)] * 2, 3, profile.operations(HLO))
+    assert found["kernels_us"] == found["shares_us"][share] == 4
+    assert found["kernels"] == [[kernel, 4, pytest.approx(2 / 3), share]]
+
+
+def test_what_is_profiled_generates_what_decode_does():
+    model, parameters = tiny()
+    logits, cache = started(tokens_of(60), SPARSE)
+    token = np.asarray(logits.argmax(-1), np.int32)[:, None]
+    copy = jax.tree.map(jnp.copy, cache)
+    expected, _ = decode(parameters, token, None, copy, model, SPARSE)
+    found, _ = profile.generate(parameters, token, cache, model, attention(SPARSE))
+    assert found == expected.argmax(-1)
+
+
+def test_profiled_shapes_are_those_of_parameters():
+    case = profile.case(CAPACITY, (3, 4, 2, 8), 1e4, "half", E, F, V, True)
+    expected = tiny(biases=True)[1]
+    found = profile.random_parameters(case)
+    assert jax.tree.map(jnp.shape, found) == jax.tree.map(jnp.shape, expected)
+    assert found.unembedding is found.embedding
+    np.testing.assert_array_equal(found.cos, expected.cos)
+
+
+@pytest.mark.skipif(has_gpu(), reason="there is a GPU")
+def test_a_profile_wants_a_gpu(capsys):
+    assert profile.main([]) == 1
+    assert "an NVIDIA GPU, and JAX sees none" in capsys.readouterr().err
 
 
 def test_readme_quotes_the_model():
