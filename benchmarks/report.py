@@ -580,17 +580,17 @@ def readme_section(results: Sequence[Results]) -> str:
     return "\n\n".join([markdown(table(lines)), f"{about}:", "\n".join(sources)])
 
 
-def rewritten(readme: str, section: str) -> str:
-    """The README with its section replaced.
+def rewritten(readme: str, section: str, begin: str = BEGIN, end: str = END) -> str:
+    """A README with the section between its markers replaced.
 
     Raises:
       ValueError: if the markers are not there once each, in order.
     """
-    before, begin, rest = readme.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end or any(mark in before + after for mark in (BEGIN, END)):
-        raise ValueError(f"expected {BEGIN} and {END} in {README}, once each")
-    return f"{before}{BEGIN}\n{section}\n{END}{after}"
+    before, found, rest = readme.partition(begin)
+    _, found_too, after = rest.partition(end)
+    if not found or not found_too or any(mark in before + after for mark in (begin, end)):
+        raise ValueError(f"expected {begin} and {end} in README.md, once each")
+    return f"{before}{begin}\n{section}\n{end}{after}"
 
 
 def commands(one: Results, rows: Iterable[Row]) -> str:

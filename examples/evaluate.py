@@ -149,14 +149,15 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     """Divergence from full attention and perplexity against the budget, a line for each option."""
     from matplotlib.figure import Figure
 
+    lines: dict[str, list[Row]] = {}
+    for row in sorted(rows, key=lambda row: row["budget"]):
+        lines.setdefault(f"{row['option']}, {row['text']}", []).append(row)
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     axes = figure.subplots(1, 2)
-    for name in dict.fromkeys(row["option"] for row in rows):
-        of_name = sorted((row for row in rows if row["option"] == name), key=lambda x: x["budget"])
+    for label, of_line in lines.items():
+        budgets = [row["budget"] for row in of_line]
         for one, what in zip(axes, ("divergence", "ratio"), strict=True):
-            one.plot(
-                *zip(*((x["budget"], x[what]) for x in of_name), strict=True), "o-", label=name
-            )
+            one.plot(budgets, [row[what] for row in of_line], "o-", label=label)
     for one, label in zip(axes, ("KL(full, sparse)", "perplexity / full attention's"), strict=True):
         one.set(xscale="log", yscale="log", xlabel="budget", ylabel=label)
     axes[1].legend(fontsize="small")

@@ -15,7 +15,7 @@ import pytest
 
 from benchmarks.clock import Kernel
 from benchmarks.results import has_gpu
-from examples import evaluate, generate, profile, scoring, texts, weights
+from examples import evaluate, generate, profile, report, scoring, texts, weights
 from examples.model import (
     CHUNK,
     Layer,
@@ -574,6 +574,66 @@ def test_a_profile_wants_a_gpu(capsys):
     assert "an NVIDIA GPU, and JAX sees none" in capsys.readouterr().err
 
 
+MACHINE = {"device": "a GPU", "driver": "1.2", "jax": "0.11.2", "python": "3.12.3"}
+
+
+def result(measure: str, rows, **about):
+    """A results file, as far as the report reads it."""
+    known = {"commit": "a" * 40, "dirty": False, "dtype": "bfloat16", "time": "2026-01-02T03:04"}
+    return {"measure": measure, "machine": MACHINE, "file": f"{measure}.json", "rows": rows} | (
+        known | about
+    )
+
+
+def scored(option: str, kl: float, **about):
+    scores = {"ratio": 1 + kl, "divergence": kl, "agreement": 1 - kl}
+    return {"text": "documentation", "option": option, "budget": 128, **scores} | about
+
+
+def test_a_report_says_what_was_measured():
+    options = [
+        *(scored("fast", kl, budget=budget) for budget, kl in ((128, 0.02), (256, 0.01))),
+        scored("fast", 0.03, text="source"),
+        scored("rerank=2 num_bits=5", 0.5),
+    ]
+    needles = [{"option": "fast", "found": depth != 3} for depth in range(10)]
+    drift = [scored("fast", 0.2, rebuilding=False), scored("fast", 0.1, rebuilding=True, rebuilt=7)]
+    layers = [
+        scored("fast", kl, full_layers=x)
+        for x, kl in (([], 0.02), ([0], 0.015), ([1], 0.01), ([0, 1], 0.005))
+    ]
+    shares = {"matrices": 50.0, "attention": 20.0, "copies": 0.0, "sampling": 5.0, "other": 5.0}
+    profiled = {"case": "llama", "option": "fast", "tokens_a_second": 1e4, "wall_us": 100.0}
+    profiled |= {"shares_us": shares, "gaps_us": 20.0, "attention_us_a_layer": 10.0}
+    text = report.section(
+        [
+            result("options", options),
+            result("needles", needles),
+            result("drift", drift, prompt=2048),
+            result("layers", layers),
+            result("profile", [profiled]),
+        ]
+    )
+    assert "| `fast` | 1.0200x | 0.0200 | 98.0% | 1.0300x | 0.0300 | 97.0% |" in text
+    assert "rerank=2" not in text
+    assert "![KL and perplexity against the budget](results/budgets.png)" in text
+    assert "- A passkey is found by `fast` 9 of 10." in text
+    assert "`fast`, codebooks from the first 2048 tokens: KL 0.2000; trained again where" in text
+    assert "in 7 layers, 0.1000." in text
+    assert "KL 0.0200 with no layer full, 0.0100 where layer 1 is, which gains most, " in text
+    assert "0.0150 where the first is, 0.0050 where the first two are." in text
+    assert "| `llama`, fast | 10000 | 0.10 | 50% | 20% | 0% | 10% | 20% | 10.0 |" in text
+    assert f"- a GPU, driver 1.2; JAX 0.11.2, Python 3.12.3, bfloat16; commit {'a' * 12}; " in text
+    assert report.section([]) == ""
+
+
+def test_readme_says_what_the_results_files_do():
+    readme, results = report.README.read_text(), report.load()
+    section = report.section(results)
+    assert report.rewritten(readme, section, report.BEGIN, report.END) == readme
+    assert report.PICTURE.exists() == bool(report.swept(report.named_rows(results)))
+
+
 def test_readme_quotes_the_model():
     readme = (Path(evaluate.__file__).parent / "README.md").read_text()
     source = (Path(evaluate.__file__).parent / "model.py").read_text()
@@ -585,8 +645,7 @@ def test_readme_quotes_the_model():
 def test_the_commands_of_readme_can_be_given():
     readme = (Path(evaluate.__file__).parent / "README.md").read_text()
     commands = re.findall(r"python -m examples\.(\w+) ([^`\n]*)", readme)
-    assert {module for module, _ in commands} == {"generate", "evaluate"}
+    modules = {"generate": generate, "evaluate": evaluate, "profile": profile}
+    assert {module for module, _ in commands} == modules.keys()
     for module, words in commands:
-        {"generate": generate, "evaluate": evaluate}[module].make_parser().parse_args(
-            shlex.split(words)
-        )
+        modules[module].make_parser().parse_args(shlex.split(words))
