@@ -1,6 +1,6 @@
 """Profiles a step that decodes a token, full and sparse: `python -m examples.profile`.
 
-Weights and what the cache holds are random: what is multiplied costs no other time.
+Weights and what the cache holds are random: any shapes can be measured.
 """
 
 import argparse
@@ -66,7 +66,7 @@ WARM_UPS, RECORDED, CALLS = 5, 30, 100
 
 
 class Case(NamedTuple):
-    """A model's shapes, E, F and V as in `examples.model`, and how long the context is."""
+    """A model's shapes, as long as its context; E, F and V are those of `examples.model`."""
 
     model: Model
     E: int
@@ -77,7 +77,7 @@ class Case(NamedTuple):
 
 
 def case(tokens: int, sizes: tuple[int, ...], base: float, pairs: str, *rest: Any) -> Case:
-    """Of sizes layers, heads, kv heads, head dimension."""
+    """A case; the sizes are layers, heads, kv heads and head dimension."""
     rope = Rope.from_base(base, sizes[3], pairs)
     return Case(Model(*sizes, rope=rope, norm_epsilon=1e-5, context=tokens), *rest)
 

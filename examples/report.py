@@ -15,6 +15,10 @@ from examples.texts import TEXTS
 RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parent / "README.md"
 PICTURE = RESULTS / "budgets.png"
+ABOUT_PROFILE = (
+    "A step that decodes one token behind so many, with random weights; full attention is cuDNN's. "
+    "*Copies* are of a layer's weights and caches out of arrays that hold those of all layers."
+)
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 
 
@@ -139,7 +143,7 @@ def section(results: Sequence[Results]) -> str:
     ]
     blocks += ["\n".join(f"- {fact}" for fact in facts)] if facts else []
     if profiled := rows_of(results, "profile"):
-        blocks.append(profile_table(profiled))
+        blocks += [profile_table(profiled), ABOUT_PROFILE]
     blocks += ["\n".join(f"- {line}" for line in provenance(results))] if results else []
     return "\n\n".join(blocks)
 
