@@ -125,14 +125,15 @@ def provenance(results: Sequence[Results]) -> Iterator[str]:
         commit = (one["commit"] or "not known")[:12] + " with changes" * bool(one["dirty"])
         versions = f"JAX {about['jax']}, Python {about['python']}, {one['dtype']}"
         where = f"{about['device']}{driver}; {versions}; commit {commit}; {one['time'][:10]}"
-        files.setdefault(where, []).append(f"[{one['file']}](results/{one['file']})")
+        files.setdefault(where, []).append(one["file"].removesuffix(".json"))
     return (f"{where}: {', '.join(names)}" for where, names in files.items())
 
 
 def section(results: Sequence[Results]) -> str:
     """The measured part of README.md, without its markers."""
     blocks = []
-    if named := named_rows(results):
+    named = named_rows(results)
+    if any(row["budget"] == BUDGET for row in named):
         blocks.append(option_table(named))
     if swept(named):
         blocks.append(f"![KL and perplexity against the budget](results/{PICTURE.name})")
@@ -144,7 +145,9 @@ def section(results: Sequence[Results]) -> str:
     blocks += ["\n".join(f"- {fact}" for fact in facts)] if facts else []
     if profiled := rows_of(results, "profile"):
         blocks += [profile_table(profiled), ABOUT_PROFILE]
-    blocks += ["\n".join(f"- {line}" for line in provenance(results))] if results else []
+    if results:
+        blocks.append("From files in [results](results), each with its command:")
+        blocks.append("\n".join(f"- {line}" for line in provenance(results)))
     return "\n\n".join(blocks)
 
 
