@@ -1048,6 +1048,18 @@ def test_a_sweep_of_layers_has_the_selector_that_a_user_gets(gpu):
     )
 
 
+def test_a_frontier_has_what_reranks_beside_full_attention_once(gpu):
+    groups = list(layer.chosen_rows(parsed("python -m benchmarks layer --frontier")))
+    names = {group[0].workload.name: [x.implementation.name for x in group] for group in groups}
+    beside = [name for name, found in names.items() if found == ["jax:cells", "jax:full-cudnn"]]
+    assert beside == ["llama-128k-b4", "llama-128k-b4 --B 1"]
+    assert sum(found == ["jax:cells"] for found in names.values()) == len(names) - 2
+    assert {row.sweep for group in groups for row in group} == {"frontier"}
+    for name in names:
+        (again,) = layer.chosen_workloads(parsed(results.command_of("layer", name, "jax:cells")))
+        assert again.name == name
+
+
 def wrong_output(out, before, after):
     return out.at[-1, 0, 3].multiply(1.1), after
 
@@ -1096,7 +1108,10 @@ def test_full_attention_that_misses_tokens_is_not_timed(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["jax:cells", "jax:threshold"])
-@pytest.mark.parametrize("workload", ["llama-128k-b4", "layers-b2", "steps-b1"])
+@pytest.mark.parametrize(
+    "workload",
+    ["llama-128k-b4", "llama-128k-b4 --rerank 8 --estimate-rest codes", "layers-b2", "steps-b1"],
+)
 def test_layers_lower_for_a_gpu(name, workload, monkeypatch):
     found = []
 
@@ -1105,11 +1120,11 @@ def test_layers_lower_for_a_gpu(name, workload, monkeypatch):
         found.append(lowered(function, *arguments, **options))
 
     monkeypatch.setattr(layer_steps, "Program", lower)
+    (w,) = layer.chosen_workloads(parsed(results.command_of("layer", workload, name)))
     with an_h100():
-        known = layer.LAYERS | layer.SCANS
-        layer.IMPLEMENTATIONS[name].programs(known[workload], Forms(None))
-    assert len(found) == 2
-    assert all("triton" in text for text in found)
+        layer.IMPLEMENTATIONS[name].programs(w, Forms(None))
+    # What a pool is checked by is XLA's.
+    assert ["triton" in text for text in found] == [w.config.rerank == 1, True]
 
 
 @pytest.mark.parametrize(
