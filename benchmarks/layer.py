@@ -10,7 +10,7 @@ import functools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from benchmarks import jax_steps, results, torch_steps
+from benchmarks import frontier, jax_steps, results, torch_steps
 from benchmarks.layer_steps import (
     JaxAttention,
     JaxLayer,
@@ -61,7 +61,7 @@ DEFAULT = [
         ("million", {}),
     )
 ]
-SWEEP, FRONTIER = "layer", "frontier"  # their names in results
+SWEEP, FRONTIER = "layer", frontier.SWEEP  # their names in results
 SWEEP_BASE, FRONTIER_BASE = "llama-32k", "llama-128k-b4"
 # What a sweep and a scan have beside ours, unless told otherwise.
 BESIDE_OURS_SWEPT = ("jax:xla", "jax:full-cudnn", "torch:original", "torch:sdpa")

@@ -17,6 +17,7 @@ from benchmarks import (
     ceilings,
     clock,
     decode,
+    frontier,
     jax_steps,
     layer,
     layer_steps,
@@ -787,6 +788,7 @@ def gpu_results(
 def folder(tmp_path, monkeypatch):
     """A project with a README, and no committed results yet."""
     monkeypatch.setattr(report, "RESULTS", tmp_path)
+    monkeypatch.setattr(report, "EVALUATIONS", tmp_path / "evaluations")
     monkeypatch.setattr(report, "README", tmp_path / "README.md")
     (tmp_path / "README.md").write_text(OLD_README)
     return tmp_path
@@ -1049,7 +1051,7 @@ def test_a_sweep_of_layers_has_the_selector_that_a_user_gets(gpu):
 
 
 def test_a_frontier_has_what_reranks_beside_full_attention_once(gpu):
-    groups = list(layer.chosen_rows(parsed("python -m benchmarks layer --frontier")))
+    groups = list(layer.chosen_rows(parsed(FRONTIER)))
     names = {group[0].workload.name: [x.implementation.name for x in group] for group in groups}
     beside = [name for name, found in names.items() if found == ["jax:cells", "jax:full-cudnn"]]
     assert beside == ["llama-128k-b4", "llama-128k-b4 --B 1"]
@@ -1160,6 +1162,104 @@ def test_the_readmes_table_is_about_whole_layers_once_they_are_measured(folder):
     )
     assert lines[1] in document
     assert "| `llama-32k`: 1 row, 32k tokens | 20.0 `top_k` |" in document
+
+
+# The frontier
+
+FRONTIER = "python -m benchmarks layer --frontier"
+BALANCED = {"rerank": 8, "estimate_rest": "codes"}
+
+
+def timed_frontier(monkeypatch):
+    """The rows of `layer --frontier`: 30 us, but 20 for one row and 500 for full attention."""
+    with monkeypatch.context() as patch:
+        patch.setattr(results, "has_gpu", lambda: True)
+        rows = [x for group in layer.chosen_rows(parsed(FRONTIER)) for x in group]
+    for row in rows:
+        of_full = row.implementation.name == "jax:full-cudnn"
+        us = 500.0 if of_full else 30.0 if row.workload.B == 4 else 20.0
+        row.numbers, row.done = {"cold": stats(us)}, True
+    return rows
+
+
+def evaluated(option, divergence, budget=128, grouping="strided", **config):
+    """A row of `examples.evaluate`."""
+    sizes = {"num_subspaces": 2, "num_bits": 6, "heavy_size": budget, "rerank": 1}
+    about = {"estimate_rest": False, "grouping": grouping, "copies": 1, "window_size": 64}
+    says = {"divergence": divergence, "ratio": 1.5, "agreement": 0.75}
+    return {"option": option, "budget": budget, "config": sizes | about | config, **says}
+
+
+def evaluation(folder, rows, text="documentation"):
+    """A results file of `examples.evaluate`."""
+    about = {"time": "2026-01-03", "command": "python -m examples.evaluate", "commit": "fedcba"}
+    about |= {"dirty": False, "machine": results.describe_machine(), "seconds": 2.0}
+    about |= {"model": "smollm2", "text": text, "length": 8192, "prompt": 7168, "tokens": 1024}
+    (folder / "evaluations").mkdir(exist_ok=True)
+    path = folder / "evaluations" / f"gpu-frontier-{text}.json"
+    path.write_text(json.dumps(about | {"rows": rows}))
+
+
+def test_a_frontier_joins_times_and_what_a_model_says(folder, monkeypatch):
+    gpu_results(folder, kind="layer", rows=timed_frontier(monkeypatch))
+    rows = [
+        evaluated("contiguous", 0.1),
+        evaluated("fast", 0.4),
+        evaluated("balanced", 0.02, **BALANCED),
+        evaluated("rerank-4", 0.3, rerank=4, grouping="contiguous"),
+        evaluated("rerank-4", 0.2, rerank=4),
+        evaluated("exact", 0.03),
+    ]
+    evaluation(folder, rows)
+    evaluation(folder, [evaluated("balanced", 0.0025, **BALANCED)], text="source")
+    assert main(["report"]) == 0
+    assert main(["report", "--check"]) == 0
+    document = texts(folder)[1]
+    lines = document.splitlines()
+    for line in (
+        # The recommended codebooks, else the best.
+        "| 2 x 6 bits | 128 | 1 | no | 30.0 | 20.0 | 0.4 | 1.500 | 0.750 | - | - | - | fast |",
+        "| 2 x 6 bits | 128 | 4 | no | 30.0 | 20.0 | 0.2 | 1.500 | 0.750 | - | - | - | - |",
+        "| 2 x 6 bits | 128 | 8 | codes | 30.0 | 20.0 | 0.02 | 1.500 | 0.750 | 0.0025 | 1.500 "
+        "| 0.750 | balanced |",
+        "| 2 x 6 bits | 64 | 8 | codes | 30.0 | - | - | - | - | - | - | - | - |",
+        "| exact top-k | 128 | - | - | - | - | 0.03 | 1.500 | 0.750 | - | - | - | - |",
+        "| full attention | - | - | - | 500 | 500 | - | - | - | - | - | - | - |",
+        "| 4 | mean | 20.0 | 20.0 | 20.0 |",
+    ):
+        assert line in lines
+    assert (folder / "frontier.png").read_bytes().startswith(b"\x89PNG")
+    assert document.count("(frontier.png)") == 1
+    assert "](../../examples/results/gpu-frontier-source.json)" in document
+
+
+def test_a_frontier_without_a_model_is_a_table_of_times(folder, monkeypatch):
+    gpu_results(folder, kind="layer", rows=timed_frontier(monkeypatch))
+    assert main(["report"]) == 0
+    assert "| 2 x 6 bits | 128 | 1 | no | 30.0 | 20.0 |" in texts(folder)[1].splitlines()
+    assert not (folder / "frontier.png").exists()
+
+
+def test_points_that_differ_in_one_thing_are_a_line(monkeypatch, folder):
+    gpu_results(folder, kind="layer", rows=timed_frontier(monkeypatch))
+    times = frontier.times_of(results.load([folder / "a.json"]))
+    found = [frontier.Point(config, 1.0, 0.5) for config in times[4, 2**17] if config]
+    sizes = {name: len(line) for name, line in frontier.families(found).items()}
+    assert sizes == {
+        "no rest": 6,
+        frontier.OTHER_BUDGETS: 4,
+        "rest by codes": 6,
+        "rest by mean": 3,
+        "2 x 5 bits, rest by codes": 2,
+        "4 x 3 bits, rest by codes": 2,
+    }
+
+
+def test_an_evaluation_without_configs_is_named(folder, monkeypatch, capsys):
+    gpu_results(folder, kind="layer", rows=timed_frontier(monkeypatch))
+    evaluation(folder, [{"option": "fast", "budget": 128, "divergence": 0.5}])
+    assert main(["report"]) == 1
+    assert "gpu-frontier-documentation.json: expected an eval" in capsys.readouterr().out
 
 
 # build and decode
