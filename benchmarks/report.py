@@ -15,6 +15,7 @@ RESULTS = Path(__file__).parent / "results"
 EVALUATIONS = ROOT / "examples/results"
 README = ROOT / "README.md"
 BEGIN, END = "<!-- speed:begin -->", "<!-- speed:end -->"
+QUALITY_BEGIN, QUALITY_END = "<!-- quality:begin -->", "<!-- quality:end -->"
 IN_README = ("seed", "llama-32k", "llama-128k-b4", "wide", "million")
 NOT_IN_README = (
     *("p99", "floor", "ours / floor", "in one jit", "graph replay"),
@@ -138,8 +139,12 @@ def report(arguments: argparse.Namespace) -> int:
         swept, of_frontier = pictures(found), frontier_picture(found, evaluations)
         wanted = swept | of_frontier
         blocks = frontier_blocks(found, evaluations, of_frontier)
+        readme = rewritten(README.read_text(), readme_section(found))
+        if of_frontier:
+            section = markdown(recommended_table(found, evaluations))
+            readme = rewritten(readme, section, QUALITY_BEGIN, QUALITY_END)
         texts = {
-            README: rewritten(README.read_text(), readme_section(found)),
+            README: readme,
             RESULTS / "REPORT.md": document(found, swept, blocks),
         }
     except (OSError, ValueError) as error:
@@ -520,6 +525,26 @@ def frontier_table(results: Sequence[Results], evaluations: Sequence[Evaluation]
     return table([dict.fromkeys(lines[0]) | line for line in lines])
 
 
+def recommended_table(results: Sequence[Results], evaluations: Sequence[Evaluation]) -> Table:
+    """The README's: divergence and times of the recommended configs, exact top-k and full."""
+    times = frontier.times_of(results)
+    rows: dict[str, Any] = {f"`{name}`": None for name in frontier.RECOMMENDED}
+    for one in evaluations:
+        rows |= {f"`{name}`": config for config, name in one.names.items()}
+    budget = frontier.PLAIN.heavy_size
+    lines = []
+    for name, config in (rows | {f"exact top-k of {budget}": None, "full attention": None}).items():
+        line: dict[str, str | None] = {"": name}
+        for one in evaluations:
+            row = one.exact.get(budget) if name.startswith("exact") else one.rows.get(config)
+            line[f"KL, {one.text}"] = format(row["divergence"], ".2g") if row else None
+        timed = config or name == "full attention"
+        for head, B in (("4 rows, µs", 4), ("1 row, µs", 1)):
+            line[head] = us(times.get((B, frontier.LENGTH), {}).get(config)) if timed else None
+        lines.append(line)
+    return table(lines)
+
+
 def of_texts(rows: Iterable[tuple[str, Row]]) -> dict[str, str | None]:
     """What a model says, by text."""
     forms = {
@@ -661,17 +686,17 @@ def readme_section(results: Sequence[Results]) -> str:
     return "\n\n".join([markdown(table(lines)), f"{about}:", "\n".join(sources)])
 
 
-def rewritten(readme: str, section: str) -> str:
-    """The README with its section replaced.
+def rewritten(readme: str, section: str, begin: str = BEGIN, end: str = END) -> str:
+    """The README with a section replaced.
 
     Raises:
       ValueError: if the markers are not there once each, in order.
     """
-    before, begin, rest = readme.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end or any(mark in before + after for mark in (BEGIN, END)):
-        raise ValueError(f"expected {BEGIN} and {END} in {README}, once each")
-    return f"{before}{BEGIN}\n{section}\n{END}{after}"
+    before, _, rest = readme.partition(begin)
+    _, there, after = rest.partition(end)
+    if not there or any(mark in before + after for mark in (begin, end)):
+        raise ValueError(f"expected {begin} and {end} in {README}, once each")
+    return f"{before}{begin}\n{section}\n{end}{after}"
 
 
 def commands(one: Results, rows: Iterable[Row]) -> str:

@@ -738,7 +738,10 @@ def test_without_rich_progress_and_tables_are_plain_lines(monkeypatch, capsys):
 
 # The report
 
-OLD_README = f"# Title\n\nbefore\n\n{report.BEGIN}\nstale section\n{report.END}\n\nafter\n"
+OLD_README = (
+    f"# Title\n\nbefore\n\n{report.BEGIN}\nstale section\n{report.END}\n\n"
+    f"{report.QUALITY_BEGIN}\nolder\n{report.QUALITY_END}\n\nafter\n"
+)
 
 
 def stats(us):
@@ -1214,7 +1217,7 @@ def test_a_frontier_joins_times_and_what_a_model_says(folder, monkeypatch):
     evaluation(folder, [evaluated("balanced", 0.0025, **BALANCED)], text="source")
     assert main(["report"]) == 0
     assert main(["report", "--check"]) == 0
-    document = texts(folder)[1]
+    readme, document = texts(folder)
     lines = document.splitlines()
     for line in (
         # The recommended codebooks, else the best.
@@ -1228,6 +1231,15 @@ def test_a_frontier_joins_times_and_what_a_model_says(folder, monkeypatch):
         "| 4 | mean | 20.0 | 20.0 | 20.0 |",
     ):
         assert line in lines
+    for line in (
+        "| `fast` | 0.4 | - | 30.0 | 20.0 |",
+        "| `balanced` | 0.02 | 0.0025 | 30.0 | 20.0 |",
+        "| `near-exact` | - | - | - | - |",
+        "| exact top-k of 128 | 0.03 | - | - | - |",
+        "| full attention | - | - | 500 | 500 |",
+    ):
+        assert line in readme.splitlines()
+    assert "older" not in readme
     assert (folder / "frontier.png").read_bytes().startswith(b"\x89PNG")
     assert document.count("(frontier.png)") == 1
     assert "](../../examples/results/gpu-frontier-source.json)" in document
@@ -1236,7 +1248,9 @@ def test_a_frontier_joins_times_and_what_a_model_says(folder, monkeypatch):
 def test_a_frontier_without_a_model_is_a_table_of_times(folder, monkeypatch):
     gpu_results(folder, kind="layer", rows=timed_frontier(monkeypatch))
     assert main(["report"]) == 0
-    assert "| 2 x 6 bits | 128 | 1 | no | 30.0 | 20.0 |" in texts(folder)[1].splitlines()
+    readme, document = texts(folder)
+    assert "| 2 x 6 bits | 128 | 1 | no | 30.0 | 20.0 |" in document.splitlines()
+    assert "older" in readme
     assert not (folder / "frontier.png").exists()
 
 
