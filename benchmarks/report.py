@@ -713,8 +713,10 @@ def frontier_blocks(
     if not (found := frontier.swept(results)):
         return []
     shown = [f"![{caption}]({file})" for file, (caption, _) in picture.items()]
-    tables = [markdown(frontier_table(results, evaluations)), ABOUT_FRONTIER_LENGTHS]
-    tables += [markdown(frontier_lengths(results)), *map(provenance, found)]
+    tables = [markdown(frontier_table(results, evaluations))]
+    if (lengths := frontier_lengths(results))[1]:
+        tables += [ABOUT_FRONTIER_LENGTHS, markdown(lengths)]
+    tables += map(provenance, found)
     of_model = [provenance(one.about, "../../examples/results/") for one in evaluations]
     return ["## Quality against time", ABOUT_FRONTIER, *shown, *tables, *of_model]
 

@@ -1065,6 +1065,19 @@ def test_a_frontier_has_what_reranks_beside_full_attention_once(gpu):
         assert again.name == name
 
 
+def test_points_of_a_frontier_are_timed_cold(folder, gpu, monkeypatch):
+    monkeypatch.setattr(layer, "POINTS", layer.pools("codes", 1, 2, B=1, L=131))
+    words = "--frontier --workload small-grouped --implementation jax:xla"
+    status, rows = of_layer(folder / "a.json", words)
+    assert status == 0
+    for row in rows:
+        assert (row["status"], row["sweep"]) == ("ok", "frontier")
+        assert 16 <= row["cold"]["median"] <= 18
+        assert "call" not in row
+    assert main(["report"]) == 0
+    assert "small-grouped --B 1 --L 131" not in texts(folder)[1]  # no row of other tables
+
+
 def wrong_output(out, before, after):
     return out.at[-1, 0, 3].multiply(1.1), after
 
