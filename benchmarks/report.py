@@ -721,7 +721,9 @@ def frontier_blocks(
     return ["## Quality against time", ABOUT_FRONTIER, *shown, *tables, *of_model]
 
 
-def document(results: Sequence[Results], pictures: Pictures, frontier: Sequence[str]) -> str:
+def document(
+    results: Sequence[Results], pictures: Pictures, of_frontier: Sequence[str] = ()
+) -> str:
     """REPORT.md: everything that was measured, and the commands."""
     workloads = latest(results)
     gpu = any(one["machine"]["gpu"] for one in results)
@@ -740,7 +742,7 @@ def document(results: Sequence[Results], pictures: Pictures, frontier: Sequence[
         if found:
             blocks += [f"## {title}", about, markdown(made)]
             blocks += map(provenance, {one["file"]: one for one, _ in found.values()}.values())
-    blocks += frontier
+    blocks += of_frontier
     if workloads:
         blocks += ["## Selection in a decode step", ABOUT_KERNELS if gpu else ABOUT_CALLS]
         blocks += [markdown(table(summary(workloads, workloads))), *map(provenance, used.values())]
