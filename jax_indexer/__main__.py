@@ -10,6 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -531,18 +532,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         facts_table.add_row(f"[bold]{name}[/]", text)
     console.print("[bold]The second half of a text, decoded with an index of the first[/]\n")
     console.print(facts_table, "")
-    results = []
-    with Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        console=console,
-        transient=True,
-    ) as bar:
+    with (
+        Progress(
+            TextColumn("decoding"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            console=console,
+            transient=True,
+        ) as bar,
+        ThreadPoolExecutor() as pool,  # most of the time is spent compiling
+    ):
         task = bar.add_task("", total=len(options.budgets) * len(WAYS))
-        for budget in options.budgets:
-            bar.update(task, description=f"decoding with budget {budget}")
-            results.append(demo.compare(budget, lambda: bar.advance(task)))
+        compare = functools.partial(demo.compare, on_way=lambda: bar.advance(task))
+        results = list(pool.map(compare, options.budgets))
     show(console, demo, results)
     advise(console, demo, results)
     draw(options.out, demo, results)
