@@ -7,10 +7,10 @@ Scans run through stacked layers, or through steps of one, inside one jit.
 import argparse
 import dataclasses
 import functools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from benchmarks import jax_steps, results, torch_steps
+from benchmarks import frontier, jax_steps, results, torch_steps
 from benchmarks.layer_steps import (
     JaxAttention,
     JaxLayer,
@@ -61,15 +61,37 @@ DEFAULT = [
         ("million", {}),
     )
 ]
-SWEEP = "layer"  # its name in results
-SWEEP_BASE = "llama-32k"
+SWEEP, FRONTIER = "layer", frontier.SWEEP  # their names in results
+SWEEP_BASE, FRONTIER_BASE = "llama-32k", "llama-128k-b4"
 # What a sweep and a scan have beside ours, unless told otherwise.
 BESIDE_OURS_SWEPT = ("jax:xla", "jax:full-cudnn", "torch:original", "torch:sdpa")
 BESIDE_OURS_SCANNED = ("jax:full-cudnn", "jax:full-cudnn-unrolled")
 SWEPT = [{"B": rows, "L": 2**exponent} for exponent in range(10, 21, 2) for rows in (1, 4)]
 
+
+def pools(estimate: str | None, *ranks: int, **sizes: int) -> list[dict[str, Any]]:
+    """Sizes that rerank so many budgets of candidates, and estimate the others or drop them."""
+    rest = {"estimate-rest": estimate} if estimate else {}
+    return [sizes | ({"rerank": rank} if rank > 1 else {}) | rest for rank in ranks]
+
+
+# The frontier of quality against time: ways to end a step, with other budgets and codes for the
+# best of them; those that matter most for one row; and how two of these grow with a context.
+POINTS = [
+    *pools(None, 1, 2, 4, 8, 16, 32),
+    *pools("mean", 1, 4, 8),
+    *pools("codes", 1, 2, 4, 8, 16, 32),
+    *(point for budget in (64, 256, 512) for point in pools("codes", 8, heavy=budget)),
+    *pools("codes", 1, 8, bits=5),
+    *pools("codes", 1, 8, M=4, bits=3),
+    *pools(None, 1, 4, B=1),
+    *pools("mean", 1, 4, B=1),
+    *pools("codes", 1, 8, 16, B=1),
+    *(point for length in (2**15, 2**20) for point in pools("mean", 1, 4, B=1, L=length)),
+]
+
 REPETITIONS = Repetitions(pipeline=200, warm=30, cold=60, calls=30, amortised=100, rounds=5)
-SWEEP_REPETITIONS = Repetitions(pipeline=0, warm=0, cold=20, rounds=2)
+SWEEP_REPETITIONS = Repetitions(pipeline=0, warm=0, cold=30, rounds=3)
 QUICK = Repetitions(pipeline=10, warm=10, cold=5, calls=5, amortised=10, rounds=1)
 
 # Names of implementations
@@ -156,19 +178,38 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help=f"{SWEEP_BASE} from 1024 to 2**20 tokens, for one row and four; kernel times only",
     )
+    which.add_argument(
+        "--frontier",
+        action="store_true",
+        help=f"{FRONTIER_BASE} with what reranks and estimates the rest; kernel times only",
+    )
     which.add_argument("--scan", action="store_true", help=f"by default {', '.join(SCANS)}")
     add_sizes(parser, POOL_FLAGS)
+
+
+def swept(arguments: argparse.Namespace) -> str | None:
+    """The sweep that a command line asks for, by its name in results."""
+    return SWEEP if arguments.sweep else FRONTIER if arguments.frontier else None
 
 
 def chosen_workloads(arguments: argparse.Namespace) -> list[LayerWorkload]:
     """The workloads of a command line; ValueError for names and sizes that cannot be."""
     changes, names, there = changes_of(arguments), arguments.workload, LAYERS | SCANS
-    points = SWEPT if arguments.sweep else [{}]
-    if names is not None or arguments.sweep:
-        bases = [there[name] for name in known("--workload", names or [SWEEP_BASE], there)]
+    sweeps = {None: ([{}], None), SWEEP: (SWEPT, SWEEP_BASE), FRONTIER: (POINTS, FRONTIER_BASE)}
+    points, base = sweeps[swept(arguments)]
+    if names is not None or base:
+        bases = [there[name] for name in known("--workload", names or [base], there)]
     else:
         bases = list(SCANS.values()) if arguments.scan else DEFAULT
     return [changed(w, changes | point) for w in bases for point in points]
+
+
+def beside_ours(w: LayerWorkload, sweep: str | None) -> Sequence[str]:
+    """What is measured beside ours in a sweep or a scan."""
+    if sweep != FRONTIER:
+        return BESIDE_OURS_SWEPT if sweep else BESIDE_OURS_SCANNED
+    whole = w.config.rerank == 1 and not w.config.estimate_rest  # full attention, once a shape
+    return ("jax:full-cudnn",) if whole else ()
 
 
 def chosen_rows(arguments: argparse.Namespace) -> Iterable[list[Row]]:
@@ -178,14 +219,13 @@ def chosen_rows(arguments: argparse.Namespace) -> Iterable[list[Row]]:
     forms = [IMPLEMENTATIONS[name] for name in known_ones]
     if not results.has_gpu() and not names:
         forms = [form for form in forms if not form.needs_gpu]
-    sweep = SWEEP if arguments.sweep else None
+    sweep = swept(arguments)
     for w in chosen_workloads(arguments):
         here = [form for form in forms if names or form.refuses(w) is None]
         if (sweep or w.count > 1) and not names and results.has_gpu():  # Ours as a user gets it.
-            config = dataclasses.replace(w.config, cells=True)
+            config = dataclasses.replace(w.config.pool, cells=True)
             user = f"jax:{default_selector(config, w.capacity, w.T)}"
-            beside = BESIDE_OURS_SWEPT if sweep else BESIDE_OURS_SCANNED
-            here = [form for form in here if form.name in (user, *beside)]
+            here = [form for form in here if form.name in (user, *beside_ours(w, sweep))]
         for separate in (False, True):
             group = [form for form in here if form.name.endswith("-unrolled") == separate]
             if group:
@@ -195,14 +235,16 @@ def chosen_rows(arguments: argparse.Namespace) -> Iterable[list[Row]]:
 def plan(arguments: argparse.Namespace) -> Plan:
     """What a command line of `layer` asks for; ValueError if it cannot be."""
     table = list(chosen_rows(arguments))
-    repetitions = SWEEP_REPETITIONS if arguments.sweep else REPETITIONS
+    sweep = swept(arguments)
+    repetitions = SWEEP_REPETITIONS if sweep else REPETITIONS
     if arguments.quick:
         repetitions = QUICK
 
     def measured(plan: Plan) -> Iterator[None]:
         clock = open_clock(plan)
-        calls = not arguments.sweep or clock is None
+        calls = not sweep or clock is None
         return measure_all(table, Settings(Layer, repetitions, clock, calls=calls))
 
-    name = "layer" + "-sweep" * arguments.sweep + "-scan" * arguments.scan
+    ways = {"sweep": arguments.sweep, "frontier": arguments.frontier, "scan": arguments.scan}
+    name = "-".join(["layer", *(way for way, asked in ways.items() if asked)])
     return plan_of("layer", f"{'quick-' * arguments.quick}{name}", table, measured)

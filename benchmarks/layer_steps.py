@@ -317,7 +317,10 @@ def layer_programs(
     unrolled: bool,
     **options: Any,
 ) -> Programs:
-    """A call with its caches donated, and what selects the last lists again, to check them."""
+    """A call with its caches donated, and what it is checked by.
+
+    That is what selects the last lists again, or, where lists are not all, XLA's own attention.
+    """
     config = config_for(w, selector)
     query, key_new, lengths, index = jax_steps.shapes_of(w, config)
     if config.estimate_rest:
@@ -326,9 +329,14 @@ def layer_programs(
     programs = {}
     if make is ours:
         options["selector"] = selector
-        again = lambda query, index: select(query, index, config, **options)  # noqa: E731
         once = forms._replace(user=True, recorded=False)
-        programs["select"] = Program(once, again, (query, index))
+        if config.rerank > 1 or config.estimate_rest:
+            one = jax.ShapeDtypeStruct(w.cache_shape[-4:], key_new.dtype)
+            again = functools.partial(attention_by_xla, config=config)
+            programs["attend"] = Program(once, again, (query, reference.Caches(one, one), index))
+        else:
+            again = lambda query, index: select(query, index, config, **options)  # noqa: E731
+            programs["select"] = Program(once, again, (query, index))
         index, lengths = jax.eval_shape(lambda tree: stacked(tree, w.layers), (index, lengths))
     else:
         index = lengths
@@ -339,6 +347,15 @@ def layer_programs(
     call = call_of(make(config, **options), w, unrolled)
     step = Program(forms, call, arguments, donate="caches")
     return {"step": step, **programs}
+
+
+def attention_by_xla(
+    query: jax.Array, caches: reference.Caches, index: PQIndex, *, config: IndexerConfig
+) -> jax.Array:
+    """Attention of a layer's last step, in float32."""
+    logits = reference.Logits(jnp.float32(query.shape[-1] ** -0.5), None)
+    out = reference.attend_selected(query, caches, index, None, logits, config, "BSKH", None)
+    return out.astype(jnp.float32)
 
 
 @jax.jit
@@ -355,12 +372,13 @@ class JaxLayer(LayerStep):
         self.layer, layer.separate, self._programs = layer, unrolled, programs
         self.new = layer.new_tokens()
         self.numbers = programs["step"].numbers
-        if "select" in programs and not selector:
+        has_index = bool(programs.keys() & {"select", "attend"})
+        if has_index and not selector:
             # XLA may round a table otherwise in a larger program, and cut a few lists otherwise.
             self.may_differ = inputs.query[..., 0].size // 10
         lengths = jnp.asarray(inputs.lengths - np.int32(w.T * w.steps))
         index = jnp.copy(lengths)  # donated, unlike what each call begins with
-        if "select" in programs:
+        if has_index:
             config = config_for(w, selector)
             index = dataclasses.replace(jax_steps.index_of(inputs), lengths=index)
             index = with_cells(index, config) if config.cells else index
@@ -413,15 +431,11 @@ class JaxLayer(LayerStep):
         return jax.tree.map(lambda x: x[-1], tree) if self.layer.workload.layers else tree
 
     def wanted(self):
-        config = self.layer.workload.config
-        if "select" not in self._programs or (config.rerank == 1 and not config.estimate_rest):
+        if "attend" not in self._programs:
             return None
-        query, index = jnp.asarray(self.query()), self._last(self._index)
         caches = reference.Caches(*(self._last(x) for x in self.layer.caches))
-        logits = reference.Logits(jnp.float32(query.shape[-1] ** -0.5), None)
-        options = None, logits, config, "BSKH", None
-        found = jax.jit(lambda *arrays: reference.attend_selected(*arrays, *options))
-        return np.asarray(found(query, caches, index).astype(jnp.float32))
+        query, index = jnp.asarray(self.query()), self._last(self._index)
+        return np.asarray(self._programs["attend"].as_user(query, caches, index))
 
     def lists(self):
         if "select" not in self._programs:

@@ -6,12 +6,16 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks import frontier
+from benchmarks.frontier import Evaluation
 from benchmarks.results import ROOT, Results, Row, command_of, framework_of, is_indexer, load
 from parity.inputs import WORKLOADS
 
 RESULTS = Path(__file__).parent / "results"
+EVALUATIONS = ROOT / "examples/results"
 README = ROOT / "README.md"
 BEGIN, END = "<!-- speed:begin -->", "<!-- speed:end -->"
+QUALITY_BEGIN, QUALITY_END = "<!-- quality:begin -->", "<!-- quality:end -->"
 IN_README = ("seed", "llama-32k", "llama-128k-b4", "wide", "million")
 NOT_IN_README = (
     *("p99", "floor", "ours / floor", "in one jit", "graph replay"),
@@ -82,6 +86,19 @@ ABOUT_QUALITY = (
     "window of 64. Errors are those of the attention output, relative to full attention; recall is "
     "the share of the exact top-k that is selected."
 )
+FRONTIER_PICTURE = "frontier.png"
+FRONTIER_SHAPE = 4, frontier.LENGTH
+ABOUT_FRONTIER = (
+    "What sparse attention in all layers of a model does to its predictions, KL(full, sparse), and "
+    "what it takes: median kernel times of a whole layer's decode step at `llama-128k-b4` and for "
+    "one row of it, with an emptied L2 cache. A config joins them; the model's context is shorter "
+    "and has 64 sinks and a window of 64, the layer 128 of each, and how codebooks were trained "
+    "and which dimensions they divide costs no time. Where a config was evaluated with several, "
+    "its line is that of the recommended ones, or else of the best. By text, and how many tokens "
+    "codebooks are of: *perplexity* is over full attention's, *same* how often the likeliest token "
+    "is full attention's."
+)
+ABOUT_FRONTIER_LENGTHS = "The same for one row, against the tokens in the cache, in microseconds."
 ABOUT_DETAILS = (
     "Kernel times with the data of the call before in the L2 cache (*warm*) and with an emptied "
     "one (*cold*), of programs compiled without command buffers, in which CUPTI misnames kernels; "
@@ -118,10 +135,17 @@ def report(arguments: argparse.Namespace) -> int:
         if arguments.files:
             show(found)
             return 0
-        wanted = pictures(found)
+        evaluations = frontier.read(EVALUATIONS)
+        swept, of_frontier = pictures(found), frontier_picture(found, evaluations)
+        wanted = swept | of_frontier
+        blocks = frontier_blocks(found, evaluations, of_frontier)
+        readme = rewritten(README.read_text(), readme_section(found))
+        if of_frontier:
+            section = markdown(recommended_table(found, evaluations))
+            readme = rewritten(readme, section, QUALITY_BEGIN, QUALITY_END)
         texts = {
-            README: rewritten(README.read_text(), readme_section(found)),
-            RESULTS / "REPORT.md": document(found, wanted),
+            README: readme,
+            RESULTS / "REPORT.md": document(found, swept, blocks),
         }
     except (OSError, ValueError) as error:
         print(f"report: {error}")
@@ -182,6 +206,11 @@ def layers_and_scans(results: Sequence[Results]) -> tuple[Latest, Latest]:
         shape = one["workloads"][name]
         (scans if shape["layers"] or shape["steps"] > 1 else layers)[name] = one, rows
     return layers, scans
+
+
+def swept(results: Sequence[Results]) -> list[Results]:
+    """Results of sweeps along a size."""
+    return [one for one in results if any(row.get("sweep") in AXES for row in one["rows"])]
 
 
 def time_of(row: Row | None, cache: str = "warm") -> float | None:
@@ -468,6 +497,82 @@ def decode_table(rows: Sequence[Row]) -> Table:
     return table(lines)
 
 
+def frontier_table(results: Sequence[Results], evaluations: Sequence[Evaluation]) -> Table:
+    """A line a config: its times, and what a model says on each text."""
+    times = frontier.times_of(results)
+    of_one, of_four = (times.get((B, frontier.LENGTH), {}) for B in (1, 4))
+    lines = []
+    for config in frontier.in_order(filter(None, of_four | of_one)):
+        rows = [(one.text, one.rows.get(config, {})) for one in evaluations]
+        names = dict.fromkeys(one.names.get(config, "") for one in evaluations)
+        lines.append(
+            {
+                "codes": config.codes,
+                "budget": str(config.heavy_size),
+                "rerank": str(config.rerank),
+                "rest": str(config.estimate_rest or "no"),
+                "4 rows, us": us(of_four.get(config)),
+                "1 row, us": us(of_one.get(config)),
+            }
+            | of_texts(rows)
+            | {"recommended": " ".join(filter(None, names))}
+        )
+    for budget in sorted({budget for one in evaluations for budget in one.exact}):
+        rows = [(one.text, one.exact.get(budget, {})) for one in evaluations]
+        lines.append({"codes": "exact top-k", "budget": str(budget)} | of_texts(rows))
+    full = {"4 rows, us": us(of_four.get(None)), "1 row, us": us(of_one.get(None))}
+    lines.append({"codes": "full attention"} | full)
+    return table([dict.fromkeys(lines[0]) | line for line in lines])
+
+
+def recommended_table(results: Sequence[Results], evaluations: Sequence[Evaluation]) -> Table:
+    """The README's: divergence and times of the recommended configs, exact top-k and full."""
+    times = frontier.times_of(results)
+    rows: dict[str, Any] = {f"`{name}`": None for name in frontier.RECOMMENDED}
+    for one in evaluations:
+        rows |= {f"`{name}`": config for config, name in one.names.items()}
+    budget = frontier.PLAIN.heavy_size
+    lines = []
+    for name, config in (rows | {f"exact top-k of {budget}": None, "full attention": None}).items():
+        line: dict[str, str | None] = {"": name}
+        for one in evaluations:
+            row = one.exact.get(budget) if name.startswith("exact") else one.rows.get(config)
+            line[f"KL, {one.text}"] = format(row["divergence"], ".2g") if row else None
+        timed = config or name == "full attention"
+        for head, B in (("4 rows, µs", 4), ("1 row, µs", 1)):
+            line[head] = us(times.get((B, frontier.LENGTH), {}).get(config)) if timed else None
+        lines.append(line)
+    return table(lines)
+
+
+def of_texts(rows: Iterable[tuple[str, Row]]) -> dict[str, str | None]:
+    """What a model says, by text."""
+    forms = {
+        "KL": ("divergence", ".2g"),
+        "perplexity": ("ratio", ".3f"),
+        "same": ("agreement", ".3f"),
+    }
+    return {
+        f"{head}: {text}": format(row[name], form) if row else None
+        for text, row in rows
+        for head, (name, form) in forms.items()
+    }
+
+
+def frontier_lengths(results: Sequence[Results]) -> Table:
+    """Times of one row against its length, of the configs that have several."""
+    times = {L: found for (B, L), found in frontier.times_of(results).items() if B == 1}
+    configs = [config for found in times.values() for config in found if config]
+    several = frontier.in_order(x for x in set(configs) if configs.count(x) > 1)
+    return table(
+        [
+            {"rerank": str(config.rerank), "rest": str(config.estimate_rest or "no")}
+            | {tokens_of(L): us(times[L].get(config)) for L in sorted(times)}
+            for config in several
+        ]
+    )
+
+
 def quality_tables(rows: Sequence[Row]) -> dict[str, Table]:
     """The tables of a quality run by name, figures as they are."""
     tables: dict[str, list[dict[str, str | None]]] = {}
@@ -494,11 +599,12 @@ def all_tables(results: Sequence[Results]) -> dict[str, Table]:
     layers, scans = layers_and_scans(results)
     for name, (_, rows) in (layers | scans).items():
         tables[f"layer: {name}, microseconds, median (p20..p80)"] = detail_table(rows)
-    swept = [one for one in results if any(row.get("sweep") for row in one["rows"])]
-    for one in {one["kind"]: one for one in swept}.values():
+    for one in {one["kind"]: one for one in swept(results)}.values():
         for name in dict.fromkeys(row["workload"] for row in one["rows"]):
             rows = [row for row in one["rows"] if row["workload"] == name]
             tables[f"{name}, microseconds"] = detail_table(rows)
+    if frontier.swept(results):
+        tables["frontier, microseconds"] = frontier_table(results, ())
     if workloads:
         tables["all workloads, microseconds"] = table(summary(workloads, workloads))
     if layers:
@@ -600,7 +706,24 @@ def commands(one: Results, rows: Iterable[Row]) -> str:
     return "\n".join(["```", *dict.fromkeys(command_of(*name) for name in names), "```"])
 
 
-def document(results: Sequence[Results], pictures: Pictures) -> str:
+def frontier_blocks(
+    results: Sequence[Results], evaluations: Sequence[Evaluation], picture: Pictures
+) -> list[str]:
+    """The report's section on quality against time, if that was measured."""
+    if not (found := frontier.swept(results)):
+        return []
+    shown = [f"![{caption}]({file})" for file, (caption, _) in picture.items()]
+    tables = [markdown(frontier_table(results, evaluations))]
+    if (lengths := frontier_lengths(results))[1]:
+        tables += [ABOUT_FRONTIER_LENGTHS, markdown(lengths)]
+    tables += map(provenance, found)
+    of_model = [provenance(one.about, "../../examples/results/") for one in evaluations]
+    return ["## Quality against time", ABOUT_FRONTIER, *shown, *tables, *of_model]
+
+
+def document(
+    results: Sequence[Results], pictures: Pictures, of_frontier: Sequence[str] = ()
+) -> str:
     """REPORT.md: everything that was measured, and the commands."""
     workloads = latest(results)
     gpu = any(one["machine"]["gpu"] for one in results)
@@ -619,12 +742,13 @@ def document(results: Sequence[Results], pictures: Pictures) -> str:
         if found:
             blocks += [f"## {title}", about, markdown(made)]
             blocks += map(provenance, {one["file"]: one for one, _ in found.values()}.values())
+    blocks += of_frontier
     if workloads:
         blocks += ["## Selection in a decode step", ABOUT_KERNELS if gpu else ABOUT_CALLS]
         blocks += [markdown(table(summary(workloads, workloads))), *map(provenance, used.values())]
     for file, (caption, _) in pictures.items():
         blocks += [f"![{caption}]({file})"]
-    blocks += [provenance(one) for one in results if any(row.get("sweep") for row in one["rows"])]
+    blocks += map(provenance, swept(results))
     if "seed" in workloads and named(workloads["seed"][1], "torch:iteration4"):
         blocks += ["## The four iterations of the original, as reported and here", ABOUT_SEED]
         blocks += [markdown(seed_table(workloads["seed"][1]))]
@@ -677,6 +801,16 @@ def pictures(results: Sequence[Results]) -> Pictures:
                 what = "a whole layer" if sweep == "layer" else "a step"
                 found[f"{file}.png"] = f"Time of {what} against {label}", draw
     return found
+
+
+def frontier_picture(results: Sequence[Results], evaluations: Sequence[Evaluation]) -> Pictures:
+    """Quality against time, if both were measured."""
+    times = frontier.times_of(results)
+    there = [one for one in evaluations if frontier.points(times, one, FRONTIER_SHAPE)]
+    if not there:
+        return {}
+    draw = functools.partial(frontier.draw, times, there, FRONTIER_SHAPE)
+    return {FRONTIER_PICTURE: ("Divergence of a model against the time of a layer", draw)}
 
 
 def draw_sweep(rows: Sequence[Row], shapes: dict[str, Any], sweep: str, path: Path) -> None:

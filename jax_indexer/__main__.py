@@ -1,4 +1,4 @@
-"""The demo: decodes 128 tokens of a real model over 8192 real keys, and says what was lost.
+"""The demo: decodes the second half of a real text with an index of the first half of its keys.
 
 `python -m jax_indexer --help` lists its options.
 """
@@ -10,22 +10,62 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jaxtyping import Bool, Float, Int
 
-from jax_indexer import IndexerConfig, PQIndex, build_index, indexer_next, select, sparse_attention
-from jax_indexer.config import Implementation
+from jax_indexer import (
+    DecodeCache,
+    IndexerConfig,
+    PQIndex,
+    Rope,
+    append,
+    build_index,
+    decode_attention,
+    select,
+)
+from jax_indexer.config import Estimate, Implementation
 from jax_indexer.data import Sample, load_sample
 
 BUDGETS = (32, 64, 128, 256, 512, 1024)
 # 64 + 64 tokens suit a context of 8192; the defaults of 128 + 128 are for longer ones.
 SINK_SIZE = WINDOW_SIZE = 64
 STEPS, QUICK_STEPS = 128, 16
+APPENDED = 128  # tokens at once
+ROPE_BASE = 100_000.0  # of the sample's model, whose pairs are interleaved
+
+
+class Way(NamedTuple):
+    """A way to attend."""
+
+    name: str
+    looks_ahead: bool = True
+    rerank: int = 1
+    estimate_rest: Estimate = False
+
+
+EXACT, ESTIMATED = "exact top-k", "+ the rest"
+
+# Each with one thing more than the one before it.
+WAYS = (
+    Way("plain PQ", looks_ahead=False),
+    Way("look-ahead"),
+    Way(ESTIMATED, estimate_rest="codes"),
+    Way("+ rerank 4", estimate_rest="codes", rerank=4),
+)
+
+
+class Quality(NamedTuple):
+    """Means over steps and query heads."""
+
+    error: float  # of the output, against full attention
+    mass: float  # of attention on what is attended to, sink and window included
 
 
 class Exact:
@@ -68,6 +108,15 @@ class Exact:
         """What exact top-k attends to with this budget: sink, window and the best candidates."""
         return self.always | (self.rank < budget)
 
+    def best_of(self, listed: Int[np.ndarray, "T N P"], budget: int) -> Bool[np.ndarray, "T N S"]:
+        """Sink, window and the best candidates of lists that end in -1."""
+        among = np.zeros(self.rank.shape, bool)
+        t, head, place = np.nonzero(listed >= 0)
+        among[t, head, listed[t, head, place]] = True
+        rank = np.where(among, self.rank, len(self._value))
+        last = np.partition(rank, budget - 1, axis=-1)[..., budget - 1 : budget]
+        return self.always | (among & (rank <= last))
+
     def mass(self, attended: Bool[np.ndarray, "T N S"]) -> float:
         """The share of the attention weights on these tokens, mean over rows."""
         return float(np.where(attended, self.weights, 0).sum(axis=-1).mean())
@@ -76,6 +125,10 @@ class Exact:
         """Attention over these tokens alone."""
         kept = np.where(attended, self.weights, 0)
         return kept @ self._value / kept.sum(axis=-1, keepdims=True)
+
+    def quality(self, attended: Bool[np.ndarray, "T N S"]) -> Quality:
+        """That of attention over these tokens alone."""
+        return Quality(relative_error(self.attend(attended), self.output), self.mass(attended))
 
 
 def relative_error(output: Float[np.ndarray, "T N H"], truth: Float[np.ndarray, "T N H"]) -> float:
@@ -86,107 +139,128 @@ def relative_error(output: Float[np.ndarray, "T N H"], truth: Float[np.ndarray, 
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """What one budget gives; all but the time are means over steps and query heads."""
+    """What one budget gives."""
 
     budget: int
-    recall: float  # of the tokens that exact top-k takes
-    mass: float  # of attention, sink and window included
-    exact_mass: float
-    error: float  # of the output, against full attention
-    exact_error: float
-    error_to_exact: float  # of the output, against exact top-k's
-    seconds: float  # median of append + select
+    quality: dict[str, Quality]  # by the names of WAYS, and EXACT
+
+
+@functools.partial(jax.jit, static_argnames=("config", "implementation"))
+def decode_steps(
+    cache: DecodeCache,
+    query: Float[jax.Array, "T 1 1 N H"],
+    key: Float[jax.Array, "T 1 1 1 H"],
+    value: Float[jax.Array, "T 1 1 1 H"],
+    *,
+    config: IndexerConfig,
+    implementation: Implementation,
+) -> tuple[Float[jax.Array, "T N H"], Int[jax.Array, "T N P"]]:
+    """Decodes T tokens one by one; the outputs, and what the attended were chosen from."""
+
+    def step(cache: DecodeCache, new: tuple[jax.Array, ...]) -> tuple[DecodeCache, Any]:
+        query, key, value = new
+        out, cache = decode_attention(
+            query, key, value, cache, config, implementation=implementation
+        )
+        pool = select(query, cache.index, config.pool, implementation=implementation)
+        return cache, (out[0, 0], pool.indices[0, 0])
+
+    return lax.scan(step, cache, (query, key, value))[1]
 
 
 @dataclasses.dataclass(frozen=True)
 class Demo:
-    """A built index and the sample it serves, ready to decode the last `steps` positions."""
+    """Indices of the first half of a sample, grown to where its last `steps` positions begin."""
 
     sample: Sample
     steps: int
     config: IndexerConfig
-    index: PQIndex
+    plain: PQIndex
+    ahead: PQIndex
     build_seconds: float
     implementation: Implementation
     exact: Exact
 
-    def decode(self, budget: int, on_step: Callable[[], None] = lambda: None) -> Result:
-        """Decodes step by step with one budget, and compares with exact attention."""
-        config = dataclasses.replace(self.config, heavy_size=budget)
-        step = jax.jit(
-            functools.partial(indexer_next, config=config, implementation=self.implementation),
-            donate_argnames="index",
+    def decode(self, budget: int, way: Way) -> Quality:
+        """Decodes one way with one budget, and compares with full attention."""
+        config = dataclasses.replace(
+            self.config, heavy_size=budget, rerank=way.rerank, estimate_rest=way.estimate_rest
         )
+        index = self.ahead if way.looks_ahead else self.plain
+        if not way.estimate_rest:
+            index = dataclasses.replace(index, values=None)
+        key, value = (jnp.asarray(x) for x in (self.sample.key, self.sample.value))
         # Float16 arithmetic would hide the differences to be shown.
-        queries = jnp.asarray(self.sample.query[-self.steps :], jnp.float32)[:, None, None]
-        keys = jnp.asarray(self.sample.key)[None]
-        values = jnp.asarray(self.sample.value)[None]
-        keys_new = keys[0, -self.steps :, None, None]
-        attend = jax.jit(sparse_attention)
-
-        def fresh_index() -> PQIndex:
-            return jax.tree.map(jnp.copy, self.index)  # since each step donates its own
-
-        jax.block_until_ready(step(queries[0], keys_new[0], index=fresh_index()))
-        index = jax.block_until_ready(fresh_index())
-        attended = np.zeros(self.exact.weights.shape, bool)
-        outputs, seconds = np.empty(self.exact.output.shape), []
-        for t in range(self.steps):
-            query, key_new = jax.block_until_ready((queries[t], keys_new[t]))
-            start = time.perf_counter()
-            selection, index = jax.block_until_ready(step(query, key_new, index=index))
-            seconds.append(time.perf_counter() - start)
-            outputs[t] = attend(query, keys, values, selection)[0, 0]
-            for head, listed in enumerate(np.asarray(selection.indices[0, 0])):
-                attended[t, head, listed[listed >= 0]] = True
-            on_step()
-        exact = self.exact
-        top = exact.top(budget)
-        top_output = exact.attend(top)
-        taken = (attended & top & ~exact.always).sum(axis=-1) / budget
-        return Result(
-            budget=budget,
-            recall=float(taken.mean()),
-            mass=exact.mass(attended),
-            exact_mass=exact.mass(top),
-            error=relative_error(outputs, exact.output),
-            exact_error=relative_error(top_output, exact.output),
-            error_to_exact=relative_error(outputs, top_output),
-            seconds=float(np.median(seconds)),
+        query = jnp.asarray(self.sample.query[-self.steps :], jnp.float32)
+        new = (x[-self.steps :, None, None] for x in (query, key, value))
+        outputs, pools = decode_steps(
+            DecodeCache(key[None], value[None], index),
+            *new,
+            config=config,
+            implementation=self.implementation,
         )
+        attended = self.exact.best_of(np.asarray(pools), budget)
+        error = relative_error(np.asarray(outputs, np.float64), self.exact.output)
+        return Quality(error, self.exact.mass(attended))
+
+    def compare(self, budget: int, on_way: Callable[[], None] = lambda: None) -> Result:
+        """All ways with one budget, and exact top-k."""
+        quality = {}
+        for way in WAYS:
+            quality[way.name] = self.decode(budget, way)
+            on_way()
+        return Result(budget, quality | {EXACT: self.exact.quality(self.exact.top(budget))})
 
 
 def prepare(num_subspaces: int, num_bits: int, steps: int) -> Demo:
-    """Builds the index on all but the last `steps` tokens of the sample."""
+    """Builds indices on the first half of the sample, and appends all but the last `steps`."""
     sample = load_sample()
+    # The subspaces hold the cosines and the sines of RoPE's pairs, as is recommended.
     config = IndexerConfig(
         num_subspaces=num_subspaces,
         num_bits=num_bits,
+        grouping="strided",
         sink_size=SINK_SIZE,
         window_size=WINDOW_SIZE,
+        estimate_rest="codes",
     )
-    key = jnp.asarray(sample.key)[None]
+    key, value = (jnp.asarray(x)[None] for x in (sample.key, sample.value))
+    capacity, size = key.shape[1], key.shape[3]
+    half, end = capacity // 2, capacity - steps
+
+    def grown(**ahead: Any) -> PQIndex:
+        index = build_index(key, jnp.array([half], jnp.int32), config, value=value, **ahead)
+        for start in range(half, end, APPENDED):
+            new = key[:, start : min(start + APPENDED, end)]
+            index = append(index, new, config, value=value)
+        return jax.block_until_ready(index)
+
     start = time.perf_counter()
-    lengths = jnp.array([key.shape[1] - steps], jnp.int32)
-    index = jax.block_until_ready(build_index(key, lengths, config))
-    build_seconds = time.perf_counter() - start
-    query = jnp.asarray(sample.query[None, :1], jnp.float32)
+    plain = grown()
+    ahead = grown(rope=Rope.from_base(ROPE_BASE, size, "interleaved"), look_ahead=capacity - half)
     return Demo(
         sample=sample,
         steps=steps,
         config=config,
-        index=index,
-        build_seconds=build_seconds,
-        implementation=_implementation(query, index, config),
+        plain=plain,
+        ahead=ahead,
+        build_seconds=time.perf_counter() - start,
+        implementation=_implementation(sample, DecodeCache(key, value, plain), config),
         exact=Exact(sample, steps),
     )
 
 
-def _implementation(query: jax.Array, index: PQIndex, config: IndexerConfig) -> Implementation:
+def _implementation(sample: Sample, cache: DecodeCache, config: IndexerConfig) -> Implementation:
     """The name of what `implementation=None` picks here."""
     if jax.default_backend() == "gpu":
+        query = jnp.asarray(sample.query[None, :1], jnp.float32)
+        new = query, cache.key[:, :1], cache.value[:, :1]
         try:
-            jax.eval_shape(lambda q, i: select(q, i, config, implementation="triton"), query, index)
+            jax.eval_shape(
+                functools.partial(decode_attention, config=config, implementation="triton"),
+                *new,
+                cache=cache,
+            )
         except NotImplementedError:
             return "xla"
         return "triton"
@@ -202,8 +276,9 @@ def _kilobytes(count: int) -> str:
 
 def facts(demo: Demo) -> list[tuple[str, str]]:
     """What a reader of the table must know, as (name, text)."""
-    config, index, sample = demo.config, demo.index, demo.sample
+    config, index, sample = demo.config, demo.ahead, demo.sample
     capacity, _, size = sample.key.shape
+    half = capacity // 2
     index_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(index))
     key_bytes = sample.key.nbytes
     return [
@@ -219,15 +294,17 @@ def facts(demo: Demo) -> list[tuple[str, str]]:
         ),
         (
             "Index",
-            f"{config.num_subspaces} subspaces x {config.num_bits} bits, built on the first "
-            f"{capacity - demo.steps} tokens in {demo.build_seconds:.1f} s, compilation included; "
-            f"then {demo.steps} decode steps append one token each",
+            f"{config.num_subspaces} subspaces x {config.num_bits} bits, trained on the first "
+            f"{half} tokens, once as they are and once looking {capacity - half} ahead; "
+            f"{capacity - half - demo.steps} tokens appended: {demo.build_seconds:.1f} s, "
+            f"compilation included; then {demo.steps} tokens decoded one by one",
         ),
         (
             "Memory",
             f"{_kilobytes(index_bytes)} for the index (codes {_kilobytes(index.codes.nbytes)}, "
-            f"codebooks {_kilobytes(index.codebooks.nbytes)}), {_kilobytes(key_bytes)} for the "
-            f"keys in float16: {index_bytes / key_bytes:.1%}",
+            f"codebooks {_kilobytes(index.codebooks.nbytes)}, the others for the rest), "
+            f"{_kilobytes(key_bytes)} for the keys in float16: {index_bytes / key_bytes:.1%}; "
+            "only the codes grow with the context",
         ),
         (
             "Always",
@@ -238,64 +315,75 @@ def facts(demo: Demo) -> list[tuple[str, str]]:
 
 
 def show(console: Any, demo: Demo, results: Sequence[Result]) -> None:
-    """Prints the table of results; `console` is a rich Console."""
+    """Prints the tables of results; `console` is a rich Console."""
     from rich import box
     from rich.table import Table
 
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), show_edge=False)
-    for header in (
-        "Budget",
-        "Recall",
-        "Mass kept\nPQ",
-        "\nexact",
-        "Output error\nPQ",
-        "\nexact",
-        "PQ to\nexact",
-        "Step\nms",
-    ):
-        table.add_column(header, justify="right", no_wrap=True)
-    for result in results:
-        table.add_row(
-            f"[bold]{result.budget}[/]",
-            f"{result.recall:.3f}",
-            f"[bold]{result.mass:.4f}[/]",
-            f"{result.exact_mass:.4f}",
-            f"[bold]{result.error:.4f}[/]",
-            f"{result.exact_error:.4f}",
-            f"{result.error_to_exact:.4f}",
-            f"{result.seconds * 1e3:.3f}",
+    names = [*(way.name for way in WAYS), EXACT]
+    for title, of in (("Output error", "error"), ("Attention mass kept", "mass")):
+        table = Table(
+            title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1), show_edge=False
         )
-    console.print(table)
+        for header in ("Budget", *names):
+            table.add_column(header, justify="right", no_wrap=True)
+        for result in results:
+            cells = [f"{getattr(result.quality[name], of):.4f}" for name in names]
+            table.add_row(f"[bold]{result.budget}[/]", *cells)
+        console.print(table, "")
     rows = demo.steps * demo.sample.query.shape[1]
     console.print(
         f"[dim]Means over {rows} rows ({demo.steps} steps, {demo.sample.query.shape[1]} heads). "
-        "Recall: share of the exact top tokens that PQ finds. Mass: share of full attention's "
-        "weights on the attended tokens. Output error: |o - full| / |full|; the third is that of "
-        "PQ's output against exact top-k's. Step: append and select, median of synchronised "
-        "calls.[/]"
+        "Output error: |o - full| / |full|. Mass: share of full attention's weights on the "
+        "attended tokens. Look-ahead: codebooks are trained on keys turned to the positions that "
+        "follow, too. The rest: what is not attended to is estimated. Rerank: the best by their "
+        "keys among 4 times the budget.[/]"
     )
 
 
 def advise(console: Any, demo: Demo, results: Sequence[Result]) -> None:
     """Prints what the figures mean for another model, and what to do next."""
-    best = min(results, key=lambda result: result.error)
+    usual = IndexerConfig().heavy_size
+    result = min(results, key=lambda result: abs(result.budget - usual))
+    plain, *_, best = WAYS
+    errors = (result.quality[name].error for name in (plain.name, best.name, EXACT))
     config = demo.config
     console.print(
-        f"\n[bold]For your own model.[/] At a budget of {best.budget} a head's output moves by "
-        f"{best.error:.1%} of its length on average, by {best.exact_error:.1%} with exact top-k. "
-        "Where the two are far apart, finer codes bring them together: "
-        "--num-subspaces 8 --num-bits 8. Where exact top-k is off too, take a larger budget. "
-        "Heads that look for one token suffer first, so judge by your model's own loss."
+        "\n[bold]For your own model.[/] At a budget of {} a head's output moves by {:.1%} of its "
+        "length on average with plain PQ, by {:.1%} with all of it, by {:.1%} with exact "
+        "top-k.".format(result.budget, *errors)
+        + " Heads that look for one token suffer first, so judge by your model's own predictions, "
+        "for which rerank=8 is recommended."
     )
     console.print(
         f"[bold]Next.[/] IndexerConfig(num_subspaces={config.num_subspaces}, "
-        f"num_bits={config.num_bits}, heavy_size={best.budget}), then build_index on your keys and "
-        "indexer_next in your decode step: README.md, Use."
+        f'num_bits={config.num_bits}, heavy_size={result.budget}, grouping="{config.grouping}", '
+        f'estimate_rest="codes", rerank={best.rerank}), then prefill with rope and look_ahead, and '
+        "decode_attention: README.md, Use."
     )
 
 
+INK, GREY, FAINT = "#24292f", "#767c86", "#c4c9d0"
+BLUES = ("#a9c9ee", "#5d9bdd", "#0b62c4", "#08305f")
+STYLE: dict[Any, Any] = {
+    "font.size": 10.5,
+    "text.color": INK,
+    "axes.edgecolor": FAINT,
+    "axes.labelcolor": INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#e9ecf0",
+    "xtick.color": FAINT,
+    "ytick.color": FAINT,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+    "savefig.facecolor": "white",
+}
+
+
 def draw(path: Path, demo: Demo, results: Sequence[Result]) -> None:
-    """Draws attention mass and output error against the budget."""
+    """Draws output error and attention mass against the budget."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -303,108 +391,70 @@ def draw(path: Path, demo: Demo, results: Sequence[Result]) -> None:
     from matplotlib.ticker import FuncFormatter, NullFormatter
 
     results = sorted(results, key=lambda result: result.budget)
-    budgets = [result.budget for result in results]
-    exact = demo.exact
-    capacity, _, size = demo.sample.key.shape
-    blue, grey, ink, faint = "#0b62c4", "#767c86", "#24292f", "#c4c9d0"
-    style: dict[Any, Any] = {
-        "font.size": 10.5,
-        "text.color": ink,
-        "axes.edgecolor": faint,
-        "axes.labelcolor": ink,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.grid": True,
-        "axes.axisbelow": True,
-        "grid.color": "#e9ecf0",
-        "xtick.color": faint,
-        "ytick.color": faint,
-        "xtick.labelcolor": ink,
-        "ytick.labelcolor": ink,
-        "savefig.facecolor": "white",
-    }
-    panels = (
-        (
-            "Attention mass kept",
-            [result.mass for result in results],
-            [result.exact_mass for result in results],
-            exact.mass(exact.always),
-        ),
-        (
-            "Error of the attention output, relative",
-            [result.error for result in results],
-            [result.exact_error for result in results],
-            relative_error(exact.attend(exact.always), exact.output),
-        ),
-    )
-    with plt.rc_context(style):
-        figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.9))
-        figure.subplots_adjust(left=0.065, right=0.985, bottom=0.15, top=0.78, wspace=0.17)
-        for axes, (title, ours, theirs, floor) in zip((left, right), panels, strict=True):
-            axes.set_xscale("log", base=2)
-            if axes is right:
-                axes.set_yscale("log")
-            axes.axhline(floor, color=grey, linewidth=1.3, linestyle=(0, (1, 2)))
-            axes.fill_between(budgets, ours, theirs, color=blue, alpha=0.07, linewidth=0)
-            axes.plot(budgets, theirs, color=grey, linewidth=2, marker="o", markersize=5)
-            axes.plot(budgets, ours, color=blue, linewidth=2.4, marker="o", markersize=6)
-            axes.set_title(title, loc="left", fontsize=11.5, fontweight="bold", pad=10)
-            axes.set_xticks(budgets, [f"{b}\n{b / capacity:.1%}" for b in budgets])
-            axes.set_xlabel(f"budget: heavy tokens chosen for a head, of {capacity}")
-            axes.minorticks_off()
-            # Exact top-k is the better curve: the upper one of mass, the lower one of error.
-            up = 1 if axes is left else -1
-            middle = (len(budgets) - 1) // 2
-            for text, values, color, side in (
-                ("exact top-k", theirs, grey, up),
-                ("PQ index", ours, blue, -up),
-            ):
-                axes.annotate(
-                    text,
-                    (budgets[middle], values[middle]),
-                    xytext=(-9 * side * up, 9 * side),
-                    textcoords="offset points",
-                    ha="right" if side == up else "left",
-                    va="bottom" if side > 0 else "top",
-                    color=color,
-                    fontweight="bold",
-                )
-            axes.annotate(
-                "sink and window alone",
-                (1, floor),
-                xycoords=("axes fraction", "data"),
-                xytext=(0, 4),
-                textcoords="offset points",
-                ha="right",
-                color=grey,
-            )
-        left.set_ylim(top=1)
-        left.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0%}"))
-        low, high = min(panels[1][2]) / 1.15, max(panels[1][3], *panels[1][1]) * 1.25
-        steps = [digit * 10.0**power for power in range(-6, 2) for digit in (1, 2, 5)]
-        right.set_yticks([value for value in steps if low <= value <= high])
-        right.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
-        right.yaxis.set_minor_formatter(NullFormatter())
-        right.set_ylim(low, high)
-        heads, code_bytes = demo.sample.query.shape[1], demo.index.codes.shape[2]
-        figure.text(
-            0.012,
-            0.955,
-            f"Choosing tokens by codes of {code_bytes} bytes instead of keys of {2 * size}",
-            fontsize=14,
-            fontweight="bold",
-            va="center",
-        )
-        figure.text(
-            0.012,
-            0.895,
-            f"SmolLM2-135M, layer 15, {capacity} tokens of documentation; {SINK_SIZE} sink and "
-            f"{WINDOW_SIZE} window tokens; means over {demo.steps} decode steps, {heads} heads",
-            color=grey,
-            va="center",
-        )
+    names = [*(way.name for way in WAYS), EXACT]
+    with plt.rc_context(STYLE):
+        figure, (left, right) = plt.subplots(1, 2, figsize=(10, 5.2))
+        figure.subplots_adjust(left=0.065, right=0.985, bottom=0.14, top=0.74, wspace=0.17)
+        _draw_lines(left, demo, results, "error", names)
+        # With the rest the same tokens are attended to.
+        _draw_lines(right, demo, results, "mass", [x for x in names if x != ESTIMATED])
+        bold = {"loc": "left", "fontsize": 11.5, "fontweight": "bold", "pad": 10}
+        left.set_title("Error of the attention output, relative", **bold)
+        right.set_title("Attention mass kept", **bold)
+        right.set_ylim(top=1)
+        right.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0%}"))
+        left.set_yscale("log")
+        low, high = left.dataLim.intervaly
+        ticks = [digit * 10.0**power for power in range(-6, 2) for digit in (1, 2, 5)]
+        left.set_yticks([value for value in ticks if 0.85 * low <= value <= 1.3 * high])
+        left.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
+        left.yaxis.set_minor_formatter(NullFormatter())
+        left.set_ylim(0.85 * low, 1.3 * high)
+        _write_head(figure, demo)
+        lines = left.get_legend_handles_labels()
+        place = {"loc": "center left", "bbox_to_anchor": (0.004, 0.845), "frameon": False}
+        figure.legend(*lines, ncols=len(names), **place)
         figure.savefig(path, dpi=160)
         plt.close(figure)
+
+
+def _draw_lines(
+    axes: Any, demo: Demo, results: Sequence[Result], of: str, names: Sequence[str]
+) -> None:
+    """A line for each way, and one for no budget at all."""
+    budgets, capacity = [result.budget for result in results], len(demo.sample.key)
+    colours = dict(zip([way.name for way in WAYS], BLUES, strict=True)) | {EXACT: GREY}
+    for name in names:
+        line = [getattr(result.quality[name], of) for result in results]
+        look = {"color": colours[name], "linestyle": "--" if name == EXACT else "-"}
+        axes.plot(budgets, line, marker="o", markersize=5, label=name, **look)
+    floor = getattr(demo.exact.quality(demo.exact.always), of)
+    axes.axhline(floor, color=GREY, linewidth=1.3, linestyle=(0, (1, 2)))
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(budgets, [f"{b}\n{b / capacity:.1%}" for b in budgets])
+    axes.set_xlabel(f"budget: heavy tokens chosen for a head, of {capacity}")
+    axes.minorticks_off()
+    axes.annotate(
+        "sink and window alone",
+        (1, floor),
+        xycoords=("axes fraction", "data"),
+        xytext=(0, 4),
+        textcoords="offset points",
+        ha="right",
+        color=GREY,
+    )
+
+
+def _write_head(figure: Any, demo: Demo) -> None:
+    capacity, _, size = demo.sample.key.shape
+    about = (
+        f"Codes of {demo.ahead.codes.shape[2]} bytes for keys of {2 * size}: SmolLM2-135M, layer "
+        f"15, {capacity} tokens; sink and window of {SINK_SIZE}; means over {demo.steps} steps, "
+        f"{demo.sample.query.shape[1]} heads"
+    )
+    title = "Decoding the second half of a text with an index of the first"
+    figure.text(0.012, 0.955, title, fontsize=14, fontweight="bold", va="center")
+    figure.text(0.012, 0.898, about, color=GREY, va="center")
 
 
 def _budget(text: str) -> int:
@@ -437,7 +487,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the demo; returns the exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m jax_indexer",
-        description="Decodes over real keys with the PQ indexer, and compares with exact top-k.",
+        description="Decodes the second half of a real text with an index of the first half.",
     )
     parser.add_argument(
         "--budgets",
@@ -473,28 +523,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     steps = QUICK_STEPS if options.quick else STEPS
     console = Console(highlight=False)
     try:
-        with console.status("building the index"):
+        with console.status("building indices"):
             demo = prepare(options.num_subspaces, options.num_bits, steps)
     except ValueError as problem:
         parser.error(str(problem))
     facts_table = Table.grid(padding=(0, 2, 0, 0))
     for name, text in facts(demo):
         facts_table.add_row(f"[bold]{name}[/]", text)
-    console.print("[bold]PQ index against exact top-k, on real keys[/]\n")
+    console.print("[bold]The second half of a text, decoded with an index of the first[/]\n")
     console.print(facts_table, "")
-    results = []
-    with Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("steps"),
-        console=console,
-        transient=True,
-    ) as bar:
-        task = bar.add_task("", total=len(options.budgets) * steps)
-        for budget in options.budgets:
-            bar.update(task, description=f"decoding with budget {budget}")
-            results.append(demo.decode(budget, lambda: bar.advance(task)))
+    with (
+        Progress(
+            TextColumn("decoding"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            console=console,
+            transient=True,
+        ) as bar,
+        ThreadPoolExecutor() as pool,  # most of the time is spent compiling
+    ):
+        task = bar.add_task("", total=len(options.budgets) * len(WAYS))
+        compare = functools.partial(demo.compare, on_way=lambda: bar.advance(task))
+        results = list(pool.map(compare, options.budgets))
     show(console, demo, results)
     advise(console, demo, results)
     draw(options.out, demo, results)

@@ -258,7 +258,8 @@ def prefill(
 
     To decode about as if with full attention: `IndexerConfig(cells=True, rerank=8,
     estimate_rest="codes")`, with `grouping="strided"` where RoPE's pairs are interleaved, and
-    `look_ahead` where about as many tokens follow as a prompt has. The defaults are the fastest.
+    `look_ahead` for the tokens that follow, with 3 copies where these are about as many as a prompt
+    has and 1 where they are far fewer. `rerank=16` comes closer; the defaults are the fastest.
 
     Args:
       key: [B, s, K, H] ("BSKH") or [B, K, s, H] ("BKSH"), keys of prompts of up to s tokens, in the

@@ -17,6 +17,7 @@ from benchmarks import (
     ceilings,
     clock,
     decode,
+    frontier,
     jax_steps,
     layer,
     layer_steps,
@@ -737,7 +738,10 @@ def test_without_rich_progress_and_tables_are_plain_lines(monkeypatch, capsys):
 
 # The report
 
-OLD_README = f"# Title\n\nbefore\n\n{report.BEGIN}\nstale section\n{report.END}\n\nafter\n"
+OLD_README = (
+    f"# Title\n\nbefore\n\n{report.BEGIN}\nstale section\n{report.END}\n\n"
+    f"{report.QUALITY_BEGIN}\nolder\n{report.QUALITY_END}\n\nafter\n"
+)
 
 
 def stats(us):
@@ -787,6 +791,7 @@ def gpu_results(
 def folder(tmp_path, monkeypatch):
     """A project with a README, and no committed results yet."""
     monkeypatch.setattr(report, "RESULTS", tmp_path)
+    monkeypatch.setattr(report, "EVALUATIONS", tmp_path / "evaluations")
     monkeypatch.setattr(report, "README", tmp_path / "README.md")
     (tmp_path / "README.md").write_text(OLD_README)
     return tmp_path
@@ -1048,6 +1053,31 @@ def test_a_sweep_of_layers_has_the_selector_that_a_user_gets(gpu):
     )
 
 
+def test_a_frontier_has_what_reranks_beside_full_attention_once(gpu):
+    groups = list(layer.chosen_rows(parsed(FRONTIER)))
+    names = {group[0].workload.name: [x.implementation.name for x in group] for group in groups}
+    beside = [name for name, found in names.items() if found == ["jax:cells", "jax:full-cudnn"]]
+    assert beside == ["llama-128k-b4", "llama-128k-b4 --B 1"]
+    assert sum(found == ["jax:cells"] for found in names.values()) == len(names) - 2
+    assert {row.sweep for group in groups for row in group} == {"frontier"}
+    for name in names:
+        (again,) = layer.chosen_workloads(parsed(results.command_of("layer", name, "jax:cells")))
+        assert again.name == name
+
+
+def test_points_of_a_frontier_are_timed_cold(folder, gpu, monkeypatch):
+    monkeypatch.setattr(layer, "POINTS", layer.pools("codes", 1, 2, B=1, L=131))
+    words = "--frontier --workload small-grouped --implementation jax:xla"
+    status, rows = of_layer(folder / "a.json", words)
+    assert status == 0
+    for row in rows:
+        assert (row["status"], row["sweep"]) == ("ok", "frontier")
+        assert 16 <= row["cold"]["median"] <= 18
+        assert "call" not in row
+    assert main(["report"]) == 0
+    assert "small-grouped --B 1 --L 131" not in texts(folder)[1]  # no row of other tables
+
+
 def wrong_output(out, before, after):
     return out.at[-1, 0, 3].multiply(1.1), after
 
@@ -1096,7 +1126,10 @@ def test_full_attention_that_misses_tokens_is_not_timed(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["jax:cells", "jax:threshold"])
-@pytest.mark.parametrize("workload", ["llama-128k-b4", "layers-b2", "steps-b1"])
+@pytest.mark.parametrize(
+    "workload",
+    ["llama-128k-b4", "llama-128k-b4 --rerank 8 --estimate-rest codes", "layers-b2", "steps-b1"],
+)
 def test_layers_lower_for_a_gpu(name, workload, monkeypatch):
     found = []
 
@@ -1105,11 +1138,11 @@ def test_layers_lower_for_a_gpu(name, workload, monkeypatch):
         found.append(lowered(function, *arguments, **options))
 
     monkeypatch.setattr(layer_steps, "Program", lower)
+    (w,) = layer.chosen_workloads(parsed(results.command_of("layer", workload, name)))
     with an_h100():
-        known = layer.LAYERS | layer.SCANS
-        layer.IMPLEMENTATIONS[name].programs(known[workload], Forms(None))
-    assert len(found) == 2
-    assert all("triton" in text for text in found)
+        layer.IMPLEMENTATIONS[name].programs(w, Forms(None))
+    # What a pool is checked by is XLA's.
+    assert ["triton" in text for text in found] == [w.config.rerank == 1, True]
 
 
 @pytest.mark.parametrize(
@@ -1145,6 +1178,115 @@ def test_the_readmes_table_is_about_whole_layers_once_they_are_measured(folder):
     )
     assert lines[1] in document
     assert "| `llama-32k`: 1 row, 32k tokens | 20.0 `top_k` |" in document
+
+
+# The frontier
+
+FRONTIER = "python -m benchmarks layer --frontier"
+BALANCED = {"rerank": 8, "estimate_rest": "codes"}
+
+
+def timed_frontier(monkeypatch):
+    """The rows of `layer --frontier`: 30 us, but 20 for one row and 500 for full attention."""
+    with monkeypatch.context() as patch:
+        patch.setattr(results, "has_gpu", lambda: True)
+        rows = [x for group in layer.chosen_rows(parsed(FRONTIER)) for x in group]
+    for row in rows:
+        of_full = row.implementation.name == "jax:full-cudnn"
+        us = 500.0 if of_full else 30.0 if row.workload.B == 4 else 20.0
+        row.numbers, row.done = {"cold": stats(us)}, True
+    return rows
+
+
+def evaluated(option, divergence, budget=128, grouping="strided", **config):
+    """A row of `examples.evaluate`."""
+    sizes = {"num_subspaces": 2, "num_bits": 6, "heavy_size": budget, "rerank": 1}
+    about = {"estimate_rest": False, "grouping": grouping, "copies": 1, "window_size": 64}
+    says = {"divergence": divergence, "ratio": 1.5, "agreement": 0.75}
+    return {"option": option, "budget": budget, "config": sizes | about | config, **says}
+
+
+def evaluation(folder, rows, text="documentation"):
+    """A results file of `examples.evaluate`."""
+    about = {"time": "2026-01-03", "command": "python -m examples.evaluate", "commit": "fedcba"}
+    about |= {"dirty": False, "machine": results.describe_machine(), "seconds": 2.0}
+    about |= {"model": "smollm2", "text": text, "length": 8192, "prompt": 7168, "tokens": 1024}
+    (folder / "evaluations").mkdir(exist_ok=True)
+    path = folder / "evaluations" / f"gpu-frontier-{text}.json"
+    path.write_text(json.dumps(about | {"rows": rows}))
+
+
+def test_a_frontier_joins_times_and_what_a_model_says(folder, monkeypatch):
+    gpu_results(folder, kind="layer", rows=timed_frontier(monkeypatch))
+    rows = [
+        evaluated("contiguous", 0.1),
+        evaluated("fast", 0.4),
+        evaluated("balanced", 0.02, **BALANCED),
+        evaluated("rerank-4", 0.3, rerank=4, grouping="contiguous"),
+        evaluated("rerank-4", 0.2, rerank=4),
+        evaluated("exact", 0.03),
+    ]
+    evaluation(folder, rows)
+    evaluation(folder, [evaluated("balanced", 0.0025, **BALANCED)], text="source")
+    assert main(["report"]) == 0
+    assert main(["report", "--check"]) == 0
+    readme, document = texts(folder)
+    lines = document.splitlines()
+    for line in (
+        # The recommended codebooks, else the best.
+        "| 2 x 6 bits | 128 | 1 | no | 30.0 | 20.0 | 0.4 | 1.500 | 0.750 | - | - | - | fast |",
+        "| 2 x 6 bits | 128 | 4 | no | 30.0 | 20.0 | 0.2 | 1.500 | 0.750 | - | - | - | - |",
+        "| 2 x 6 bits | 128 | 8 | codes | 30.0 | 20.0 | 0.02 | 1.500 | 0.750 | 0.0025 | 1.500 "
+        "| 0.750 | balanced |",
+        "| 2 x 6 bits | 64 | 8 | codes | 30.0 | - | - | - | - | - | - | - | - |",
+        "| exact top-k | 128 | - | - | - | - | 0.03 | 1.500 | 0.750 | - | - | - | - |",
+        "| full attention | - | - | - | 500 | 500 | - | - | - | - | - | - | - |",
+        "| 4 | mean | 20.0 | 20.0 | 20.0 |",
+    ):
+        assert line in lines
+    for line in (
+        "| `fast` | 0.4 | - | 30.0 | 20.0 |",
+        "| `balanced` | 0.02 | 0.0025 | 30.0 | 20.0 |",
+        "| `near-exact` | - | - | - | - |",
+        "| exact top-k of 128 | 0.03 | - | - | - |",
+        "| full attention | - | - | 500 | 500 |",
+    ):
+        assert line in readme.splitlines()
+    assert "older" not in readme
+    assert (folder / "frontier.png").read_bytes().startswith(b"\x89PNG")
+    assert document.count("(frontier.png)") == 1
+    assert "](../../examples/results/gpu-frontier-source.json)" in document
+
+
+def test_a_frontier_without_a_model_is_a_table_of_times(folder, monkeypatch):
+    gpu_results(folder, kind="layer", rows=timed_frontier(monkeypatch))
+    assert main(["report"]) == 0
+    readme, document = texts(folder)
+    assert "| 2 x 6 bits | 128 | 1 | no | 30.0 | 20.0 |" in document.splitlines()
+    assert "older" in readme
+    assert not (folder / "frontier.png").exists()
+
+
+def test_points_that_differ_in_one_thing_are_a_line(monkeypatch, folder):
+    gpu_results(folder, kind="layer", rows=timed_frontier(monkeypatch))
+    times = frontier.times_of(results.load([folder / "a.json"]))
+    found = [frontier.Point(config, 1.0, 0.5) for config in times[4, 2**17] if config]
+    sizes = {name: len(line) for name, line in frontier.families(found).items()}
+    assert sizes == {
+        "no rest": 6,
+        frontier.OTHER_BUDGETS: 4,
+        "rest by codes": 6,
+        "rest by mean": 3,
+        "2 x 5 bits, rest by codes": 2,
+        "4 x 3 bits, rest by codes": 2,
+    }
+
+
+def test_an_evaluation_without_configs_is_named(folder, monkeypatch, capsys):
+    gpu_results(folder, kind="layer", rows=timed_frontier(monkeypatch))
+    evaluation(folder, [{"option": "fast", "budget": 128, "divergence": 0.5}])
+    assert main(["report"]) == 1
+    assert "gpu-frontier-documentation.json: expected an eval" in capsys.readouterr().out
 
 
 # build and decode
