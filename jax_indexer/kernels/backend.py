@@ -74,6 +74,14 @@ def barrier() -> None:
         plgpu.debug_barrier()
 
 
+def lanes(number: int) -> jax.Array:
+    """int32[number]: 0, 1, and so on, which the compiler does not know to be neighbours.
+
+    It would give a thread neighbours to load and others to store, and exchange them in between.
+    """
+    return jnp.minimum(jnp.arange(number, dtype=jnp.int32), number - 1)
+
+
 def cos_and_sin(angle: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Of angles in [-pi, pi], off by 2**-20 at the most: one instruction each.
 

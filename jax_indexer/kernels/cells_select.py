@@ -84,6 +84,9 @@ class Outputs(NamedTuple):
       bits_before: how many bits are set before each word, likewise.
       weighed: f32[R, Q, n], for what weighs candidates; None if nothing does.
       left: i32[R, Q, cells + 1], candidates in each cell that are no winners, or None.
+      lost: f32[R, Q, cells], for what candidates of a pool weigh, or None.
+      own: i32[R, Q, n], for each winner its cell, with the place where the cell's winners begin if
+        they are from its list, else the complement of the cell; or None.
     """
 
     indices: Any
@@ -96,6 +99,8 @@ class Outputs(NamedTuple):
     bits_before: Any
     weighed: Any
     left: Any
+    lost: Any
+    own: Any
 
 
 class Part(NamedTuple):
@@ -248,10 +253,9 @@ class Search(NamedTuple):
             power_of_2_from(self.sealing.most_tail(self.step.S)),
             power_of_2_from(num_cells) // MOST_PARTS,
         )
-        lane = jnp.arange(size, dtype=jnp.int32)
+        lane = backend.lanes(size)
         parts = []
         for first_cell in range(0, num_cells, size):
-            # Not known to be neighbours, as the places are not that it is put to: one layout.
             cell = jnp.minimum(first_cell + lane, num_cells - 1)
             length = jnp.maximum(self.starts(0, cell + 1) - self.starts(0, cell), 0)
             exists = first_cell + lane < num_cells
@@ -337,6 +341,8 @@ class Search(NamedTuple):
         position = backend.load(self.inputs.order.at[self.kv_row, entry], mask=exists, other=0)
         into = outputs.positions.at[self.kv_row, self.query, place]
         backend.store(into, position, mask=exists)
+        if outputs.own is not None:
+            backend.store(outputs.own.at[self.kv_row, self.query, place], both, mask=exists)
 
     def look_for_tied(self, taken: Taken) -> Array:
         """Writes positions of the first tokens at the cut, if need be; how many winners now."""
@@ -352,6 +358,7 @@ class Search(NamedTuple):
             found &= into < budget
             at = self.outputs.positions.at[self.kv_row, self.query, into]
             backend.store(at, token, mask=found)
+            self.put_own(token, into, found)
             if self.outputs.left is not None:
                 self.leave(token, found, -1)
             return begin + TIED_BLOCK, jnp.max(until)
@@ -459,6 +466,19 @@ class Search(NamedTuple):
         place = jnp.where(mask, place, scratch.shape[2])
         backend.store(scratch.at[self.kv_row, self.query, place], position, mask=mask)
 
+    def put_member(self, position: Array, place: Array, mask: Array) -> None:
+        """Likewise, winners that are from no list of a cell."""
+        self.put_in_scratch(position, place, mask)
+        self.put_own(position, place, mask)
+
+    def put_own(self, position: Array, place: Array, mask: Array) -> None:
+        """Writes the cells of winners that are from no list, where these are asked for."""
+        own = self.outputs.own
+        if own is not None:
+            place = jnp.where(mask, place, own.shape[2])
+            cell = self.scores.cells_of(jnp.where(mask, position, 0), mask)
+            backend.store(own.at[self.kv_row, self.query, place], ~cell, mask=mask)
+
     def find(
         self,
         fits: Array,
@@ -510,7 +530,7 @@ def search_for(
     length = inputs.lengths.lengths[row]
     sealed = sealed_at(length, inputs.base[row], sealing, step.S)
     state = progress(length, sealed, sealing, step.S)
-    place = jnp.arange(max(power_of_2_from(step.budget), 32 * num_warps), dtype=jnp.int32)
+    place = backend.lanes(max(power_of_2_from(step.budget), 32 * num_warps))
     return Search(step, sealing, inputs, outputs, kv_row, query, plan, sealed, state, place)
 
 
@@ -647,6 +667,8 @@ def search_launch(
             bits_before=integers(num_words) if num_words else None,
             weighed=None,
             left=None,
+            lost=None,
+            own=None,
         ),
         programs=step.R * step.Q,
         in_place=("weights",),

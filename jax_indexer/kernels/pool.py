@@ -17,12 +17,14 @@ from jaxtyping import Float, Int32
 
 from jax_indexer.kernels import backend
 from jax_indexer.kernels.attend import (
+    ROWS,
     Ended,
     Parts,
     Softmax,
     attend,
     block_of,
     merge_two,
+    padded,
     read_logits,
     read_parts,
     read_query,
@@ -42,16 +44,17 @@ from jax_indexer.kernels.best import (
     reduced_together,
 )
 from jax_indexer.kernels.cells_select import (
+    FIRST_BITS,
     Inputs,
     Outputs,
     Scores,
+    Search,
     search_for,
     search_launch,
 )
 from jax_indexer.kernels.lookup_table import Tables
 from jax_indexer.kernels.rest import (
     Members,
-    Others,
     Rest,
     Sources,
     Weighed,
@@ -66,6 +69,8 @@ from jax_indexer.state import PQIndex, Sealing
 
 # Positions of a cache, at the most, whose weights a search adds up: it counts in float32.
 MOST_COUNTED = 1 << 24
+# Entries of a pool that are in no list of a cell, of which sums are made at once.
+OTHERS_AT_ONCE = 64
 
 
 class EndInputs(NamedTuple):
@@ -123,7 +128,7 @@ class End(NamedTuple):
     @property
     def slots(self) -> Array:
         """One for each entry, and more: Triton's passes fail for vectors of one element."""
-        return jnp.arange(max(power_of_2_from(self.step.pooled), 32), dtype=jnp.int32)
+        return backend.lanes(max(power_of_2_from(self.step.pooled), 32))
 
     @property
     def is_short(self) -> Array:
@@ -164,34 +169,36 @@ class End(NamedTuple):
 
         return in_blocks(some, self.number, self.step.pooled, block)
 
-    def rank_keys(self, query: Array, block: int) -> None:
+    def rank_keys(self, query: Array) -> None:
         """Writes the ranks of true inner products to scratch."""
-        place, by_key = self.place, self.scratch.by_key
+        place, by_key, cache = self.place, self.scratch.by_key, self.inputs.key
+        most = self.step.tuning.pooled_bytes // (padded(cache.shape[3]) * cache.dtype.itemsize)
+        block = max(min(most, power_of_2_from(self.step.pooled) // 4), ROWS)
 
-        def products(first):
-            slot = first + jnp.arange(block, dtype=jnp.int32)
-            key = self.rows(self.inputs.key, *self.entries(slot)).astype(jnp.float32)
-            return slot, jnp.sum(key * query[None, :], axis=1)
+        def slots(i):
+            return i * block + jnp.arange(block, dtype=jnp.int32)
 
-        def put(slot, product):
+        def keys(i):
+            return self.rows(cache, *self.entries(slots(i)))
+
+        def rank(i, key):
+            product = jnp.sum(key.astype(jnp.float32) * query[None, :], axis=1)
+            slot = slots(i)
             mask = slot < self.step.pooled
             into = jnp.where(mask, slot, self.step.pooled)
             backend.store(by_key.at[(*place.of_kv, into)], ordered(product), mask=mask)
 
-        blocks = pl.cdiv(self.step.pooled, block)
-        at_once = min(blocks, self.step.tuning.pooled_at_once)
+        def two(i, first):
+            # While one block is multiplied the next is on its way, in registers of its own: to move
+            # keys from one to another is to wait for them.
+            second = keys(2 * i + 1)
+            rank(2 * i, first)
+            following = keys(2 * i + 2)
+            rank(2 * i + 1, second)
+            return following
 
-        def some(i, carry):
-            # All are on their way before one is waited for.
-            for found in [products((i * at_once + j) * block) for j in range(at_once)]:
-                put(*found)
-            return carry
-
-        if at_once == blocks:
-            some(0, 0)
-        else:
-            size = at_once * block
-            lax.fori_loop(0, lax.div(self.number + (size - 1), jnp.int32(size)), some, 0)
+        turns = lax.div(self.number + (2 * block - 1), jnp.int32(2 * block))
+        lax.fori_loop(0, turns, two, keys(0))
 
     def winners(self, position: Array, rank: Array) -> Array:
         """Which of the pool are attended to: the best; of those at the cut the lowest positions."""
@@ -211,7 +218,7 @@ class End(NamedTuple):
     def best_of_pool(self, query: Array, logits: Logits, block: int) -> tuple[Softmax, Members]:
         """Attention to the winners, and what is known of all of the pool."""
         place, scratch, size = self.place, self.scratch, self.step.pooled
-        self.rank_keys(query, block)
+        self.rank_keys(query)
         backend.barrier()
         position, exists = self.entries(self.slots)
         live = self.in_pool(position, exists)
@@ -240,6 +247,55 @@ class End(NamedTuple):
         is_candidate = live & ~self.is_short
         lost = jnp.where(is_candidate & ~winner & (logit < jnp.inf), logit, -jnp.inf)
         return found, Members.of(position, is_candidate, logit, lost)
+
+    def put_lost(self, pool: Members, search: Search, by: tuple[int, int]) -> list[Array]:
+        """Writes what losers of listed cells weigh to the cells; others' sums are by code."""
+        at, slot, config = self.place.of_kv, self.slots, self.step.config
+        own_of = search.outputs.own
+        own = backend.load(own_of.at[(*at, slot)], mask=pool.is_candidate, other=-1)
+        following = jnp.minimum(slot + 1, self.step.pooled)
+        following_of = backend.load(
+            own_of.at[(*at, following)], mask=following < self.number, other=-1
+        )
+        # Listed tokens of a cell lie side by side, and these before all others.
+        is_listed = own >= 0
+        until = jnp.cumsum(jnp.where(is_listed, pool.lost, 0))
+        mask = slot < self.step.pooled
+        into = jnp.where(mask, slot, self.step.pooled)
+        backend.barrier()
+        for scratch, x in ((self.scratch.by_key, until), (self.scratch.winning, pool.lost)):
+            bits = lax.bitcast_convert_type(jnp.where(pool.is_candidate, x, 0), jnp.int32)
+            backend.store(scratch.at[(*at, into)], bits, mask=mask)
+        listed = jnp.max(jnp.where(is_listed, slot + 1, 0))
+        cell, begin = (own >> FIRST_BITS), own & ((1 << FIRST_BITS) - 1)
+        ends = is_listed & ((following_of < 0) | (following_of >> FIRST_BITS != cell))
+        ends &= (cell < config.num_cells) & (begin <= slot)
+        backend.barrier()
+
+        def read(scratch: Any, place: Array, wanted: Array) -> Array:
+            bits = backend.load(scratch.at[(*at, place)], mask=wanted, other=0)
+            return lax.bitcast_convert_type(bits, jnp.float32)
+
+        before = read(self.scratch.by_key, jnp.maximum(begin - 1, 0), ends & (begin > 0))
+        into = jnp.where(ends, cell, 0)
+        backend.store(search.outputs.lost.at[(*at, into)], until - before, mask=ends)
+
+        def some(i, sums):
+            slot = listed + i * OTHERS_AT_ONCE + jnp.arange(OTHERS_AT_ONCE, dtype=jnp.int32)
+            exists = slot < self.number
+            slot = jnp.where(exists, slot, 0)
+            cell = ~backend.load(own_of.at[(*at, slot)], mask=exists, other=-1)
+            amount = read(self.scratch.winning, slot, exists)
+            codes = (
+                cell >> (config.num_bits * (config.num_subspaces - 1 - m)) & (by[1] - 1)
+                for m in range(by[0])
+            )
+            return [x + by_code(code, by[1], amount) for x, code in zip(sums, codes, strict=True)]
+
+        turns = lax.div(self.number - listed + (OTHERS_AT_ONCE - 1), jnp.int32(OTHERS_AT_ONCE))
+        others = lax.fori_loop(0, turns, some, [jnp.zeros(by[1], jnp.float32)] * by[0])
+        backend.barrier()
+        return others
 
     def by_codes(self, amount: Array, scores: Scores, by: tuple[int, int]) -> list[Array]:
         """Sums of what the pool's entries have, 0 for what is no candidate, by code."""
@@ -272,9 +328,9 @@ class End(NamedTuple):
         self,
         output: Attention,
         scores: Scores,
-        others: Callable[[Rest, Members], Others],
+        estimate: Callable[[Rest, Members], Softmax],
     ) -> None:
-        """Attends, and writes the output; `others` says what candidates outside the pool weigh."""
+        """Attends, and writes the output; `estimate` takes what is known of the pool."""
         place, value_size = self.place, self.inputs.value.shape[3]
         tuning = self.step.tuning
         block = block_of(self.inputs.query.shape[3], value_size, tuning.attended_tile, tuning)
@@ -284,14 +340,12 @@ class End(NamedTuple):
         else:
             found = self.all_of_pool(query, logits, block)
             position, exists = self.entries(self.slots)
-            pool = Members(
-                position, exists & ~self.is_short, None, None, found.largest, found.total
-            )
+            is_candidate = exists & ~self.is_short
+            pool = Members(position, is_candidate, None, None, found.largest, found.total)
         found = merge_two(read_parts(self.inputs.known, *place.at), found)
         if self.inputs.rest is not None:
             rest = Rest(self.step, scores, place, logits, self.inputs.rest)
-            by_codes = functools.partial(self.by_codes, scores=scores, by=rest.by)
-            found = merge_two(found, rest.estimate(pool, others(rest, pool), by_codes))
+            found = merge_two(found, estimate(rest, pool))
         write_output(output, *place.at, found)
 
 
@@ -370,10 +424,13 @@ def cells_pool_kernel(
     )
     fits = search.state_fits()
     write_length(inputs.search.lengths, outputs.lengths, place.row, place.head == 0)
-    weigh, put = None, search.put_in_scratch
+    if outputs.search.lost is not None:
+        cell = jnp.arange(step.config.num_cells, dtype=jnp.int32)
+        backend.store(outputs.search.lost.at[(*place.of_kv, cell)], jnp.zeros(cell.size))
+    weigh, fill, put = None, search.put_in_scratch, search.put_member
     if inputs.end.rest is not None:
         weigh = functools.partial(weigh_cells, read_logits(inputs.end.logits), search)
-    search.find(fits, put, put, lambda count: None, weigh)
+    search.find(fits, fill, put, lambda count: None, weigh)
     number = plan_of_pool.between(step.config)
 
     @pl.when(plan_of_pool.num_heavy == 0)  # all of a short context is listed
@@ -387,7 +444,12 @@ def cells_pool_kernel(
         return backend.load(outputs.search.positions.at[(*place.of_kv, slot)], mask=exists, other=0)
 
     end = End(step, inputs.end, outputs.scratch, place, plan, number, position_of)
-    end.write(outputs.output, search.scores, lambda rest, _: rest.of_cells(search, fits))
+
+    def estimate(rest: Rest, pool: Members) -> Softmax:
+        put_lost = functools.partial(end.put_lost, search=search, by=rest.by)
+        return rest.of_cells(search, fits, pool, put_lost)
+
+    end.write(outputs.output, search.scores, estimate)
 
 
 def attend_pool_of_cells(
@@ -411,13 +473,15 @@ def attend_pool_of_cells(
     assert index.cells is not None
     codes = step.by_rows(index.codes)
     search, _ = search_launch(step.of_pool, tables, codes, after, index.cells, None, layer)
-    does_more = step.config.rerank > 1 or step.config.estimate_rest == "codes"
-    num_warps = step.tuning.warps_for_pool(step.config.num_cells, does_more)
+    rest, reranks = step.config.estimate_rest, step.config.rerank > 1
+    num_warps = step.tuning.warps_for_pool(step.config.num_cells, reranks or rest == "codes")
 
     def integers(*sizes: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((step.R, step.Q, *sizes), np.int32)
 
-    rest = step.config.estimate_rest
+    lost = None
+    if rest == "codes" and reranks:
+        lost = jax.ShapeDtypeStruct((step.R, step.Q, step.config.num_cells), np.float32)
     scratch = search.outputs._replace(
         indices=None,
         counts=None,
@@ -426,6 +490,8 @@ def attend_pool_of_cells(
         positions=integers(step.pooled + PAIRS_AT_ONCE),
         weighed=jax.ShapeDtypeStruct((step.R, step.Q, 6), np.float32) if rest else None,
         left=integers(step.config.num_cells + 1) if rest == "codes" else None,
+        lost=lost,
+        own=None if lost is None else integers(step.pooled + 1),
     )
     output, lengths_after = shapes_of_end(query, caches.value.shape[-1], lengths, after, layer)
     what = backend.Launch(
@@ -487,7 +553,12 @@ def attend_pool_kernel(program, inputs: PoolInputs, outputs: PoolOutputs, *, ste
     number = plan_of_pool.between(step.config)
     end = End(step, inputs.end, outputs.scratch, place, plan, number, position_of)
     scores = Scores(step, inputs.search.table, inputs.search.codes, *place.of_kv)
-    end.write(outputs.output, scores, Rest.of_parts)
+
+    def estimate(rest: Rest, pool: Members) -> Softmax:
+        by_codes = functools.partial(end.by_codes, scores=scores, by=rest.by)
+        return rest.of_parts(pool, by_codes)
+
+    end.write(outputs.output, scores, estimate)
 
 
 def attend_pool(

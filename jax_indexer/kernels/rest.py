@@ -106,20 +106,28 @@ class Members(NamedTuple):
         return cls(position, is_candidate, lost, largest_lost, largest, total)
 
 
-class Others(NamedTuple):
-    """Candidates outside of a pool.
+class Relative(NamedTuple):
+    """What weights of the rest are made relative to the same logit by.
 
     Attributes:
-      largest: the largest of their logits by PQ.
-      weights: f32[C'] for each of M', sums of exp(logit - largest) by code.
-      of_pool: the largest logit in the pool, and the total relative to it.
-      too_much: what the lanes of the pool have in `weights`, or None.
+      largest: that logit.
+      others: factor of candidates outside of the pool, with the correction of what PQ says.
+      lost: factor of `Members.lost`, None where that is.
     """
 
     largest: Array
-    weights: list[Array]
-    of_pool: tuple[Array, Array]
-    too_much: Array | None
+    others: Array
+    lost: Array | None
+
+    @classmethod
+    def of(cls, pool: Members, largest: Array, of_pool: tuple[Array, Array]) -> "Relative":
+        """From the largest logit by PQ of others, and the pool's, with the total relative to it."""
+        others, lost = largest, None
+        if pool.largest_lost is not None:
+            largest = jnp.maximum(largest, pool.largest_lost)
+            lost = jnp.exp(pool.largest_lost - finite(largest))
+        correction = corrected_by(pool.largest, pool.total, *of_pool)
+        return cls(largest, correction * jnp.exp(others - finite(largest)), lost)
 
 
 def by_code(code: Array, number: int, amount: Array) -> Array:
@@ -199,9 +207,23 @@ class Rest(NamedTuple):
         """M' and C'."""
         return self.sources.counts.shape[1:3]
 
-    def of_cells(self, search: Search, fits: Array) -> Others:
-        """What a search left, with its scratch `weighed` and `left`."""
+    def of_cells(
+        self,
+        search: Search,
+        fits: Array,
+        pool: Members,
+        put_lost: Callable[[Members], list[Array]],
+    ) -> Softmax:
+        """Candidates that are not attended to, where a search left its `weighed` and `left`.
+
+        Args:
+          search: the search.
+          fits: whether its state did.
+          pool: what is known of the pool.
+          put_lost: writes `lost` for most of the pool, and returns sums by code of the others.
+        """
         usable = fits & (search.plan.num_heavy > 0)
+        means = self.read_means()
 
         def read(i, other):
             at = search.outputs.weighed.at[(*self.place.of_kv, jnp.int32(i))]
@@ -210,15 +232,27 @@ class Rest(NamedTuple):
         below, at_cut, of_pool = (read(i, -jnp.inf) for i in range(3))
         total_below, number, total = (read(i, 0.0) for i in range(3, 6))
         largest = jnp.maximum(below, at_cut)
-        others = Others(largest, [], (of_pool, total), None)
+        relative = Relative.of(pool, largest, (of_pool, total))
         if self.by[1] > 1:
-            return others._replace(weights=self.left_by_code(search, usable, largest))
+            lost = None if pool.lost is None else put_lost(pool)
+            weights = self.by_code(search, usable, largest, relative, lost)
+            return with_values(relative.largest, weights, means)
         of_cut = number * jnp.exp(at_cut - finite(largest))
         weight = total_below * jnp.exp(below - finite(largest)) + of_cut
-        return others._replace(weights=[weight[None]])
+        weight *= relative.others
+        if pool.lost is not None:
+            weight += relative.lost * jnp.sum(pool.lost)
+        return with_values(relative.largest, [weight[None]], means)
 
-    def left_by_code(self, search: Search, usable: Array, largest: Array) -> list[Array]:
-        """What is left weighs, relative to the largest logit, by code."""
+    def by_code(
+        self,
+        search: Search,
+        usable: Array,
+        largest: Array,
+        relative: Relative,
+        lost: list[Array] | None,
+    ) -> list[Array]:
+        """What is not attended to weighs, by code; `lost` is what is in no list of a cell."""
         config, by = self.step.config, self.by[0]
         C, M = config.num_centroids, config.num_subspaces
         code = jnp.arange(C, dtype=jnp.int32)[:, None]
@@ -237,16 +271,27 @@ class Rest(NamedTuple):
                 mask=jnp.broadcast_to(usable, cell.shape),
                 other=0,
             )
-            return Scored.of(rank, left, self.logits).weights(largest)
+            weight = relative.others * Scored.of(rank, left, self.logits).weights(largest)
+            if lost is None:
+                return weight
+            return weight + relative.lost * search.outputs.lost[(*self.place.of_kv, cell)]
 
         first = weights(0)
         sums = [jnp.sum(first, axis=1)]
         if M == 2:  # all others are one subspace
             sums += [jnp.sum(first, axis=0)]
-        return sums + [jnp.sum(weights(m), axis=1) for m in range(len(sums), by)]
+        sums += [jnp.sum(weights(m), axis=1) for m in range(len(sums), by)]
+        if lost is not None:
+            sums = [x + relative.lost * y for x, y in zip(sums, lost, strict=True)]
+        return sums
 
-    def of_parts(self, pool: Members) -> Others:
-        """What was weighed before, token by token."""
+    def of_parts(self, pool: Members, by_codes: Callable[[Array], list[Array]]) -> Softmax:
+        """Candidates that are not attended to, where they were weighed token by token.
+
+        Args:
+          pool: what is known of the pool.
+          by_codes: sums what lanes of the pool have by code, in each of M' subspaces.
+        """
         weighed, (by, number) = self.sources.weighed, self.by
         assert weighed is not None
         score = self.scores.ranks_of_tokens(pool.position, pool.is_candidate)
@@ -266,65 +311,60 @@ class Rest(NamedTuple):
         )
         weights = [x + weight * at.astype(jnp.float32) for x, at in zip(below, at_cut, strict=True)]
         most = of_pool.largest()
-        total = jnp.sum(of_pool.weights(most))
-        return Others(largest, weights, (most, total), jnp.where(in_pool, weight, 0))
-
-    def estimate(
-        self, pool: Members, others: Others, by_codes: Callable[[Array], list[Array]]
-    ) -> Softmax:
-        """Candidates that are not attended to, as a part of the softmax.
-
-        Args:
-          pool: what is known of the pool.
-          others: likewise, of other candidates.
-          by_codes: sums what lanes of the pool have by code, in each of M' subspaces.
-        """
-        correction = corrected_by(pool.largest, pool.total, *others.of_pool)
-        largest, amount = others.largest, None
+        relative = Relative.of(pool, largest, (most, jnp.sum(of_pool.weights(most))))
+        # The pool's own tokens at the cut are among those counted there.
+        amount = jnp.where(in_pool, -relative.others * weight, 0)
         if pool.lost is not None:
-            assert pool.largest_lost is not None
-            largest = jnp.maximum(largest, pool.largest_lost)
-            amount = pool.lost * jnp.exp(pool.largest_lost - finite(largest))
-        scale = correction * jnp.exp(others.largest - finite(largest))
-        if others.too_much is not None:
-            too_much = scale * others.too_much
-            amount = -too_much if amount is None else amount - too_much
-        weights = [scale * x for x in others.weights]
-        if amount is not None:
-            weights = [x + y for x, y in zip(weights, by_codes(amount), strict=True)]
-        return self.with_values(largest, weights)
+            amount += relative.lost * pool.lost
+        sums = zip(weights, by_codes(amount), strict=True)
+        weights = [relative.others * x + y for x, y in sums]
+        return with_values(relative.largest, weights, self.read_means())
 
-    def with_values(self, largest: Array, weights: list[Array]) -> Softmax:
-        """Weights by code, with the means of the codes' values."""
+    def read_means(self) -> "Means":
+        """Read before all that waits for something else."""
         sums, kv_row = self.sources.sums, self.place.kv_row
         _, by, number, size = sums.shape
         code = jnp.arange(number, dtype=jnp.int32)
         d = jnp.arange(padded(size), dtype=jnp.int32)
-        counts = [self.sources.counts[kv_row, m, code] for m in range(by)]
-        total = jnp.maximum(jnp.sum(weights[0]), 0)
-        # Empty codes have the mean of all, of which (M' - 1) times is too much.
-        empty = sum(
-            jnp.sum(jnp.where(count == 0, weight, 0))
-            for count, weight in zip(counts, weights, strict=True)
+        mask = jnp.broadcast_to((d < size)[None, :], (number, d.size))
+        return Means(
+            [self.sources.counts[kv_row, m, code] for m in range(by)],
+            [
+                backend.load(sums.at[kv_row, m, code[:, None], d[None, :]], mask=mask, other=0)
+                for m in range(by)
+            ],
         )
-        summed = jnp.sum(counts[0])
-        of_all = (empty - (by - 1) * total) / jnp.maximum(summed, 1).astype(jnp.float32)
-        values = jnp.zeros(d.size, jnp.float32)
-        for m, (count, weight) in enumerate(zip(counts, weights, strict=True)):
-            share = weight / jnp.maximum(count, 1).astype(jnp.float32)
-            share = jnp.where(count > 0, share, 0) + (of_all if m == 0 else 0)
-            found = backend.load(
-                sums.at[kv_row, m, code[:, None], d[None, :]],
-                mask=jnp.broadcast_to((d < size)[None, :], (number, d.size)),
-                other=0,
-            )
-            values += jnp.sum(share[:, None] * found, axis=0)
-        is_there = (total > 0) & (summed > 0)
-        return Softmax(
-            jnp.where(is_there, largest, -jnp.inf),
-            jnp.where(is_there, total, 0),
-            jnp.where(is_there, values, 0),
-        )
+
+
+class Means(NamedTuple):
+    """What values' means are made from, in registers: i32[C'] and f32[C', H'] for each of M'."""
+
+    counts: list[Array]
+    sums: list[Array]
+
+
+def with_values(largest: Array, weights: list[Array], means: Means) -> Softmax:
+    """Weights by code, relative to the largest logit, with the means of the codes' values."""
+    counts, by = means.counts, len(means.counts)
+    total = jnp.maximum(jnp.sum(weights[0]), 0)
+    # Empty codes have the mean of all, of which (M' - 1) times is too much.
+    empty = sum(
+        jnp.sum(jnp.where(count == 0, weight, 0))
+        for count, weight in zip(counts, weights, strict=True)
+    )
+    summed = jnp.sum(counts[0])
+    of_all = (empty - (by - 1) * total) / jnp.maximum(summed, 1).astype(jnp.float32)
+    values = jnp.zeros(means.sums[0].shape[1], jnp.float32)
+    for m, (count, weight) in enumerate(zip(counts, weights, strict=True)):
+        share = weight / jnp.maximum(count, 1).astype(jnp.float32)
+        share = jnp.where(count > 0, share, 0) + (of_all if m == 0 else 0)
+        values += jnp.sum(share[:, None] * means.sums[m], axis=0)
+    is_there = (total > 0) & (summed > 0)
+    return Softmax(
+        jnp.where(is_there, largest, -jnp.inf),
+        jnp.where(is_there, total, 0),
+        jnp.where(is_there, values, 0),
+    )
 
 
 # Parts that were weighed before

@@ -53,7 +53,7 @@ class Tuning:
       attended_at_once: tokens that a program attends to behind its own search, at the most.
       attended_warps, merged_warps: of programs that attend to a block of a list, that merge more
         parts than are read at once; fewer take one warp.
-      pooled_at_once: blocks of a pool's keys that are on their way at once.
+      pooled_bytes: keys of a pool that are on their way while as many are multiplied.
       pooled_tile: elements that sums by code of a pool take at once.
       pooled_warps: of programs that rerank, or sum by code, behind their own search.
       weighed_tile, weighed_tokens: of the rest: elements that a program holds, and tokens that it
@@ -93,7 +93,7 @@ class Tuning:
     attended_at_once: int = 256
     attended_warps: int = 8
     merged_warps: int = 4
-    pooled_at_once: int = 4
+    pooled_bytes: int = 65536
     pooled_tile: int = 32768
     pooled_warps: int = 16
     weighed_tile: int = 4096
