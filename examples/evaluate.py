@@ -28,8 +28,8 @@ from benchmarks.results import (
     repeatable,
     write,
 )
-from examples.model import read_prompts
-from examples.options import BUDGET, NAMES, Option, named, options, plain
+from examples.model import Model, read_prompts
+from examples.options import BUDGET, NAMES, Option, check_layers, named, options, plain
 from examples.scoring import (
     BLOCK,
     Reading,
@@ -64,13 +64,20 @@ class Work:
       loaded: the model.
       options: what is measured: names, budgets, and how to attend.
       prompt: how many tokens codebooks are trained on.
+      full_layers: layers with full attention, where the measurement does not choose them.
       advance: called with what is done next, before it is.
     """
 
     loaded: Loaded
     options: Sequence[tuple[str, int, Option]]
     prompt: int
+    full_layers: Sequence[int]
     advance: Callable[[str], None]
+
+    @property
+    def where_full(self) -> dict[str, Any]:
+        """Of a row: which layers are full, if any are."""
+        return {"full_layers": list(self.full_layers)} if self.full_layers else {}
 
     def score(self, reading: Reading, name: str, budget: int, option: Option, **how: Any) -> Row:
         """A row of the results; `how` as `examples.scoring.score` takes it."""
@@ -88,7 +95,7 @@ class Work:
 def by_option(work: Work, reading: Reading) -> Iterator[Row]:
     """Each option at each budget."""
     for chosen in work.options:
-        yield work.score(reading, *chosen)
+        yield work.score(reading, *chosen, **work.where_full)
 
 
 def by_layer(work: Work, reading: Reading) -> Iterator[Row]:
@@ -103,13 +110,14 @@ def by_drift(work: Work, reading: Reading) -> Iterator[Row]:
     """With the prompt's codebooks, and with those trained anew where `rebuild_gain` says so."""
     for chosen in work.options:
         for rebuilding in (False, True):
-            yield work.score(reading, *chosen, rebuilding=rebuilding)
+            yield work.score(reading, *chosen, rebuilding=rebuilding, **work.where_full)
 
 
 def by_needle(work: Work, filler: np.ndarray) -> Iterator[Row]:
     """Whether a passkey is found at each depth, with full attention and with each option."""
     model, parameters, tokenizer, _ = work.loaded
     S = len(filler)
+    is_full = np.isin(np.arange(model.layers), work.full_layers) if work.full_layers else None
     for depth, tokens in haystacks(filler[: S - ANSWER], DEPTHS, tokenizer):
         work.advance(f"passkey at {depth:.0%}: reading")
         sizes = 1, S, model.kv_heads, model.head_dim
@@ -123,11 +131,11 @@ def by_needle(work: Work, filler: np.ndarray) -> Iterator[Row]:
             cache = prepared(key, value, model.rope, option or Option(plain()), known, known)
             token, said = tokens[known:], []
             for _ in range(ANSWER):
-                found, cache = predict(parameters, token, cache, model, option)
+                found, cache = predict(parameters, token, cache, model, option, is_full)
                 token = np.asarray(jnp.argmax(found, axis=-1), np.int32)
                 said.append(int(token[0]))
             text = tokenizer.decode(said)
-            row = {"option": name, "budget": budget, "depth": depth}
+            row = {"option": name, "budget": budget, **work.where_full, "depth": depth}
             yield {**row, "found": PASSKEY in text, "said": text}
 
 
@@ -213,14 +221,18 @@ def make_parser() -> argparse.ArgumentParser:
         help='one more option: "fast" with other fields, as `--config num_bits=5 rerank=8 '
         "estimate_rest=codes`; may be given again",
     )
+    parser.add_argument(
+        "--full-layers", type=int, nargs="+", default=[], help="layers with full attention"
+    )
     parser.add_argument("--output", type=Path, help="a .json file for the rows; a .png beside it")
     parser.add_argument("--commit", help="where git does not tell: of the code that is measured")
     return parser
 
 
-def check(arguments: argparse.Namespace, context: int) -> None:
+def check(arguments: argparse.Namespace, model: Model) -> None:
     """Failure for numbers that do not fit each other; what was left out becomes a number."""
-    length = arguments.length
+    length, context = arguments.length, model.context
+    check_layers(arguments.full_layers, model)
     if arguments.tokens is None:
         arguments.tokens = max(length // 8 // BLOCK, 1) * BLOCK
     tokens = arguments.tokens
@@ -252,7 +264,7 @@ def check(arguments: argparse.Namespace, context: int) -> None:
 def measure(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
     """The results file, which is written after each row; an interrupt ends it."""
     loaded = load(arguments.model, jnp.bfloat16 if has_gpu() else jnp.float32)
-    check(arguments, loaded.model.context)
+    check(arguments, loaded.model)
     began = time.perf_counter()
     texts = {x: tokens_of(x, arguments.length, loaded.tokenizer) for x in arguments.text}
     results = {
@@ -268,7 +280,7 @@ def measure(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
     }
     with console.status("") as status, contextlib.suppress(KeyboardInterrupt):
         options = chosen(arguments, loaded.model.rope)
-        work = Work(loaded, options, arguments.prompt, status.update)
+        work = Work(loaded, options, arguments.prompt, arguments.full_layers, status.update)
         for text, subject in texts.items():
             if arguments.measure != "needles":
                 status.update(f"reading {len(subject)} tokens with full attention")

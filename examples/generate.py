@@ -3,6 +3,7 @@
 import argparse
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -12,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from examples.model import CHUNK, decode, index_prompts, read_prompts
-from examples.options import named, plain
+from examples.options import FULL_LAYERS, check_layers, named, plain
 from examples.weights import MODELS, Loaded, load
 from jax_indexer import IndexerConfig, empty_cache
 from parity.real_keys import Failure
@@ -48,7 +49,12 @@ def attended_tokens(config: IndexerConfig | None, visible: int) -> int:
 
 
 def generate(
-    loaded: Loaded, prompt: list[int], new_tokens: int, attention: str, console: Console
+    loaded: Loaded,
+    prompt: list[int],
+    new_tokens: int,
+    attention: str,
+    full_layers: Sequence[int],
+    console: Console,
 ) -> None:
     """Prints the text as it comes, and then how fast it came and what was attended to."""
     parameters, model = loaded.parameters, loaded.model
@@ -79,8 +85,10 @@ def generate(
             break
         print(text.step(loaded.tokenizer, token) or "", end="", flush=True)
         tokens = np.full((1, 1), token, np.int32)
-        logits, cache = decode(parameters, tokens, None, cache, model, config)
-        shares.append(attended_tokens(config, length + 1) / (length + 1))
+        logits, cache = decode(parameters, tokens, None, cache, model, config, tuple(full_layers))
+        attended = attended_tokens(config, length + 1) / (length + 1)
+        full = len(set(full_layers)) / model.layers
+        shares.append(full + (1 - full) * attended)
     print(flush=True)
     console.print(summary(times, shares))
 
@@ -105,6 +113,12 @@ def make_parser() -> argparse.ArgumentParser:
         help="attention while decoding",
     )
     parser.add_argument("--model", choices=MODELS, default="smollm2")
+    parser.add_argument(
+        "--full-layers",
+        type=int,
+        nargs="*",
+        help="layers that keep full attention; without it those where it is known to help most",
+    )
     return parser
 
 
@@ -116,7 +130,10 @@ def main(words: list[str] | None = None) -> int:
         loaded = load(options.model, dtype)
         prompt = read_prompt(options.prompt_file, options.tokens, loaded)
         attention = "full" if options.attention == "full" else "balanced"
-        generate(loaded, prompt, options.tokens, attention, console)
+        layers = options.full_layers
+        layers = FULL_LAYERS[options.model] if layers is None else layers
+        check_layers(layers, loaded.model)
+        generate(loaded, prompt, options.tokens, attention, layers, console)
     except Failure as problem:
         console.print(str(problem), style="red", markup=False, soft_wrap=True)
         return 1

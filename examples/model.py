@@ -181,9 +181,22 @@ def full_attention(
     return attend(query, cache.key[layer], cache.value[layer], mask=sees[:, None]), cache
 
 
-def attention(config: IndexerConfig | None) -> Attend:
-    """Sparse attention by this config, or full attention."""
-    return full_attention if config is None else functools.partial(decode_attention, config=config)
+def attention(config: IndexerConfig | None, is_full: Bool[Array, "layers"] | None = None) -> Attend:
+    """Sparse attention by this config, in some layers full attention; in all without a config."""
+    if config is None:
+        return full_attention
+    sparse = functools.partial(decode_attention, config=config)
+    return sparse if is_full is None else with_full_layers(sparse, is_full)
+
+
+def with_full_layers(sparse: Attend, is_full: Bool[Array, "layers"]) -> Attend:
+    """Sparse attention in all layers but the full ones."""
+
+    def attend(query, key, value, cache, *, counts, layer):
+        ways = (functools.partial(x, counts=counts, layer=layer) for x in (full_attention, sparse))
+        return lax.cond(is_full[layer], *ways, query, key, value, cache)
+
+    return attend
 
 
 def logits_of(parameters: Parameters, x: Float[Array, "B T E"]) -> Float[Array, "B T V"]:
@@ -192,7 +205,9 @@ def logits_of(parameters: Parameters, x: Float[Array, "B T E"]) -> Float[Array, 
     return unembed(x, parameters.unembedding)
 
 
-@functools.partial(jax.jit, static_argnames=("model", "config"), donate_argnames="cache")
+@functools.partial(
+    jax.jit, static_argnames=("model", "config", "full_layers"), donate_argnames="cache"
+)
 def decode(
     parameters: Parameters,
     tokens: Int32[Array, "B T"],
@@ -200,9 +215,12 @@ def decode(
     cache: DecodeCache,
     model: Model,
     config: IndexerConfig | None,
+    full_layers: tuple[int, ...] = (),
 ) -> tuple[Float[Array, "B T V"], DecodeCache]:
-    """Logits after each of the tokens, with sparse attention, or full for no config."""
-    x, cache = forward(parameters, tokens, counts, cache, model, attention(config))
+    """Logits after each of the tokens, with `attention` of this config."""
+    is_full = jnp.isin(jnp.arange(model.layers), jnp.array(full_layers)) if full_layers else None
+    attend = attention(config, is_full)
+    x, cache = forward(parameters, tokens, counts, cache, model, attend)
     return logits_of(parameters, x), cache
 
 

@@ -1,11 +1,17 @@
 """What is measured: ways to attend while decoding, from plain product quantization on."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
+from examples.model import Model
 from jax_indexer import IndexerConfig, Rope
+from parity.real_keys import Failure
 
 BUDGET = 128
+# Layers that look far back for single tokens: full attention is worth most there, by
+# `python -m examples.evaluate layers`.
+FULL_LAYERS: dict[str, tuple[int, ...]] = {"smollm2": (7,), "qwen": ()}
 NAMES = (
     "fast",
     "balanced",
@@ -88,3 +94,9 @@ def options(rope: Rope, budget: int = BUDGET) -> dict[str, Option]:
         "exact": Option(config, exact=True),
         **named(rope, budget),
     }
+
+
+def check_layers(layers: Sequence[int], model: Model) -> None:
+    """Failure for layers that there are not."""
+    if wrong := [layer for layer in layers if not 0 <= layer < model.layers]:
+        raise Failure(f"--full-layers: expected 0 to {model.layers - 1}, got {wrong[0]}")

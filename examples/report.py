@@ -1,5 +1,6 @@
 """Writes the measured part of README.md, and its picture: `python -m examples.report`."""
 
+import itertools
 import json
 import sys
 from collections.abc import Iterator, Sequence
@@ -38,14 +39,24 @@ def named_rows(results: Sequence[Results]) -> list[Row]:
     return [row for row in rows_of(results, "options") if row["option"] in NAMES]
 
 
+def named(option: str, full_layers: Sequence[int]) -> str:
+    """An option in words, with the layers that are full."""
+    return f"`{option}`" + f" (layer {', '.join(map(str, full_layers))} full)" * bool(full_layers)
+
+
 def option_table(rows: Sequence[Row]) -> str:
     """Each option's scores at the usual budget, on each text."""
-    found = {(x["option"], x["text"]): x for x in rows if x["budget"] == BUDGET}
+    found = {
+        (x["option"], tuple(x.get("full_layers", ())), x["text"]): x
+        for x in rows
+        if x["budget"] == BUDGET
+    }
+    full = {layers for _, layers, _ in found}
     lines = []
-    for name in NAMES:
-        line: dict[str, str | None] = {"option": f"`{name}`"}
+    for name, layers in itertools.product(NAMES, sorted(full)):
+        line: dict[str, str | None] = {"option": named(name, layers)}
         for text in TEXTS:
-            row = found.get((name, text))
+            row = found.get((name, layers, text))
             line[f"{text}: perplexity"] = row and f"{row['ratio']:.4f}x"
             line[f"KL, {text}"] = row and f"{row['divergence']:.4f}"
             line[f"same token, {text}"] = row and f"{row['agreement']:.1%}"
@@ -56,11 +67,12 @@ def option_table(rows: Sequence[Row]) -> str:
 
 def about_needles(rows: Sequence[Row]) -> Iterator[str]:
     """How often each option finds the passkey."""
-    found: dict[str, list[bool]] = {}
+    found: dict[tuple[str, tuple[int, ...]], list[bool]] = {}
     for row in rows:
-        found.setdefault(row["option"], []).append(row["found"])
+        layers = () if row["option"] == "full" else tuple(row.get("full_layers", ()))
+        found.setdefault((row["option"], layers), []).append(row["found"])
     if found:
-        each = (f"`{name}` {sum(x)} of {len(x)}" for name, x in found.items())
+        each = (f"{named(*of)} {sum(x)} of {len(x)}" for of, x in found.items())
         yield f"A passkey is found by {', '.join(each)}."
 
 
@@ -153,6 +165,7 @@ def section(results: Sequence[Results]) -> str:
 
 def swept(rows: Sequence[Row]) -> list[Row]:
     """Rows of options that were measured at several budgets, of the text where they were."""
+    rows = [row for row in rows if "full_layers" not in row]
     budgets: dict[tuple[str, str], set[int]] = {}
     for row in rows:
         budgets.setdefault((row["text"], row["option"]), set()).add(row["budget"])

@@ -20,6 +20,7 @@ from examples.model import (
     index_prompts,
     logits_of,
     read_prompts,
+    with_full_layers,
     write,
 )
 from examples.options import BUDGET, Option, plain
@@ -77,14 +78,7 @@ def attention(option: Option, is_full: Bool[Array, "layers"] | None) -> Attend:
     """The option in all layers but those that are full."""
     chosen = top_k_attention if option.exact else decode_attention
     sparse = functools.partial(chosen, config=option.config)
-    if is_full is None:
-        return sparse
-
-    def attend(query, key, value, cache, *, counts, layer):
-        ways = (functools.partial(x, counts=counts, layer=layer) for x in (full_attention, sparse))
-        return lax.cond(is_full[layer], *ways, query, key, value, cache)
-
-    return attend
+    return sparse if is_full is None else with_full_layers(sparse, is_full)
 
 
 def tokens_a_step() -> int:
@@ -120,9 +114,10 @@ def predict(
     cache: DecodeCache,
     model: Model,
     option: Option | None,
+    is_full: Bool[Array, "layers"] | None = None,
 ) -> tuple[Float[Array, "T V"], DecodeCache]:
     """Log-probabilities of the next tokens, with full attention for no option."""
-    attend = full_attention if option is None else attention(option, None)
+    attend = full_attention if option is None else attention(option, is_full)
 
     def step(cache, tokens):
         x, cache = forward(parameters, tokens, None, cache, model, attend)

@@ -188,14 +188,19 @@ def beyond_cells(config: IndexerConfig, num_query_tokens: int) -> str | None:
     return None
 
 
-def default_selector(config: IndexerConfig, capacity: int, num_query_tokens: int) -> Selector:
+def default_selector(
+    config: IndexerConfig, capacity: int, num_query_tokens: int, goes_on: bool = False
+) -> Selector:
     """The selector that "triton" takes where none is named.
 
-    With `config.cells` it is "cells" for one query token, caches of 32768 tokens or more, up to
-    4096 cells and a float32 table; otherwise "threshold".
+    With `config.cells` it is "cells" for one query token, where reranking or the rest `goes_on` in
+    the same kernel, or for caches of 32768 tokens or more, up to 4096 cells and a float32 table;
+    otherwise "threshold".
     """
     if not config.cells or beyond_cells(config, num_query_tokens):
         return "threshold"
+    if goes_on:
+        return "cells"
     # Entries of 16 bits make cells tie, and those that tie at the cut are searched for slowly.
     wins = config.num_cells <= FEW_CELLS and config.table_dtype == np.float32
     return "cells" if wins and capacity >= CELLS_FROM else "threshold"

@@ -129,7 +129,8 @@ def _decode(
         del shard
         T, N = query.shape[1:3]
         step = Step.of(index, config, T=T, N=N, kv_layout=kv_layout)
-        chosen = selector or default_selector(config.pool, step.S, T)
+        goes_on = config.rerank > 1 or bool(config.estimate_rest)
+        chosen = selector or default_selector(config.pool, step.S, T, goes_on)
 
         def xla(query, new, caches, index, counts, logits, layer):
             return reference.decode(

@@ -176,6 +176,20 @@ def test_sparse_attention_to_all_tokens_is_full_attention():
     assert relative(decoded(ends, started(prompts, SPARSE)[1], SPARSE), full) > 1e-3
 
 
+def test_layers_may_keep_full_attention():
+    model, parameters = tiny()
+    (text,) = tokens_of(CHUNK + 40)
+    token = np.full((1, 1), text[-1], np.int32)
+
+    def after(config, full_layers=()):
+        _, cache = started([text[:-1]], SPARSE)
+        return decode(parameters, token, None, cache, model, config, full_layers)[0]
+
+    full, sparse = after(None), after(SPARSE)
+    assert relative(after(SPARSE, tuple(range(model.layers))), full) < 1e-5
+    assert min(relative(after(SPARSE, (1,)), other) for other in (full, sparse)) > 1e-3
+
+
 @pytest.mark.parametrize("config", [None, SPARSE], ids=["full", "sparse"])
 def test_rows_of_different_length_are_as_they_are_alone(config):
     lengths = CHUNK + 70, 90, CHUNK
@@ -451,11 +465,13 @@ def test_a_haystack_has_its_passkey_at_its_depth():
         (["--tokens", "8192"], "--tokens: expected a multiple of 64 below 8192, got 8192"),
         (["--prompt", "7169"], "--prompt: expected 1 to 7168, got 7169"),
         (["--budget", "0"], "--budget: expected 1 or more, got 0"),
+        (["--full-layers", "0", "2"], "--full-layers: expected 0 to 1, got 2"),
     ],
 )
 def test_measurements_that_cannot_be_are_refused(words, message):
+    model = dataclasses.replace(tiny()[0], layers=2, context=8192)
     with pytest.raises(rk.Failure, match=message):
-        evaluate.check(evaluate.make_parser().parse_args(words), 8192)
+        evaluate.check(evaluate.make_parser().parse_args(words), model)
 
 
 def test_a_config_of_the_command_line_changes_the_fast_option():

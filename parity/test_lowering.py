@@ -391,6 +391,20 @@ def test_the_default_selector_is_threshold():
     assert kernels(text) == {"lookup_table_kernel"} | KERNELS["threshold"]
 
 
+def test_the_default_selector_of_small_caches_is_cells_where_a_pool_follows():
+    """One kernel does all of it; behind lists the rest would weigh tokens one by one."""
+    B, S, K, N, H = 1, 1024, 2, 4, 64
+    query, new = (jnp.zeros((B, 1, heads, H), jnp.bfloat16) for heads in (N, K))
+    for fields, ends in (({}, "merge_kernel"), ({"rerank": 4}, "cells_pool_kernel")):
+        config = IndexerConfig(heavy_size=32, sink_size=16, window_size=16, cells=True, **fields)
+        cache = empty_cache(config, B, S, K, H)
+        with an_h100():
+            text = lowered(
+                functools.partial(decode_attention, config=config), query, new, new, cache
+            )
+        assert ends in kernels(text)
+
+
 @pytest.mark.parametrize("mapped", ["none", "vmap", "two vmaps"])
 @pytest.mark.parametrize("rows", [16, 17, 32, 33])
 def test_codes_beyond_32_bit_offsets_go_to_xla(rows, mapped):
