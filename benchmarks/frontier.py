@@ -18,6 +18,8 @@ SWEEP = "frontier"
 OURS = ("jax:cells", "jax:threshold", "jax:xla")
 LENGTH = 131072
 RECOMMENDED = ("fast", "balanced", "near-exact")
+OTHERS = ("exact", "window")  # options that no config of ours stands for
+ABOUT = ("model", "text", "prompt", "tokens")  # of an evaluation
 OTHER_BUDGETS = "other budgets, rerank 8, rest by codes"
 
 
@@ -56,13 +58,15 @@ class Evaluation(NamedTuple):
     """What a model says of a text.
 
     Attributes:
-      about: the results file, less its rows.
+      about: the model, the text, how many tokens codebooks are of, and how many were decoded.
+      files: the results files.
       rows: of each config, that of recommended codebooks, or of the best that were tried.
       exact: those of exact top-k, by its budget.
       names: of the recommended configs.
     """
 
-    about: Results
+    about: dict[str, Any]
+    files: list[Results]
     rows: dict[Config, Row]
     exact: dict[int, Row]
     names: dict[Config, str]
@@ -101,29 +105,41 @@ def times_of(results: Iterable[Results]) -> Times:
 
 
 def read(folder: Path) -> list[Evaluation]:
-    """The evaluations of a folder's files named *-frontier*.json.
+    """What the files of a folder say of options, for each text, prompt and number of tokens.
+
+    Rows with full attention in some layers are left out: configs are not all there is to them.
 
     Raises:
-      ValueError: for a file that holds no evaluation of configs.
+      ValueError: for a file that holds no evaluation.
     """
-    return [_evaluation(file) for file in sorted(folder.glob("*-frontier*.json"))]
+    files: dict[tuple[Any, ...], dict[str, Results]] = {}
+    rows: dict[tuple[Any, ...], list[Row]] = {}
+    for file in sorted(folder.glob("*.json")):
+        try:
+            one = json.loads(file.read_text())
+            if one["measure"] != "options":
+                continue
+            about = {"file": file.name, "quick": False} | {
+                x: one[x] for x in KEYS - {"quick", "rows"}
+            }
+            for row in one["rows"]:
+                if "full_layers" not in row:
+                    key = tuple({**one, **row}[name] for name in ABOUT)
+                    files.setdefault(key, {})[file.name] = about
+                    rows.setdefault(key, []).append(row)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{file}: expected an evaluation with configs: {error!r}") from None
+    return [_evaluation(key, [*files[key].values()], rows[key]) for key in sorted(rows)]
 
 
-def _evaluation(file: Path) -> Evaluation:
-    wanted = (KEYS | {"model", "text", "prompt", "tokens"}) - {"quick", "rows"}
-    try:
-        about = json.loads(file.read_text())
-        rows = about.pop("rows")
-        by_rank = sorted(rows, key=lambda row: (row["option"] in RECOMMENDED, -row["divergence"]))
-        missing = wanted - about.keys()
-        ours = {Config.of(row["config"]): row for row in by_rank if row["option"] != "exact"}
-        exact = {row["budget"]: row for row in rows if row["option"] == "exact"}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{file}: expected an evaluation with configs: {error!r}") from None
-    if missing:
-        raise ValueError(f"{file}: expected {', '.join(sorted(missing))} too, got none of these")
-    names = {config: row["option"] for config, row in ours.items() if row["option"] in RECOMMENDED}
-    return Evaluation(about | {"file": file.name, "quick": False}, ours, exact, names)
+def _evaluation(key: tuple[Any, ...], files: list[Results], rows: list[Row]) -> Evaluation:
+    by_rank = sorted(rows, key=lambda row: (row["option"] in RECOMMENDED, -row["divergence"]))
+    ours = [row for row in by_rank if row["option"] not in OTHERS]
+    configs = {Config.of(row["config"]): row for row in ours}
+    exact = {row["budget"]: row for row in rows if row["option"] == "exact"}
+    usual = {x: row for x, row in configs.items() if x.heavy_size == PLAIN.heavy_size}
+    names = {x: row["option"] for x, row in usual.items() if row["option"] in RECOMMENDED}
+    return Evaluation(dict(zip(ABOUT, key, strict=True)), files, configs, exact, names)
 
 
 def in_order(configs: Iterable[Config]) -> list[Config]:

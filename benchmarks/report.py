@@ -141,7 +141,8 @@ def report(arguments: argparse.Namespace) -> int:
         blocks = frontier_blocks(found, evaluations, of_frontier)
         readme = rewritten(README.read_text(), readme_section(found))
         if of_frontier:
-            section = markdown(recommended_table(found, evaluations))
+            recommended = [one for one in evaluations if one.names]
+            section = markdown(recommended_table(found, recommended))
             readme = rewritten(readme, section, QUALITY_BEGIN, QUALITY_END)
         texts = {
             README: readme,
@@ -717,7 +718,8 @@ def frontier_blocks(
     if (lengths := frontier_lengths(results))[1]:
         tables += [ABOUT_FRONTIER_LENGTHS, markdown(lengths)]
     tables += map(provenance, found)
-    of_model = [provenance(one.about, "../../examples/results/") for one in evaluations]
+    files = {x["file"]: x for one in evaluations for x in one.files}
+    of_model = [provenance(x, "../../examples/results/") for x in files.values()]
     return ["## Quality against time", ABOUT_FRONTIER, *shown, *tables, *of_model]
 
 

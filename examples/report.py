@@ -67,12 +67,12 @@ def option_table(rows: Sequence[Row]) -> str:
 
 def about_needles(rows: Sequence[Row]) -> Iterator[str]:
     """How often each option finds the passkey."""
-    found: dict[tuple[str, tuple[int, ...]], list[bool]] = {}
+    found: dict[tuple[str, tuple[int, ...]], dict[float, bool]] = {}
     for row in rows:
         layers = () if row["option"] == "full" else tuple(row.get("full_layers", ()))
-        found.setdefault((row["option"], layers), []).append(row["found"])
+        found.setdefault((row["option"], layers), {})[row["depth"]] = row["found"]
     if found:
-        each = (f"{named(*of)} {sum(x)} of {len(x)}" for of, x in found.items())
+        each = (f"{named(*of)} {sum(x.values())} of {len(x)}" for of, x in sorted(found.items()))
         yield f"A passkey is found by {', '.join(each)}."
 
 

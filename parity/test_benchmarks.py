@@ -1207,10 +1207,13 @@ def evaluated(option, divergence, budget=128, grouping="strided", **config):
 
 
 def evaluation(folder, rows, text="documentation"):
-    """A results file of `examples.evaluate`."""
+    """A results file of `examples.evaluate`; the rows of full layers are no part of a frontier."""
+    rows = [row | {"text": text} for row in rows]
+    rows.append(rows[0] | {"divergence": 0.0, "full_layers": [0]})
     about = {"time": "2026-01-03", "command": "python -m examples.evaluate", "commit": "fedcba"}
     about |= {"dirty": False, "machine": results.describe_machine(), "seconds": 2.0}
-    about |= {"model": "smollm2", "text": text, "length": 8192, "prompt": 7168, "tokens": 1024}
+    about |= {"measure": "options", "model": "smollm2", "length": 8192}
+    about |= {"prompt": 7168, "tokens": 1024}
     (folder / "evaluations").mkdir(exist_ok=True)
     path = folder / "evaluations" / f"gpu-frontier-{text}.json"
     path.write_text(json.dumps(about | {"rows": rows}))

@@ -610,9 +610,12 @@ def test_a_report_says_what_was_measured():
     options = [
         *(scored("fast", kl, budget=budget) for budget, kl in ((128, 0.02), (256, 0.01))),
         scored("fast", 0.03, text="source"),
+        scored("fast", 0.0125, full_layers=[1]),
         scored("rerank=2 num_bits=5", 0.5),
     ]
-    needles = [{"option": "fast", "found": depth != 3} for depth in range(10)]
+    needles = [{"option": "fast", "depth": x, "found": x != 3} for x in range(10)]
+    full = [{"option": "full", "depth": x, "found": True} for x in range(10)]
+    in_one = [row | {"full_layers": [1]} for row in needles + full]
     drift = [scored("fast", 0.2, rebuilding=False), scored("fast", 0.1, rebuilding=True, rebuilt=7)]
     layers = [
         scored("fast", kl, full_layers=x)
@@ -624,16 +627,19 @@ def test_a_report_says_what_was_measured():
     text = report.section(
         [
             result("options", options),
-            result("needles", needles),
+            result("needles", full + needles),
+            result("needles", in_one),
             result("drift", drift, prompt=2048),
             result("layers", layers),
             result("profile", [profiled]),
         ]
     )
     assert "| `fast` | 1.0200x | 0.0200 | 98.0% | 1.0300x | 0.0300 | 97.0% |" in text
+    assert "| `fast` (layer 1 full) | 1.0125x | 0.0125 | 98.8% |" in text
     assert "rerank=2" not in text
     assert "![KL and perplexity against the budget](results/budgets.png)" in text
-    assert "- A passkey is found by `fast` 9 of 10." in text
+    found = "`fast` 9 of 10, `fast` (layer 1 full) 9 of 10, `full` 10 of 10"
+    assert f"- A passkey is found by {found}." in text
     assert "`fast`, codebooks from the first 2048 tokens: KL 0.2000; trained again where" in text
     assert "in 7 layers, 0.1000." in text
     assert "KL 0.0200 with no layer full, 0.0100 where layer 1 is, which gains most, " in text
