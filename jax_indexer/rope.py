@@ -152,11 +152,8 @@ def positions_on(
 def angles(
     on: Int32[Array, "*tokens #H"], speed: Int32[Array, "*#tokens H"]
 ) -> Float[Array, "*tokens H"]:
-    """By which dimensions turn in so many positions, in [-pi, pi): to 2**-23 of a turn."""
-    # Half a turn and a share of one, as the mantissa of 1 to 2: a GPU is slow to convert integers.
-    share = lax.shift_right_logical(on * speed ^ np.int32(-(2**31)), np.int32(9))
-    share = lax.bitcast_convert_type(share | np.int32(0x3F800000), jnp.float32)
-    return (share - 1.5) * np.float32(2 * np.pi)
+    """By which dimensions turn in so many positions, in [-pi, pi)."""
+    return (on * speed).astype(jnp.float32) * np.float32(2 * np.pi / 2**32)
 
 
 def turned(

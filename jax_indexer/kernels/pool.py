@@ -127,8 +127,7 @@ class End(NamedTuple):
 
     @property
     def slots(self) -> Array:
-        """One for each entry, and more: Triton's passes fail for vectors of one element."""
-        return backend.lanes(max(power_of_2_from(self.step.pooled), 32))
+        return entries_of(self.step)
 
     @property
     def is_short(self) -> Array:
@@ -249,7 +248,11 @@ class End(NamedTuple):
         return found, Members.of(position, is_candidate, logit, lost)
 
     def put_lost(self, pool: Members, search: Search, by: tuple[int, int]) -> list[Array]:
-        """Writes what losers of listed cells weigh to the cells; others' sums are by code."""
+        """What losers weigh: by cell to `lost`, for those from the list of one; else by code.
+
+        Listed winners of a cell lie side by side, so what they weigh is a difference of a running
+        sum: no two lanes write to one cell.
+        """
         at, slot, config = self.place.of_kv, self.slots, self.step.config
         own_of = search.outputs.own
         own = backend.load(own_of.at[(*at, slot)], mask=pool.is_candidate, other=-1)
@@ -257,7 +260,7 @@ class End(NamedTuple):
         following_of = backend.load(
             own_of.at[(*at, following)], mask=following < self.number, other=-1
         )
-        # Listed tokens of a cell lie side by side, and these before all others.
+        # They lie before all others.
         is_listed = own >= 0
         until = jnp.cumsum(jnp.where(is_listed, pool.lost, 0))
         mask = slot < self.step.pooled
@@ -349,6 +352,11 @@ class End(NamedTuple):
         write_output(output, *place.at, found)
 
 
+def entries_of(step: Step) -> Array:
+    """A lane for each entry of a pool, and more: Triton fails for vectors of one element."""
+    return backend.lanes(max(power_of_2_from(step.pooled), 32))
+
+
 def in_blocks(some: Callable[[Any], Softmax], number: Array, most: int, block: int) -> Softmax:
     """Parts of a softmax, of a number of entries, in blocks; of one block at the least."""
     found = some(0)
@@ -435,7 +443,7 @@ def cells_pool_kernel(
 
     @pl.when(plan_of_pool.num_heavy == 0)  # all of a short context is listed
     def _():
-        slot = jnp.arange(power_of_2_from(step.pooled), dtype=jnp.int32)
+        slot = entries_of(step)
         put(step.config.sink_size + slot, slot, slot < number)
 
     backend.barrier()
