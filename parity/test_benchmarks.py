@@ -49,10 +49,13 @@ PARITY = Path(__file__).parent
 ROOT = PARITY.parent
 
 
+ABOVE_PARITY = ("test_benchmarks.py", "test_examples.py", "test_quality.py", "test_readme.py")
+
+
 @pytest.mark.parametrize(
     ("folder", "never", "excepted"),
     [
-        (PARITY, "benchmarks", ("test_benchmarks.py", "test_quality.py", "test_readme.py")),
+        (PARITY, "benchmarks|examples", ABOVE_PARITY),
         (ROOT / "jax_indexer", "benchmarks|parity|torch_reference|torch", ()),
         (ROOT / "torch_reference", "benchmarks|parity|jax_indexer|jax", ()),
     ],

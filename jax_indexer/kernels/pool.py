@@ -253,6 +253,7 @@ class End(NamedTuple):
         Listed winners of a cell lie side by side, so what they weigh is a difference of a running
         sum: no two lanes write to one cell.
         """
+        assert pool.lost is not None
         at, slot, config = self.place.of_kv, self.slots, self.step.config
         own_of = search.outputs.own
         own = backend.load(own_of.at[(*at, slot)], mask=pool.is_candidate, other=-1)

@@ -112,17 +112,17 @@ class Relative(NamedTuple):
     Attributes:
       largest: that logit.
       others: factor of candidates outside of the pool, with the correction of what PQ says.
-      lost: factor of `Members.lost`, None where that is.
+      lost: factor of `Members.lost`, 0 without them.
     """
 
     largest: Array
     others: Array
-    lost: Array | None
+    lost: Array | float
 
     @classmethod
     def of(cls, pool: Members, largest: Array, of_pool: tuple[Array, Array]) -> "Relative":
         """From the largest logit by PQ of others, and the pool's, with the total relative to it."""
-        others, lost = largest, None
+        others, lost = largest, 0.0
         if pool.largest_lost is not None:
             largest = jnp.maximum(largest, pool.largest_lost)
             lost = jnp.exp(pool.largest_lost - finite(largest))
