@@ -624,24 +624,24 @@ def test_a_report_says_what_was_measured():
     shares = {"matrices": 50.0, "attention": 20.0, "copies": 0.0, "sampling": 5.0, "other": 5.0}
     profiled = {"case": "llama", "option": "fast", "tokens_a_second": 1e4, "wall_us": 100.0}
     profiled |= {"shares_us": shares, "gaps_us": 20.0, "attention_us_a_layer": 10.0}
-    text = report.section(
-        [
-            result("options", options),
-            result("needles", full + needles),
-            result("needles", in_one),
-            result("drift", drift, prompt=2048),
-            result("layers", layers),
-            result("profile", [profiled]),
-        ]
-    )
+    results = [
+        result("options", options),
+        result("needles", full + needles),
+        result("needles", in_one),
+        result("drift", drift, prompt=2048),
+        result("layers", layers),
+        result("profile", [profiled]),
+    ]
+    text, readme = report.document(results), report.section(results)
     assert "| `fast` | 1.0200x | 0.0200 | 98.0% | 1.0300x | 0.0300 | 97.0% |" in text
     assert "| `fast` (layer 1 full) | 1.0125x | 0.0125 | 98.8% |" in text
     assert "rerank=2" not in text
-    assert "![KL and perplexity against the budget](results/budgets.png)" in text
+    assert "![KL and perplexity against the budget](results/budgets.png)" in readme
+    assert "| `fast` | 1.0200x | 0.0200 | 98.0% | 1.0300x | 0.0300 | 97.0% |" in readme
     found = "`fast` 9 of 10, `fast` (layer 1 full) 9 of 10, `full` 10 of 10"
     assert f"- A passkey is found by {found}." in text
     assert "`fast`, codebooks from the first 2048 tokens: KL 0.2000; trained again where" in text
-    assert "in 7 layers, 0.1000." in text
+    assert "7 times in all layers together, 0.1000." in text
     assert "KL 0.0200 with no layer full, 0.0100 where layer 1 is, which gains most, " in text
     assert "0.0150 where the first is, 0.0050 where the first two are." in text
     assert "| `llama`, fast | 10000 | 0.10 | 50% | 20% | 0% | 10% | 20% | 10.0 |" in text
@@ -653,6 +653,7 @@ def test_readme_says_what_the_results_files_do():
     readme, results = report.README.read_text(), report.load()
     section = report.section(results)
     assert report.rewritten(readme, section, report.BEGIN, report.END) == readme
+    assert report.document(results) == report.DOCUMENT.read_text()
     assert report.PICTURE.exists() == bool(report.swept(report.named_rows(results)))
 
 
