@@ -43,6 +43,7 @@ from examples.texts import PASSKEY, TEXTS, haystacks, tokens_of
 from examples.weights import MODELS, Loaded, load
 from jax_indexer import Rope, empty_cache
 from jax_indexer.config import MOST_CELLS
+from jax_indexer.rope import MOST_COPIES
 from parity.real_keys import Failure
 
 DEPTHS = 10
@@ -184,6 +185,8 @@ def parsed(words: Sequence[str], rope: Rope) -> Option:
     try:
         values = {x: int(v) if v.isdecimal() else v != "none" and v for x, v in changes.items()}
         copies = values.pop("copies", base.copies)
+        if copies is not None and not 0 <= copies <= MOST_COPIES:
+            raise ValueError(f"copies: expected 0 to {MOST_COPIES}, got {copies}")
         config = dataclasses.replace(base.config, cells=False, **values)
         has_cells = config.num_cells <= MOST_CELLS
         return Option(dataclasses.replace(config, cells=has_cells), copies)
@@ -238,7 +241,7 @@ def check(arguments: argparse.Namespace, model: Model) -> None:
     tokens = arguments.tokens
     if not 2 * BLOCK <= length <= context:
         raise Failure(
-            f"--length: expected {2 * BLOCK} to {context}, got {length}: the model's limit"
+            f"--length: expected {2 * BLOCK} to {context}, got {length}; the model reads no more"
         )
     if tokens % BLOCK or not 0 < tokens < length:
         raise Failure(
@@ -254,6 +257,16 @@ def check(arguments: argparse.Namespace, model: Model) -> None:
         )
     if min(arguments.budget) < 1:
         raise Failure(f"--budget: expected 1 or more, got {min(arguments.budget)}")
+    if arguments.measure == "layers" and arguments.full_layers:
+        raise Failure(
+            "--full-layers: not with layers, which leaves each full in turn; leave it out"
+        )
+    if arguments.measure == "needles" and arguments.prompt != length - tokens:
+        raise Failure("--prompt: not with needles, whose codebooks are of all tokens; leave it out")
+    if not (arguments.option or arguments.config):
+        raise Failure("--option: expected a name, or --config; got neither")
+    if max(arguments.budget) > length:
+        raise Failure(f"--budget: expected at most --length, {length}, got {max(arguments.budget)}")
     if arguments.output:
         try:
             output_path(arguments.output, "")
@@ -309,7 +322,10 @@ def main(words: Sequence[str] | None = None) -> int:
     except Failure as problem:
         console.print(str(problem), style="red", markup=False, soft_wrap=True)
         return 1
+    except KeyboardInterrupt:
+        return 130
     if not results["rows"]:
+        console.print("interrupted before the first row, or no --option and no --config given")
         return 1
     Console(width=120).print(table(results["rows"]))
     if arguments.output and arguments.measure == "options":

@@ -137,6 +137,8 @@ def main(words: list[str] | None = None) -> int:
     except Failure as problem:
         console.print(str(problem), style="red", markup=False, soft_wrap=True)
         return 1
+    except KeyboardInterrupt:
+        return 130
     return 0
 
 

@@ -140,6 +140,12 @@ def forward(
     return rms_norm(x, parameters.norm, model.norm_epsilon), cache
 
 
+def visible(cache: DecodeCache, T: int, layer: Int32[Array, ""]) -> Bool[Array, "B T S"]:
+    """Which tokens each of a step's queries sees, before these are written."""
+    place = cache.index.lengths[layer][:, None] + jnp.arange(T, dtype=jnp.int32)[None]
+    return jnp.arange(cache.key.shape[2], dtype=jnp.int32)[None, None] <= place[..., None]
+
+
 def write(
     key: Float[Array, "B T K H"],
     value: Float[Array, "B T K H"],
@@ -149,21 +155,31 @@ def write(
 ) -> tuple[DecodeCache, Bool[Array, "B T S"]]:
     """Writes a step's keys and values without codes; also says which tokens each query sees.
 
-    `index_prompt` makes the codes of all tokens, before the first sparse step.
+    `index_prompts` makes the codes of all tokens, before the first sparse step.
     """
     B, T = key.shape[:2]
     S = cache.key.shape[2]
     before = cache.index.lengths[layer]
     taken = jnp.full_like(before, T) if counts is None else counts
     after = before + jnp.where(before + taken <= S, taken, 0)
-    token = jnp.arange(S, dtype=jnp.int32)[None, None]
+    sees = visible(cache, T, layer)
     place = before[:, None] + jnp.arange(T, dtype=jnp.int32)[None]
-    sees = token <= place[..., None]
     place = jnp.where(place < after[:, None], place, S)  # padding goes nowhere
     at = layer, jnp.arange(B)[:, None], place
     index = dataclasses.replace(cache.index, lengths=cache.index.lengths.at[layer].set(after))
     new_key = cache.key.at[at].set(key, mode="drop")
     return DecodeCache(new_key, cache.value.at[at].set(value, mode="drop"), index), sees
+
+
+def attend_to(
+    query: Float[Array, "B T N H"],
+    cache: DecodeCache,
+    sees: Bool[Array, "B T S"],
+    layer: Int32[Array, ""],
+) -> Float[Array, "B T N H"]:
+    """Attention to all tokens of a layer of the cache that each query sees."""
+    key, value = cache.key[layer], cache.value[layer]
+    return jax.nn.dot_product_attention(query, key, value, mask=sees[:, None])
 
 
 def full_attention(
@@ -177,8 +193,7 @@ def full_attention(
 ) -> tuple[Float[Array, "B T N H"], DecodeCache]:
     """What `decode_attention` approximates: attention to every token of the cache."""
     cache, sees = write(key, value, cache, counts, layer)
-    attend = jax.nn.dot_product_attention
-    return attend(query, cache.key[layer], cache.value[layer], mask=sees[:, None]), cache
+    return attend_to(query, cache, sees, layer), cache
 
 
 def attention(config: IndexerConfig | None, is_full: Bool[Array, "layers"] | None = None) -> Attend:
@@ -190,11 +205,16 @@ def attention(config: IndexerConfig | None, is_full: Bool[Array, "layers"] | Non
 
 
 def with_full_layers(sparse: Attend, is_full: Bool[Array, "layers"]) -> Attend:
-    """Sparse attention in all layers but the full ones."""
+    """Sparse attention in all layers but the full ones, whose codes are written nevertheless.
+
+    No branch returns the cache: XLA would copy it, all layers of it, in each layer.
+    """
 
     def attend(query, key, value, cache, *, counts, layer):
-        ways = (functools.partial(x, counts=counts, layer=layer) for x in (full_attention, sparse))
-        return lax.cond(is_full[layer], *ways, query, key, value, cache)
+        sees = visible(cache, query.shape[1], layer)
+        out, cache = sparse(query, key, value, cache, counts=counts, layer=layer)
+        full = functools.partial(attend_to, query, cache, sees, layer)
+        return lax.cond(is_full[layer], full, lambda: out), cache
 
     return attend
 

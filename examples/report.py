@@ -32,9 +32,10 @@ def load(folder: Path = RESULTS) -> list[Results]:
 
 
 def rows_of(results: Sequence[Results], measure: str) -> list[Row]:
-    """All rows of a measurement, each with the number of tokens that codebooks are from."""
+    """All rows of a measurement, each with the tokens codebooks are from, and those decoded."""
     files = [one for one in results if one["measure"] == measure]
-    return [row | {"prompt": one.get("prompt")} for one in files for row in one["rows"]]
+    about = ("prompt", "tokens")
+    return [row | {x: one.get(x) for x in about} for one in files for row in one["rows"]]
 
 
 def named_rows(results: Sequence[Results]) -> list[Row]:
@@ -97,14 +98,15 @@ def about_drift(rows: Sequence[Row]) -> Iterator[str]:
 def about_layers(rows: Sequence[Row]) -> Iterator[str]:
     """What layers with full attention gain."""
     for name in dict.fromkeys(row["option"] for row in rows):
-        of_name = (row for row in rows if row["option"] == name)
+        of_name = [row for row in rows if row["option"] == name]
+        tokens = of_name[0]["tokens"]
         kl = {tuple(row["full_layers"]): row["divergence"] for row in of_name}
         best = min(kl, key=lambda layers: (len(layers) != 1, kl[layers]))
         full = {f"layer {best[0]} is, which gains most": best} if best else {}
         full |= {"the first is": (0,), "the first two are": (0, 1), "four": (0, 1, 2, 3)}
         said = ", ".join(f"{kl[x]:.4f} where {what}" for what, x in full.items() if x in kl)
         if () in kl and said:
-            yield f"`{name}`: KL {kl[()]:.4f} with no layer full, {said}."
+            yield f"`{name}`, {tokens} tokens: KL {kl[()]:.4f} with no layer full, {said}."
 
 
 def profile_table(rows: Sequence[Row]) -> str:

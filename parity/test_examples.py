@@ -188,6 +188,11 @@ def test_layers_may_keep_full_attention():
     full, sparse = after(None), after(SPARSE)
     assert relative(after(SPARSE, tuple(range(model.layers))), full) < 1e-5
     assert min(relative(after(SPARSE, (1,)), other) for other in (full, sparse)) > 1e-3
+    cache = new_cache(model, SPARSE, 1)
+    program = decode.lower(parameters, token, None, cache, model, SPARSE, (1,)).compile().as_text()
+    shape = ",".join(map(str, cache.key.shape))
+    assert f"f32[{shape}]" in program
+    assert not re.findall(rf"f32\[{shape}\]\S* copy\(", program)
 
 
 @pytest.mark.parametrize("config", [None, SPARSE], ids=["full", "sparse"])
@@ -466,6 +471,10 @@ def test_a_haystack_has_its_passkey_at_its_depth():
         (["--prompt", "7169"], "--prompt: expected 1 to 7168, got 7169"),
         (["--budget", "0"], "--budget: expected 1 or more, got 0"),
         (["--full-layers", "0", "2"], "--full-layers: expected 0 to 1, got 2"),
+        (["layers", "--full-layers", "0"], "--full-layers: not with layers"),
+        (["needles", "--prompt", "100"], "--prompt: not with needles"),
+        (["--option"], "--option: expected a name, or --config; got neither"),
+        (["--budget", "8193"], "--budget: expected at most --length, 8192, got 8193"),
     ],
 )
 def test_measurements_that_cannot_be_are_refused(words, message):
@@ -596,6 +605,7 @@ MACHINE = {"device": "a GPU", "driver": "1.2", "jax": "0.11.2", "python": "3.12.
 def result(measure: str, rows, **about):
     """A results file, as far as the report reads it."""
     known = {"commit": "a" * 40, "dirty": False, "dtype": "bfloat16", "time": "2026-01-02T03:04"}
+    known |= {"tokens": 256}
     return {"measure": measure, "machine": MACHINE, "file": f"{measure}.json", "rows": rows} | (
         known | about
     )
@@ -642,7 +652,7 @@ def test_a_report_says_what_was_measured():
     assert f"- A passkey is found by {found}." in text
     assert "`fast`, codebooks from the first 2048 tokens: KL 0.2000; trained again where" in text
     assert "7 times in all layers together, 0.1000." in text
-    assert "KL 0.0200 with no layer full, 0.0100 where layer 1 is, which gains most, " in text
+    assert "`fast`, 256 tokens: KL 0.0200 with no layer full, 0.0100 where layer 1 is, " in text
     assert "0.0150 where the first is, 0.0050 where the first two are." in text
     assert "| `llama`, fast | 10000 | 0.10 | 50% | 20% | 0% | 10% | 20% | 10.0 |" in text
     assert f"- a GPU, driver 1.2; JAX 0.11.2, Python 3.12.3, bfloat16; commit {'a' * 12}; " in text
