@@ -113,7 +113,7 @@ def read(folder: Path) -> list[Evaluation]:
       ValueError: for a file that holds no evaluation.
     """
     files: dict[tuple[Any, ...], dict[str, Results]] = {}
-    rows: dict[tuple[Any, ...], list[Row]] = {}
+    rows: dict[tuple[Any, ...], list[tuple[Config, Row]]] = {}
     for file in sorted(folder.glob("*.json")):
         try:
             one = json.loads(file.read_text())
@@ -126,17 +126,18 @@ def read(folder: Path) -> list[Evaluation]:
                 if "full_layers" not in row:
                     key = tuple({**one, **row}[name] for name in ABOUT)
                     files.setdefault(key, {})[file.name] = about
-                    rows.setdefault(key, []).append(row)
+                    rows.setdefault(key, []).append((Config.of(row["config"]), row))
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{file}: expected an evaluation with configs: {error!r}") from None
     return [_evaluation(key, [*files[key].values()], rows[key]) for key in sorted(rows)]
 
 
-def _evaluation(key: tuple[Any, ...], files: list[Results], rows: list[Row]) -> Evaluation:
-    by_rank = sorted(rows, key=lambda row: (row["option"] in RECOMMENDED, -row["divergence"]))
-    ours = [row for row in by_rank if row["option"] not in OTHERS]
-    configs = {Config.of(row["config"]): row for row in ours}
-    exact = {row["budget"]: row for row in rows if row["option"] == "exact"}
+def _evaluation(
+    key: tuple[Any, ...], files: list[Results], rows: list[tuple[Config, Row]]
+) -> Evaluation:
+    by_rank = sorted(rows, key=lambda x: (x[1]["option"] in RECOMMENDED, -x[1]["divergence"]))
+    configs = {config: row for config, row in by_rank if row["option"] not in OTHERS}
+    exact = {row["budget"]: row for _, row in rows if row["option"] == "exact"}
     usual = {x: row for x, row in configs.items() if x.heavy_size == PLAIN.heavy_size}
     names = {x: row["option"] for x, row in usual.items() if row["option"] in RECOMMENDED}
     return Evaluation(dict(zip(ABOUT, key, strict=True)), files, configs, exact, names)
