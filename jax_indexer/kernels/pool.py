@@ -127,7 +127,8 @@ class End(NamedTuple):
 
     @property
     def slots(self) -> Array:
-        return entries_of(self.step)
+        """One for each entry, and more: Triton's passes fail for vectors of one element."""
+        return backend.lanes(max(power_of_2_from(self.step.pooled), 32))
 
     @property
     def is_short(self) -> Array:
@@ -353,11 +354,6 @@ class End(NamedTuple):
         write_output(output, *place.at, found)
 
 
-def entries_of(step: Step) -> Array:
-    """A lane for each entry of a pool, and more: Triton fails for vectors of one element."""
-    return backend.lanes(max(power_of_2_from(step.pooled), 32))
-
-
 def in_blocks(some: Callable[[Any], Softmax], number: Array, most: int, block: int) -> Softmax:
     """Parts of a softmax, of a number of entries, in blocks; of one block at the least."""
     found = some(0)
@@ -444,7 +440,7 @@ def cells_pool_kernel(
 
     @pl.when(plan_of_pool.num_heavy == 0)  # all of a short context is listed
     def _():
-        slot = entries_of(step)
+        slot = jnp.arange(power_of_2_from(step.pooled), dtype=jnp.int32)
         put(step.config.sink_size + slot, slot, slot < number)
 
     backend.barrier()
