@@ -325,7 +325,7 @@ def main(words: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     if not results["rows"]:
-        console.print("interrupted before the first row, or no --option and no --config given")
+        console.print("interrupted before the first row")
         return 1
     Console(width=120).print(table(results["rows"]))
     if arguments.output and arguments.measure == "options":

@@ -175,6 +175,15 @@ class Scores(NamedTuple):
             lambda cell, code: cell << bits | code, self.codes_of(position, exists)
         )
 
+    def codes_of_cells(self, cell: Array) -> Iterable[Array]:
+        """The inverse of `cells_of`: codes, one subspace after the other."""
+        config = self.step.config
+        return (
+            (cell >> (config.num_bits * (config.num_subspaces - 1 - m)))
+            & (config.num_centroids - 1)
+            for m in range(config.num_subspaces)
+        )
+
     def ranks_of_tokens(self, position: Array, exists: Array) -> Array:
         """The order of the scores of some tokens."""
         rank = self.rank_of(self.codes_of(position, exists))
@@ -260,11 +269,7 @@ class Search(NamedTuple):
             length = jnp.maximum(self.starts(0, cell + 1) - self.starts(0, cell), 0)
             exists = first_cell + lane < num_cells
             length = jnp.where(exists, length, 0)
-            rank = self.scores.rank_of(
-                (cell >> (config.num_bits * (config.num_subspaces - 1 - m)))
-                & (config.num_centroids - 1)
-                for m in range(config.num_subspaces)
-            )
+            rank = self.scores.rank_of(self.scores.codes_of_cells(cell))
             parts.append(Part(cell, exists, length, jnp.where(length > 0, rank, NOT_A_CANDIDATE)))
         position = self.sealed + lane
         return parts, Tail(

@@ -291,10 +291,7 @@ class End(NamedTuple):
             slot = jnp.where(exists, slot, 0)
             cell = ~backend.load(own_of.at[(*at, slot)], mask=exists, other=-1)
             amount = read(self.scratch.winning, slot, exists)
-            codes = (
-                cell >> (config.num_bits * (config.num_subspaces - 1 - m)) & (by[1] - 1)
-                for m in range(by[0])
-            )
+            codes = search.scores.codes_of_cells(cell)
             return [x + by_code(code, by[1], amount) for x, code in zip(sums, codes, strict=True)]
 
         turns = lax.div(self.number - listed + (OTHERS_AT_ONCE - 1), jnp.int32(OTHERS_AT_ONCE))
