@@ -13,12 +13,13 @@ from jax_indexer.index import (
 )
 from jax_indexer.rope import Rope
 from jax_indexer.select import indexer_next, select
-from jax_indexer.state import DecodeCache, PQIndex, Selection
+from jax_indexer.state import DecodeCache, PQIndex, Rest, Selection
 
 __all__ = [
     "DecodeCache",
     "IndexerConfig",
     "PQIndex",
+    "Rest",
     "Rope",
     "Selection",
     "append",

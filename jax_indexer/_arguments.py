@@ -20,7 +20,7 @@ from jax_indexer.config import (
 )
 from jax_indexer.kernels import backend
 from jax_indexer.layout import KVLayout, key_letters
-from jax_indexer.state import Cells, DecodeCache, PQIndex, Sealing, Selection, ValueSums
+from jax_indexer.state import Cells, DecodeCache, PQIndex, Rest, Sealing, Selection, ValueSums
 from jax_indexer.values import sums_by
 
 # The axis in front of all arrays of a state or a cache of several layers.
@@ -547,6 +547,42 @@ def check_selection(selection: Any, config: Any, sizes: Sizes) -> None:
             f"selection: expected lists of P={size} entries, as select makes them with this "
             f"config, got P={sizes['P']}; pass the config that was given to select, or None"
         )
+
+
+def check_return_rest(
+    return_rest: Any, config: IndexerConfig, scale: Any, logits_soft_cap: Any
+) -> None:
+    """Checks that a rest is asked for where one can be made, and logits with it alone."""
+    check_choice("return_rest", return_rest, (True, False))
+    if return_rest and not config.estimate_rest:
+        raise ValueError(
+            "return_rest: expected False with config.estimate_rest=False, got True; build the "
+            'index with estimate_rest="codes" or "mean"'
+        )
+    for name, given in (("scale", scale), ("logits_soft_cap", logits_soft_cap)):
+        if given is not None and not return_rest:
+            raise ValueError(
+                f"{name}: expected None without return_rest, got {given!r}; scores need none, pass "
+                "it to sparse_attention"
+            )
+
+
+def check_rest(rest: Any, config: Any, sizes: Sizes) -> None:
+    """Checks that `rest` is that of a selection by `config`."""
+    if rest is None:
+        return
+    if not isinstance(rest, Rest):
+        raise ValueError(
+            f"rest: expected a Rest, got {type(rest).__name__}; pass selection.rest, which select "
+            "makes with return_rest=True"
+        )
+    if config is None:
+        raise ValueError(
+            "config: expected an IndexerConfig with a rest, got None; pass the config that was "
+            "given to select, which says which tokens of a list are heavy"
+        )
+    for field, expected in annotated_arrays(Rest).items():
+        check_array(f"rest.{field}", getattr(rest, field), expected, sizes)
 
 
 def check_decode(

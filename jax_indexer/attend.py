@@ -19,7 +19,7 @@ from jax_indexer.kernels.attend import Entries, launch_listed
 from jax_indexer.layout import KVLayout, key_letters
 from jax_indexer.reference import Caches, Logits
 from jax_indexer.sharding import by_shards
-from jax_indexer.state import Selection
+from jax_indexer.state import Rest, Selection
 
 
 def sparse_attention(
@@ -32,6 +32,7 @@ def sparse_attention(
     scale: float | Array | None = None,
     logits_soft_cap: float | Array | None = None,
     return_lse: bool = False,
+    rest: Rest | None = None,
     layer: int | Int32[Array, ""] | None = None,
     kv_layout: KVLayout = "BSKH",
     implementation: Implementation | None = None,
@@ -51,6 +52,8 @@ def sparse_attention(
       scale: of the logits; None for H**-0.5.
       logits_soft_cap: logits become cap * tanh(logit / cap); None for as they are.
       return_lse: whether to return the log of the sum of exponentials too.
+      rest: `selection.rest`, of a selection with `return_rest`, scale and cap as here: what is not
+        listed, estimated, is added. It takes the config too.
       layer: which layer of the caches, clipped to those there are; None for caches of one.
       kv_layout: order of the token and head axes of `key` and `value`.
       implementation: "triton", "xla", or None: Triton on an NVIDIA GPU where it supports the
@@ -61,7 +64,7 @@ def sparse_attention(
       `return_lse` also float32[B, T, N], the log of the sum of the logits' exponentials, -inf where
       nothing is listed, by which attention over parts of a context can be merged. Gradients (of
       reverse mode; with "xla" forward mode too) flow to query, key, value, scale and cap; those of
-      tokens that are not listed are 0.
+      tokens that are not listed are 0, and a rest and its correction count as constants.
 
     Raises:
       ValueError: for arguments of wrong type, shape or dtype, and on meshes of Explicit axes for
@@ -77,6 +80,7 @@ def sparse_attention(
     _arguments.check_selection(selection, config, sizes)
     _arguments.check_key("value", value, "S", kv_layout, sizes, head="H'")
     _arguments.check_choice("return_lse", return_lse, (True, False))
+    _arguments.check_rest(rest, config, sizes)
     _arguments.check_implementation(implementation, query, key, value)
     found = _attend(
         query,
@@ -84,6 +88,7 @@ def sparse_attention(
         value,
         selection.indices,
         logits_of(scale, logits_soft_cap, sizes["H"]),
+        rest,
         _arguments.check_layer(layer),
         own=None if config is None else Entries.of(config),
         kv_layout=kv_layout,
@@ -123,26 +128,30 @@ def _attend(
     value: Array,
     indices: Array,
     logits: Logits,
+    rest: Rest | None,
     layer: Array | None,
     *,
     own: Entries | None,
     kv_layout: KVLayout,
     implementation: Implementation | None,
 ) -> reference.Attention:
-    def xla(query, key, value, indices, logits, layer):
-        return reference.attend(query, key, value, indices, logits, kv_layout, layer)
+    def xla(query, key, value, indices, logits, rest, layer):
+        entry = np.arange(indices.shape[-1])
+        heavy = None if own is None else (entry >= own.first) & (entry < own.last)
+        return reference.attend(query, key, value, indices, logits, kv_layout, layer, rest, heavy)
 
-    def triton(query, key, value, indices, logits, layer):
+    def triton(query, key, value, indices, logits, rest, layer):
         caches = Caches(key, value)
-        ended = launch_listed(query, caches, indices, logits, layer, kv_layout, own=own)
+        ended = launch_listed(query, caches, indices, logits, layer, kv_layout, own=own, rest=rest)
         return ended.output
 
     def on_shards(function, has_gradients):
-        def on_shard(shard, query, key, value, indices, scale, soft_cap, layer):
+        def on_shard(shard, query, key, value, indices, scale, soft_cap, rest, layer):
             del shard
-            return tuple(function(query, key, value, indices, Logits(scale, soft_cap), layer))
+            logits = Logits(scale, soft_cap)
+            return tuple(function(query, key, value, indices, logits, rest, layer))
 
-        def call(query, key, value, logits, indices, layer):
+        def call(query, key, value, logits, indices, rest, layer):
             logits = jax.tree.map(lambda x: x.astype(jnp.float32), logits)
             found = by_shards(
                 on_shard,
@@ -154,6 +163,7 @@ def _attend(
                 selection=("B T N P", indices),
                 scale=("", logits.scale),
                 logits_soft_cap=("", logits.soft_cap),
+                rest=(None, rest),
                 layer=("", layer),
             )
             return reference.Attention(*found)
@@ -162,7 +172,7 @@ def _attend(
 
     differentiable = on_shards(xla, has_gradients=True)
     if implementation == "xla":
-        return differentiable(query, key, value, logits, indices, layer)
+        return differentiable(query, key, value, logits, indices, rest, layer)
 
     def dispatched(*arguments):
         return backend.dispatch(xla, triton, *arguments, implementation=implementation)
@@ -174,13 +184,13 @@ def _attend(
         return attend(*arguments), arguments
 
     def backward(arguments, cotangents):
-        *floats, indices, layer = arguments
+        *floats, indices, rest, layer = arguments
 
         def function_of(*floats):
-            return differentiable(*floats, indices=indices, layer=layer)
+            return differentiable(*floats, indices=indices, rest=rest, layer=layer)
 
         _, pull_back = jax.vjp(function_of, *floats)
-        return (*pull_back(cotangents), None, None)
+        return (*pull_back(cotangents), None, None, None)
 
     attend.defvjp(forward, backward)
-    return attend(query, key, value, logits, indices, layer)
+    return attend(query, key, value, logits, indices, rest, layer)

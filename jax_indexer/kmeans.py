@@ -15,7 +15,7 @@ from jax_indexer.config import Implementation, IndexerConfig
 from jax_indexer.kernels import backend
 from jax_indexer.kernels.centroid_sums import centroid_sums, unsupported
 from jax_indexer.layout import KVLayout, subvectors, subvectors_of, token_axis
-from jax_indexer.rope import LookAhead, positions_on, turned
+from jax_indexer.rope import LookAhead, most_squared, positions_on, turned
 
 # Tokens counted at once to find the n-th trainable one; their number fits into a uint8.
 COUNTED_TOKENS = 128
@@ -140,13 +140,15 @@ def copies_of(
         return
     axis = token_axis(kv_layout) - 1
     i = jnp.arange(key.shape[axis], dtype=jnp.int32)
+    most = subvectors(most_squared(key, ahead), config.num_subspaces, config.grouping)
+    most = jnp.moveaxis(jnp.sum(most, axis=-1), axis, -1)
+    turns = trainable & (most <= reference.largest_turned(key.dtype))
     for copy in range(ahead.copies):
         on = positions_on(i, distance[None], stride[None], copy, ahead)
         parts = turned(key, on[:, None] if kv_layout == "BSKH" else on[None], ahead)
         parts = subvectors(parts, config.num_subspaces, config.grouping)
         parts = jnp.moveaxis(parts, axis, -2)
-        norms = reference.squared_norm(parts)
-        yield parts, norms, trainable & (norms <= reference.LARGEST_NORM)
+        yield parts, reference.squared_norm(parts), turns
 
 
 def train(
@@ -518,13 +520,18 @@ def _start_at(
     enough = jnp.sum(keys.trainable, axis=-1, dtype=jnp.int32) >= number
     which = np.arange(number) % (1 + keys.ahead.copies)
     distance, stride = (x[:, None, None, None] for x in (keys.distance, keys.stride))
+
+    def own(x: Array) -> Array:  # [B, K, M, C, H] to subvectors [B, K, M, C, D]
+        parts = subvectors(x, num_subspaces, config.grouping)
+        return jnp.take_along_axis(parts, m, axis=-2)[..., 0, :]
+
+    most = jnp.sum(own(most_squared(whole, keys.ahead)), axis=-1)
+    turns = most <= reference.largest_turned(whole.dtype)
     for copy in range(keys.ahead.copies):
         on = positions_on(position, distance, stride, copy, keys.ahead)
-        parts = subvectors(turned(whole, on, keys.ahead), num_subspaces, config.grouping)
-        parts = jnp.take_along_axis(parts, m, axis=-2)[..., 0, :]
-        counts = reference.squared_norm(parts) <= reference.LARGEST_NORM
+        parts = own(turned(whole, on, keys.ahead))
         if keys.phi is not None:
             parts = reference.augment(parts, keys.phi[..., None])
-        taken = counts & enough[..., None] & (which == 1 + copy)[None, None, None]
+        taken = turns & enough[..., None] & (which == 1 + copy)[None, None, None]
         start = jnp.where(taken[..., None], parts, start)
     return start

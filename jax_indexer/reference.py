@@ -26,8 +26,8 @@ from jax_indexer.layout import (
     subvectors_of,
     token_axis,
 )
-from jax_indexer.rope import LookAhead, positions_on, turned
-from jax_indexer.state import MOST_NEW, PQIndex, Selection, ValueSums, layer_of, put_layer
+from jax_indexer.rope import LookAhead, most_squared, positions_on, turned
+from jax_indexer.state import MOST_NEW, PQIndex, Rest, Selection, ValueSums, layer_of, put_layer
 from jax_indexer.values import add_values, mean_values, summed_codes
 
 # Tokens encoded at once, in distances held in memory (tokens times K * M * C).
@@ -246,10 +246,16 @@ def select_tokens(
     config: IndexerConfig,
     counts: Int32[Array, "B"] | None,
     weights_dtype: np.dtype | None,
+    rest_by: "Logits | None" = None,
 ) -> Selection:
-    """All of CONTRACT.md, section 3."""
+    """All of CONTRACT.md, section 3; the rest, where it is said how logits are made."""
     table = lookup_table(query, index.codebooks, config)
-    return select_from_table(table, index.codes, index.lengths, counts, config, weights_dtype)
+    found = select_from_table(table, index.codes, index.lengths, counts, config, weights_dtype)
+    if rest_by is None:
+        return found
+    scores = adc_scores(table, index.codes)
+    rest = rest_of(found.indices, scores, index, counts, rest_by, config)
+    return dataclasses.replace(found, rest=rest)
 
 
 def augment(
@@ -349,6 +355,11 @@ def encode_tokens(
     return lax.map(wanted, (taken, key, codebooks, phi))
 
 
+def largest_turned(dtype: Any) -> float:
+    """What a subvector and its partners may square to, to be turned: no copy is infinite."""
+    return min(LARGEST_NORM, float(jnp.finfo(dtype).max) ** 2)
+
+
 def assign_and_sum(
     key: Float[Array, "B _ _ H"],
     trainable: Bool[Array, "B K M S"],
@@ -412,11 +423,15 @@ def assign_and_sum(
                 return sums, nearest[None]
             whole = lax.dynamic_slice(key, [*at, 0], [*size, key.shape[-1]])
             whole, of_all = whole.reshape(chunk, -1), [nearest]
+            most = subvectors_of(
+                most_squared(whole, ahead), [0], [chunk], m, num_subspaces, grouping
+            )
+            turns = counts & (jnp.sum(most, axis=-1) <= largest_turned(key.dtype))
             for copy in range(ahead.copies):
                 on = positions_on(token, distance[None], stride[None], copy, ahead)
                 parts = turned(whole, on, ahead)
                 parts = subvectors_of(parts, [0], [chunk], m, num_subspaces, grouping)
-                more, nearest = sum_parts(parts, counts & (squared_norm(parts) <= LARGEST_NORM))
+                more, nearest = sum_parts(parts, turns)
                 sums, of_all = sums + more, [*of_all, nearest]
             return sums, jnp.stack(of_all)
 
@@ -672,10 +687,20 @@ def attend(
     logits_of: Logits,
     kv_layout: KVLayout,
     layer: Int32[Array, ""] | None = None,
+    rest: Rest | None = None,
+    heavy: np.ndarray | None = None,
 ) -> Attention:
-    """Softmax attention over the listed tokens, in float32 (CONTRACT.md, section 4)."""
+    """Softmax attention over the listed tokens, in float32 (CONTRACT.md, section 4).
+
+    With a rest it is told which entries of the lists are the heavy tokens where any are left out.
+    """
     listed = read_listed(query, key, indices, kv_layout, layer)
     part = softmax_over(listed, listed.exists, value, logits_of, kv_layout, layer)
+    if rest is not None:
+        assert heavy is not None
+        is_heavy = listed.exists & heavy[None, None, None]
+        true_logits = jnp.where(is_heavy, made_logits(listed.products, logits_of), -jnp.inf)
+        part = merged(part, corrected(rest, true_logits))
     nothing = part.total == 0
     lse = part.largest + jnp.log(jnp.where(nothing, 1, part.total))
     lse = jnp.where(nothing, -jnp.inf, lse)
@@ -683,8 +708,19 @@ def attend(
     return Attention(out.astype(query.dtype), lse)
 
 
-def merged(one: Part, other: Part) -> Float[Array, "B K TG H_"]:
-    """The output of two parts together; that of one, to the bit, where the other is empty."""
+def corrected(rest: Rest, true_logits: Float[Array, "B K TG P"]) -> Part:
+    """The rest of a selection as a part, corrected by its heavy tokens; constant to gradients."""
+    rest = jax.tree.map(lambda x: by_kv_head(x, true_logits.shape[1]), rest)
+    rest, true_logits = lax.stop_gradient((rest, true_logits))
+    largest, total = _mass(true_logits)
+    factor = corrected_by(largest, total, rest.log_heavy_mass, jnp.ones_like(total))
+    is_there = rest.log_mass > -jnp.inf
+    largest = jnp.where(is_there, rest.log_mass, 0)
+    return Part(rest.value, largest, jnp.where(is_there, factor, 0))
+
+
+def merged(one: Part, other: Part) -> Part:
+    """Two parts in one; one of them, to the bit, where the other is empty."""
     largest = jnp.maximum(
         jnp.where(one.total == 0, other.largest, one.largest),
         jnp.where(other.total == 0, one.largest, other.largest),
@@ -693,8 +729,8 @@ def merged(one: Part, other: Part) -> Float[Array, "B K TG H_"]:
         jnp.where(x.total == 0, 0, x.total * jnp.exp(x.largest - largest)) for x in (one, other)
     ]
     total = weights[0] + weights[1]
-    total = jnp.where(total == 0, 1, total)
-    return one.out * (weights[0] / total)[..., None] + other.out * (weights[1] / total)[..., None]
+    shares = [(x / jnp.where(total == 0, 1, total))[..., None] for x in weights]
+    return Part(one.out * shares[0] + other.out * shares[1], largest, total)
 
 
 class Candidates(NamedTuple):
@@ -776,29 +812,83 @@ def estimated(
     Those of the pool have their true logits, the others those of PQ, corrected by what is known of
     the pool; values are means by codes.
     """
-    capacity = codes.shape[-1]
-    in_pool = listed.exists & of.has(listed.position)
-    place = jnp.where(in_pool, listed.position, np.int32(capacity))
+    in_pool, outside, of_pool = by_pq(listed, of)
     true_logits = made_logits(listed.products, logits_of)
     true_logits = jnp.where(in_pool, true_logits, -jnp.inf)
-
-    def put(array: Array, place: Array, new: Array) -> Array:
-        row = lambda array, place, new: array.at[place].set(new, mode="drop")  # noqa: E731
-        return jax.vmap(jax.vmap(jax.vmap(row)))(array, place, new)
-
-    # NaN weighs nothing.
-    by_pq = jnp.where(of.logits < jnp.inf, of.logits, -jnp.inf)
-    position = jnp.arange(capacity, dtype=jnp.int32)[None, None, None]
-    by_pq = jnp.where(of.has(position), by_pq, -jnp.inf)
-    of_pool = jnp.take_along_axis(by_pq, listed.position, axis=-1)
-    of_pool = jnp.where(in_pool, of_pool, -jnp.inf)
-    by_pq = put(by_pq, place, jnp.full_like(true_logits, -jnp.inf))
     is_known = ~attended & (true_logits < jnp.inf)
-    known = put(jnp.full_like(by_pq, -jnp.inf), place, jnp.where(is_known, true_logits, -jnp.inf))
+    known = jnp.where(is_known, true_logits, -jnp.inf)
+    known = _put(jnp.full_like(outside, -jnp.inf), listed.position, in_pool, known)
 
-    largest = _largest(jnp.maximum(by_pq, known))
-    weights = jnp.exp(by_pq - largest[..., None]) * correction(true_logits, of_pool)[..., None]
+    largest = _largest(jnp.maximum(outside, known))
+    weights = jnp.exp(outside - largest[..., None]) * correction(true_logits, of_pool)[..., None]
     weights += jnp.exp(known - largest[..., None])
+    return _with_values(weights, largest, codes, values, config)
+
+
+def rest_of(
+    indices: Int32[Array, "B T N P"],
+    scores: Float[Array, "B T N S"],
+    index: PQIndex,
+    counts: Int32[Array, "B"] | None,
+    logits_of: Logits,
+    config: IndexerConfig,
+) -> Rest:
+    """What lists leave out, by PQ alone (CONTRACT.md, section 4)."""
+    assert index.values is not None
+    num_tokens = indices.shape[1]
+    _, kv_heads, _, capacity = index.codes.shape
+    visible = visible_tokens(index.lengths, counts, capacity, num_tokens)
+    of = candidates_of(scores, visible, logits_of, config, kv_heads)
+    exists = by_kv_head(indices >= 0, kv_heads)
+    position = by_kv_head(jnp.clip(indices, 0, capacity - 1), kv_heads)
+    _, outside, of_pool = by_pq(Listed(exists, position, None), of)
+    largest = _largest(outside)
+    weights = jnp.exp(outside - largest[..., None])
+    part = _with_values(weights, largest, index.codes, index.values, config)
+    masses = (
+        jnp.where(total == 0, -jnp.inf, largest + jnp.log(jnp.where(total == 0, 1, total)))
+        for largest, total in ((part.largest, part.total), _mass(of_pool))
+    )
+    return Rest(*(by_query_head(x, num_tokens) for x in (part.out, *masses)))
+
+
+def by_pq(listed: Listed, of: Candidates) -> tuple[Array, Array, Array]:
+    """Which entries of lists are candidates; logits by PQ of candidates not listed, and of these.
+
+    Returns:
+      bool[B, K, T * G, P], float32[B, K, T * G, S] and [B, K, T * G, P]; NaN weighs nothing.
+    """
+    in_pool = listed.exists & of.has(listed.position)
+    position = jnp.arange(of.logits.shape[-1], dtype=jnp.int32)[None, None, None]
+    weighs = of.has(position) & (of.logits < jnp.inf)
+    logits = jnp.where(weighs, of.logits, -jnp.inf)
+    of_pool = jnp.take_along_axis(logits, listed.position, axis=-1)
+    of_pool = jnp.where(in_pool, of_pool, -jnp.inf)
+    outside = _put(logits, listed.position, in_pool, jnp.full_like(of_pool, -jnp.inf))
+    return in_pool, outside, of_pool
+
+
+def _put(array: Array, position: Array, wanted: Array, new: Array) -> Array:
+    """The array [B, K, T * G, S] with some of it replaced."""
+    place = jnp.where(wanted, position, np.int32(array.shape[-1]))
+    row = lambda array, place, new: array.at[place].set(new, mode="drop")  # noqa: E731
+    return jax.vmap(jax.vmap(jax.vmap(row)))(array, place, new)
+
+
+def _mass(logits: Float[Array, "*batch n"]) -> tuple[Array, Array]:
+    """The largest of some logits, and the sum of their exponentials relative to it."""
+    largest = _largest(logits)
+    return largest, jnp.sum(jnp.exp(logits - largest[..., None]), axis=-1)
+
+
+def _with_values(
+    weights: Float[Array, "B K TG S"],
+    largest: Float[Array, "B K TG"],
+    codes: UInt8[Array, "B K M S"],
+    values: ValueSums,
+    config: IndexerConfig,
+) -> Part:
+    """Tokens with weights relative to a largest logit, and values by their codes."""
     # Without a value there is nothing to estimate from.
     summed = jnp.sum(values.counts[:, :, 0], axis=-1)[:, :, None, None]
     weights = jnp.where(summed > 0, weights, 0)
@@ -825,12 +915,7 @@ def correction(
     true_logits: Float[Array, "*batch n"], by_pq: Float[Array, "*batch n"]
 ) -> Float[Array, "*batch"]:
     """How much more candidates weigh by their keys than by PQ, within bounds; 1 where not known."""
-    (largest, total), (largest_by_pq, total_by_pq) = (
-        (largest, jnp.sum(jnp.exp(x - largest[..., None]), axis=-1))
-        for x in (true_logits, by_pq)
-        for largest in [_largest(x)]
-    )
-    return corrected_by(largest, total, largest_by_pq, total_by_pq)
+    return corrected_by(*_mass(true_logits), *_mass(by_pq))
 
 
 def corrected_by(largest: Array, total: Array, largest_by_pq: Array, total_by_pq: Array) -> Array:
@@ -865,11 +950,10 @@ def attend_selected(
     if config.rerank > 1:
         attended &= of.always(listed.position) | best_of_pool(listed, of, config)
     part = softmax_over(listed, attended, caches.value, logits_of, kv_layout, layer)
-    out = part.out
     if index.values is not None:
         rest = estimated(listed, attended, of, index.codes, index.values, logits_of, config)
-        out = merged(part, rest)
-    return by_query_head(out, num_tokens).astype(query.dtype)
+        part = merged(part, rest)
+    return by_query_head(part.out, num_tokens).astype(query.dtype)
 
 
 class Caches(NamedTuple):

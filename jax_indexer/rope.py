@@ -170,6 +170,13 @@ def turned(
     return both.astype(key.dtype).astype(jnp.float32)
 
 
+def most_squared(key: Float[Array, "*tokens H"], ahead: LookAhead) -> Float[Array, "*tokens H"]:
+    """Squares of keys and of the partners of their dimensions: a turned key has no larger sums."""
+    key = key.astype(jnp.float32)
+    partner = key[..., ahead.rope.partner(np.arange(key.shape[-1]))]
+    return key * key + partner * partner
+
+
 def check_look_ahead(rope: Any, look_ahead: Any, copies: Any, head_dim: int) -> LookAhead | None:
     """The arguments of this name; ValueError for what they cannot be."""
     copies = _number("copies", copies, MOST_COPIES, "how many copies of each key to train on")

@@ -1,15 +1,20 @@
 """select and indexer_next: which tokens each query head attends to."""
 
+import dataclasses
 import functools
 
+import jax
+import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int32
 
 from jax_indexer import _arguments, reference
+from jax_indexer.attend import logits_of
 from jax_indexer.config import Implementation, IndexerConfig, Selector, default_selector
 from jax_indexer.kernels import backend, pipeline
 from jax_indexer.kernels.step import Step
 from jax_indexer.layout import KVLayout, key_letters
+from jax_indexer.reference import Logits
 from jax_indexer.sharding import Shard, by_shards
 from jax_indexer.state import PQIndex, Selection, layer_of
 
@@ -22,6 +27,9 @@ def select(
     counts: Int32[Array, "B"] | None = None,
     layer: int | Int32[Array, ""] | None = None,
     return_weights: bool = False,
+    return_rest: bool = False,
+    scale: float | Array | None = None,
+    logits_soft_cap: float | Array | None = None,
     implementation: Implementation | None = None,
     selector: Selector | None = None,
 ) -> Selection:
@@ -38,6 +46,10 @@ def select(
       layer: which layer of the index, clipped to those there are, where its arrays have an axis of
         layers in front; None where they have none.
       return_weights: whether to write the dense weights too.
+      return_rest: whether to estimate what is not listed, for `sparse_attention(rest=)`; it takes
+        a config with `estimate_rest`.
+      scale, logits_soft_cap: with `return_rest` those of the attention; None for H**-0.5, and for
+        logits as they are.
       implementation: "triton", "xla", or None: Triton on an NVIDIA GPU where it supports the
         case, else XLA.
       selector: how the heavy tokens are found; all give the same list. "cells" needs
@@ -55,10 +67,12 @@ def select(
     _arguments.check_select(
         query, index, config, counts, layer, return_weights, implementation, selector
     )
+    _arguments.check_return_rest(return_rest, config, scale, logits_soft_cap)
     return _select(
         query,
         index,
         counts,
+        logits_of(scale, logits_soft_cap, query.shape[3]) if return_rest else None,
         _arguments.check_layer(layer),
         config=config,
         return_weights=return_weights,
@@ -135,6 +149,7 @@ def _select(
     query: Array,
     index: PQIndex,
     counts: Array | None,
+    rest_by: Logits | None,
     layer: Array | None,
     *,
     config: IndexerConfig,
@@ -143,21 +158,26 @@ def _select(
     selector: Selector | None,
 ) -> Selection:
     weights_dtype = query.dtype if return_weights else None
+    scale = soft_cap = None
+    if rest_by is not None:
+        config = dataclasses.replace(config, rerank=1)
+        scale, soft_cap = jax.tree.map(lambda x: x.astype(jnp.float32), tuple(rest_by))
 
-    def on_shard(shard: Shard, query, index, counts, layer) -> Selection:
+    def on_shard(shard: Shard, query, index, counts, scale, soft_cap, layer) -> Selection:
         del shard
+        rest_by = None if scale is None else Logits(scale, soft_cap)
         T, N = query.shape[1:3]
         step = Step.of(index, config, T=T, N=N, weights_dtype=weights_dtype)
-        chosen = selector or default_selector(config, step.S, T)
+        chosen = selector or default_selector(config, step.S, T, goes_on=rest_by is not None)
 
-        def xla(query, index, counts, layer):
+        def xla(query, index, counts, layer, rest_by):
             index = layer_of(index, layer)
-            return reference.select_tokens(query, index, config, counts, weights_dtype)
+            return reference.select_tokens(query, index, config, counts, weights_dtype, rest_by)
 
-        def triton(query, index, counts, layer):
-            return pipeline.launch_select(step, query, index, counts, chosen, layer)
+        def triton(query, index, counts, layer, rest_by):
+            return pipeline.launch_select(step, query, index, counts, chosen, layer, rest_by)
 
-        arguments = query, index, counts, layer
+        arguments = query, index, counts, layer, rest_by
         return backend.dispatch(xla, triton, *arguments, implementation=implementation)
 
     return by_shards(
@@ -165,6 +185,8 @@ def _select(
         query=("B T N H", query),
         index=(None, index),
         counts=("B", counts),
+        scale=("", scale),
+        logits_soft_cap=("", soft_cap),
         layer=("", layer),
     )
 

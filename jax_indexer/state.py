@@ -189,6 +189,26 @@ class DecodeCache:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class Rest:
+    """Candidates that are not listed, estimated by their codes, for `sparse_attention` to add.
+
+    Attributes:
+      value: the mean of their estimated values, by the exponentials of their logits by PQ; 0 where
+        nothing is left.
+      log_mass: the log of the sum of these exponentials; -inf where nothing is left.
+      log_heavy_mass: likewise for the heavy tokens that are listed, whose true logits say how far
+        PQ is off.
+
+    Source: CONTRACT.md, section 4.
+    """
+
+    value: Float32[Array, "B T N H'"]
+    log_mass: Float32[Array, "B T N"]
+    log_heavy_mass: Float32[Array, "B T N"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class Selection:
     """The tokens to attend to: a pytree, of which one spec of B, T and N does for all arrays.
 
@@ -197,12 +217,14 @@ class Selection:
       counts: how many positions are listed.
       weights: None unless asked for: in the query's dtype, 1 at listed tokens, else 0.
       capacity: S of the index, which a cache must have too; static; None where it is not known.
+      rest: None unless asked for: what is not listed.
     """
 
     indices: Int32[Array, "B T N P"]
     counts: Int32[Array, "B T N"]
     weights: Float[Array, "B T N S"] | None = None
     capacity: int | None = dataclasses.field(default=None, metadata={"static": True})
+    rest: Rest | None = None
 
 
 def layer_of(state: Any, layer: Array | None) -> Any:

@@ -106,17 +106,24 @@ def test_sums_are_those_of_keys_and_their_copies(run, case):  # noqa: F811
     dtype = jnp.dtype(dtype)
     key = rng.standard_normal((B, S, K, H)).astype(dtype)
     key[0, 7, 0, 1] = np.inf  # neither it nor a copy is trained on
+    key[0, 9, 0, :2] = jnp.finfo(dtype).max  # copies of it might be infinite
     rope = Rope.from_base(100.0, H - 2, pairs)  # the last two dimensions do not turn
     ahead = LookAhead(rope, horizon=300, copies=2, begin=5)
     distance, stride = np.asarray([S - 5, 2 * S], np.int32), np.asarray([1, 2], np.int32)
     i, far, apart = np.arange(S, dtype=np.int32)[None], distance[:, None], stride[:, None]
     turns = [positions_on(*map(jnp.asarray, (i, far, apart)), copy, ahead) for copy in range(2)]
     copies = [np.asarray(turned(jnp.asarray(key), on[..., None], ahead)) for on in turns]
+    partner = rope.partner(np.arange(H))
+    most = np.square(key, dtype=np.float64) + np.square(key[..., partner], dtype=np.float64)
     everything = np.stack([key.astype(np.float32), *copies])  # [copies, B, S, K, H]
     h = dimension_of(np.arange(M)[:, None], np.arange(D)[None], M, D, grouping)
     parts = everything[..., h].astype(np.float64).transpose(1, 3, 4, 0, 2, 5)  # [B, K, M, n, S, D]
     norm = np.square(parts).sum(-1)
-    trained = np.isfinite(norm)
+    # Copies, where key and partners are small enough.
+    most = most[..., h].sum(-1).transpose(0, 2, 3, 1)[:, :, :, None]
+    limit = min(2.0**124, float(jnp.finfo(dtype).max) ** 2)
+    trained = np.isfinite(norm) & (norm <= 2.0**124)
+    trained[:, :, :, 1:] &= most <= limit
     trainable = trained[:, :, :, 0] & (rng.random((B, K, M, S)) < 0.9)
     stop = np.full((B, K, M), S, np.int32)
     stop[1] = S - 9

@@ -27,7 +27,8 @@ from jax_indexer.kernels import backend
 from jax_indexer.kernels.step import Lengths, Step, plan_after, plan_query, room_in
 from jax_indexer.kernels.tuning import H100, Tuning
 from jax_indexer.layout import KVLayout, head_axis, power_of_2_from, token_axis
-from jax_indexer.reference import Attention, Caches, Logits, made_logits
+from jax_indexer.reference import Attention, Caches, Logits, corrected_by, made_logits
+from jax_indexer.state import Rest
 
 # Queries that share what they attend to, at the most: what a tensor core takes at the least.
 ROWS = 16
@@ -356,12 +357,28 @@ def shared_kernel(
     write_parts(parts, row, token, head, together, part, found)
 
 
+class LeftOut(NamedTuple):
+    """A `Rest`: f32[B, T, N, H'], and f32[B, T, N] each."""
+
+    value: Any
+    log_mass: Any
+    log_heavy_mass: Any
+
+
 class MergeInputs(NamedTuple):
-    """Parts, in the order they are added, and what a step leaves to its last kernel."""
+    """What an attention is merged from, and what a step leaves to its last kernel.
+
+    Attributes:
+      parts: in the order they are added.
+      rest: what the lists leave out, or None.
+      after: lengths after the step, or None.
+      lengths: not read.
+    """
 
     parts: tuple[Parts, ...]
+    rest: LeftOut | None
     after: Lengths | None
-    lengths: Any  # not read
+    lengths: Any
 
 
 class Ended(NamedTuple):
@@ -380,11 +397,29 @@ def write_length(after: Lengths | None, lengths: Any, row: Array, is_first: Arra
             lengths[row] = after.lengths[row]
 
 
+def read_rest(
+    rest: LeftOut, row: Array, token: Array, head: Array, heavy: Softmax | None
+) -> Softmax:
+    """What is left out of a list, corrected by what its heavy tokens weigh."""
+    at = row, token, head
+    largest, total = rest.log_mass[at], jnp.float32(1)
+    if heavy is not None:
+        total = corrected_by(heavy.largest, heavy.total, rest.log_heavy_mass[at], total)
+    total = jnp.where(largest == -jnp.inf, 0, total)
+    size = rest.value.shape[3]
+    d = jnp.arange(padded(size), dtype=jnp.int32)
+    value = backend.load(rest.value.at[(*at, d)], mask=d < size, other=0)
+    return Softmax(largest, total, total * value)
+
+
 def merge_kernel(program, inputs: MergeInputs, outputs: Ended):
     _, num_tokens, num_heads, _ = outputs.output.out.shape
     head, token = program % num_heads, program // num_heads % num_tokens
     row = program // (num_heads * num_tokens)
     found = [read_parts(parts, row, token, head) for parts in inputs.parts]
+    if inputs.rest is not None:  # of two parts the heavy tokens are the first
+        heavy = found[0] if len(found) > 1 else None
+        found.append(read_rest(inputs.rest, row, token, head, heavy))
     write_output(outputs.output, row, token, head, functools.reduce(merge_two, found))
     write_length(inputs.after, outputs.lengths, row, (token == 0) & (head == 0))
 
@@ -567,6 +602,7 @@ def launch_listed(
     kv_layout: KVLayout,
     *,
     own: Entries | None = None,
+    rest: Rest | None = None,
     middle: Middle | None = None,
     tuning: Tuning = H100,
 ) -> Ended:
@@ -580,6 +616,7 @@ def launch_listed(
       layer: of the caches.
       kv_layout: of the caches.
       own: entries that differ between query heads of a kv head; None for all.
+      rest: what the lists leave out, or None; then `own` are their heavy tokens.
       middle: of the lists of a step, what the other entries give.
       tuning: block sizes.
 
@@ -593,7 +630,7 @@ def launch_listed(
     together = sharing(query.shape[2] // caches.key.shape[head_axis(kv_layout) - 4])
     if step is not None:
         own = Entries(step.config.sink_size, list_size - step.config.window_size)
-    elif own is None or together == 1:
+    elif own is None or (together == 1 and rest is None):
         own = Entries(0, list_size)
 
     def in_parts(
@@ -613,17 +650,19 @@ def launch_listed(
 
     listed = in_parts(listed_kernel, own.number, tuning.attended_tile, step=step)
     warps = tuning.attended_warps
-    if step is not None or own.number == list_size:
+    if step is not None or (own.number == list_size and rest is None):
         found = backend.launch(listed, num_warps=warps)
         parts = (found,) if known is None else (known, found)
     else:
         number = list_size - own.number
         shared = in_parts(shared_kernel, number, tuning.always_tile, together)
         launches = {"shared": shared} | ({"listed": listed} if own.number else {})
-        parts = tuple(backend.launch_together(launches, num_warps=warps).values())
+        made = backend.launch_together(launches, num_warps=warps)
+        parts = tuple(made[name] for name in ("listed", "shared") if name in made)
+    left_out = rest and LeftOut(rest.value, rest.log_mass, rest.log_heavy_mass)
     merge = backend.Launch(
         merge_kernel,
-        MergeInputs(parts, after, lengths),
+        MergeInputs(parts, left_out, after, lengths),
         shapes_of_end(query, value_size, lengths, after, layer),
         programs=math.prod(query.shape[:3]),
         in_place=("lengths",),

@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int32, UInt8
 from jax_indexer.kernels import backend
 from jax_indexer.kernels.tuning import H100, Tuning
 from jax_indexer.layout import Grouping, KVLayout, dimension_of, power_of_2_from, token_axis
-from jax_indexer.reference import LARGEST_NORM
+from jax_indexer.reference import largest_turned
 from jax_indexer.rope import LookAhead, angles, positions_on
 
 # Matrix products take no smaller sides.
@@ -161,6 +161,10 @@ def centroid_sums_kernel(
             if ahead is None:
                 return carry
             own, partner = (x.astype(jnp.float32) for x in (keys, read(ahead.rope.partner(h))))
+            # However far it turns, a copy is no longer than both together.
+            most = largest_turned(keys.dtype)
+            turns = trainable & (jnp.sum(own * own + partner * partner, axis=1) <= most)
+            own, partner = (jnp.where(turns[:, None], x, 0) for x in (own, partner))
             speed = backend.load(inputs.speed.at[h], mask=is_dimension, other=0)
             partner *= jnp.where(ahead.rope.is_first(h), -1.0, 1.0)[None, :]
             distance, stride = inputs.distance[row], inputs.stride[row]
@@ -169,10 +173,7 @@ def centroid_sums_kernel(
                 on = positions_on(token, distance, stride, copy, ahead)
                 cos, sin = backend.cos_and_sin(angles(on[:, None], speed[None, :]))
                 copies = (own * cos + partner * sin).astype(keys.dtype)
-                norm = jnp.sum(jnp.square(copies.astype(jnp.float32)), axis=1)
-                counts = trainable & (norm <= LARGEST_NORM)
-                copies = jnp.where(counts[:, None], copies, 0)
-                return add_keys(copies, counts, token, 1 + copy, carry)
+                return add_keys(copies, turns, token, 1 + copy, carry)
 
             # A loop, for it is much code.
             return lax.fori_loop(0, ahead.copies, add_copy, carry)

@@ -23,6 +23,7 @@ from jax_indexer.kernels.lookup_table import Tables, tables_launch
 from jax_indexer.kernels.output import Lists, weights_launch
 from jax_indexer.kernels.pool import MOST_COUNTED, attend_pool, attend_pool_of_cells
 from jax_indexer.kernels.seal import seal_launch
+from jax_indexer.kernels.select_rest import rest_of_lists, select_cells_with_rest
 from jax_indexer.kernels.step import Lengths, QueryPlan, Step, plan_after, plan_query
 from jax_indexer.kernels.threshold import select_threshold
 from jax_indexer.kernels.top_k import select_top_k
@@ -131,12 +132,22 @@ def launch_select(
     counts: Int32[Array, "B"] | None,
     selector: Selector,
     layer: Array | None = None,
+    rest_by: Logits | None = None,
 ) -> Selection:
     """What `reference.select_tokens` does, in one layer."""
     lengths = Lengths(index.lengths, counts)
     made = launched(step, query_launches(step, query, index, lengths, layer))
     lengths = lengths._replace(lengths=layer_of(index.lengths, layer))
-    return selected(step, made, index, lengths, selector, layer)
+    if rest_by is None:
+        return selected(step, made, index, lengths, selector, layer)
+    known = step, made["tables"], index, lengths
+    if selector == "cells" and step.S <= MOST_COUNTED:
+        weights = made["weights"].weights if "weights" in made else None
+        lists, rest = select_cells_with_rest(*known, rest_by, weights, layer)
+        return dataclasses.replace(selection_of(step, lists), rest=rest)
+    selection = selected(step, made, index, lengths, selector, layer)
+    rest = rest_of_lists(*known, selection.indices, rest_by, layer)
+    return dataclasses.replace(selection, rest=rest)
 
 
 def launch_step(

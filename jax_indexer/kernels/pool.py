@@ -54,8 +54,9 @@ from jax_indexer.kernels.cells_select import (
 )
 from jax_indexer.kernels.lookup_table import Tables
 from jax_indexer.kernels.rest import (
+    Estimated,
+    Estimator,
     Members,
-    Rest,
     Sources,
     Weighed,
     by_code,
@@ -110,7 +111,7 @@ class End(NamedTuple):
 
     Attributes:
       step: of the config that reranks.
-      inputs, scratch: of the launch.
+      inputs, scratch: of the launch; no inputs where nothing is attended to.
       place: of the query.
       plan: of the query, by the config that reranks.
       number: entries of the pool between sink and window.
@@ -118,7 +119,7 @@ class End(NamedTuple):
     """
 
     step: Step
-    inputs: EndInputs
+    inputs: EndInputs | Any
     scratch: Scratch
     place: Place
     plan: QueryPlan
@@ -173,7 +174,8 @@ class End(NamedTuple):
         """Writes the ranks of true inner products to scratch."""
         place, by_key, cache = self.place, self.scratch.by_key, self.inputs.key
         most = self.step.tuning.pooled_bytes // (padded(cache.shape[3]) * cache.dtype.itemsize)
-        block = max(min(most, power_of_2_from(self.step.pooled) // 4), ROWS)
+        pooled = power_of_2_from(self.step.pooled)
+        block = max(min(most, pooled // 4), ROWS)
 
         def slots(i):
             return i * block + jnp.arange(block, dtype=jnp.int32)
@@ -197,8 +199,14 @@ class End(NamedTuple):
             rank(2 * i + 1, second)
             return following
 
-        turns = lax.div(self.number + (2 * block - 1), jnp.int32(2 * block))
-        lax.fori_loop(0, turns, two, keys(0))
+        def one(i, first):
+            following = keys(i + 1)
+            rank(i, first)
+            return following
+
+        at_once, some = (2, two) if pooled > 4 * block else (1, one)  # less code for a small pool
+        turns = lax.div(self.number + (at_once * block - 1), jnp.int32(at_once * block))
+        lax.fori_loop(0, turns, some, keys(0))
 
     def winners(self, position: Array, rank: Array) -> Array:
         """Which of the pool are attended to: the best; of those at the cut the lowest positions."""
@@ -330,7 +338,7 @@ class End(NamedTuple):
         self,
         output: Attention,
         scores: Scores,
-        estimate: Callable[[Rest, Members], Softmax],
+        estimate: Callable[[Estimator, Members], Estimated],
     ) -> None:
         """Attends, and writes the output; `estimate` takes what is known of the pool."""
         place, value_size = self.place, self.inputs.value.shape[3]
@@ -346,8 +354,8 @@ class End(NamedTuple):
             pool = Members(position, is_candidate, None, None, found.largest, found.total)
         found = merge_two(read_parts(self.inputs.known, *place.at), found)
         if self.inputs.rest is not None:
-            rest = Rest(self.step, scores, place, logits, self.inputs.rest)
-            found = merge_two(found, estimate(rest, pool))
+            estimator = Estimator(self.step, scores, place, logits, self.inputs.rest)
+            found = merge_two(found, estimate(estimator, pool).rest)
         write_output(output, *place.at, found)
 
 
@@ -377,10 +385,14 @@ def end_inputs(
     weighed: Weighed | None,
 ) -> EndInputs:
     """What a kernel attends to; of sums it takes those of the index."""
-    rest = None
-    if index.values is not None:
-        rest = Sources(step.by_rows(index.values.sums), step.by_rows(index.values.counts), weighed)
-    return EndInputs(query, *caches, vectors(logits), known, rest)
+    return EndInputs(query, *caches, vectors(logits), known, sources_of(step, index, weighed))
+
+
+def sources_of(step: Step, index: PQIndex, weighed: Weighed | None = None) -> Sources | None:
+    """What the rest is made from, None without it."""
+    if index.values is None:
+        return None
+    return Sources(step.by_rows(index.values.sums), step.by_rows(index.values.counts), weighed)
 
 
 # What every layer has one of, besides what is searched.
@@ -447,9 +459,11 @@ def cells_pool_kernel(
 
     end = End(step, inputs.end, outputs.scratch, place, plan, number, position_of)
 
-    def estimate(rest: Rest, pool: Members) -> Softmax:
-        put_lost = functools.partial(end.put_lost, search=search, by=rest.by)
-        return rest.of_cells(search, fits, pool, put_lost)
+    def estimate(estimator: Estimator, pool: Members) -> Estimated:
+        put_lost = None
+        if pool.lost is not None:
+            put_lost = functools.partial(end.put_lost, search=search, by=estimator.by)
+        return estimator.of_cells(search, fits, pool, put_lost)
 
     end.write(outputs.output, search.scores, estimate)
 
@@ -540,6 +554,16 @@ class PoolOutputs(NamedTuple):
     lengths: Any
 
 
+def position_in(indices: Any, step: Step, place: Place) -> Callable[[Array, Array], Array]:
+    """What `End.position_of` is, for a list: its entries behind the sink."""
+
+    def position_of(slot: Array, exists: Array) -> Array:
+        entry = jnp.where(exists, step.config.sink_size + slot, 0)
+        return backend.load(indices.at[(*place.at, entry)], mask=exists, other=-1)
+
+    return position_of
+
+
 def attend_pool_kernel(program, inputs: PoolInputs, outputs: PoolOutputs, *, step: Step):
     place, of_pool = Place.of(step, program), step.of_pool
     plan, plan_of_pool = (
@@ -548,17 +572,16 @@ def attend_pool_kernel(program, inputs: PoolInputs, outputs: PoolOutputs, *, ste
     is_first = (place.token == 0) & (place.head == 0)
     write_length(inputs.search.lengths, outputs.lengths, place.row, is_first)
 
-    def position_of(slot: Array, exists: Array) -> Array:
-        entry = jnp.where(exists, step.config.sink_size + slot, 0)
-        return backend.load(inputs.indices.at[(*place.at, entry)], mask=exists, other=-1)
-
-    number = plan_of_pool.between(step.config)
+    number, position_of = (
+        plan_of_pool.between(step.config),
+        position_in(inputs.indices, step, place),
+    )
     end = End(step, inputs.end, outputs.scratch, place, plan, number, position_of)
     scores = Scores(step, inputs.search.table, inputs.search.codes, *place.of_kv)
 
-    def estimate(rest: Rest, pool: Members) -> Softmax:
-        by_codes = functools.partial(end.by_codes, scores=scores, by=rest.by)
-        return rest.of_parts(pool, by_codes)
+    def estimate(estimator: Estimator, pool: Members) -> Estimated:
+        by_codes = functools.partial(end.by_codes, scores=scores, by=estimator.by)
+        return estimator.of_parts(pool, by_codes)
 
     end.write(outputs.output, scores, estimate)
 

@@ -87,15 +87,16 @@ class Members(NamedTuple):
       is_candidate: which lanes are candidates.
       lost: what candidates weigh that are not attended to, relative to `largest_lost`.
       largest_lost: the largest of their true logits; None, as `lost`, where all are attended to.
-      largest, total: of all true logits, and of the exponentials relative to it.
+      largest, total: of all true logits, and of the exponentials relative to it; None where these
+        are not known.
     """
 
     position: Array
     is_candidate: Array
     lost: Array | None
     largest_lost: Array | None
-    largest: Array
-    total: Array
+    largest: Array | None
+    total: Array | None
 
     @classmethod
     def of(cls, position: Array, is_candidate: Array, logit: Array, lost: Array) -> "Members":
@@ -120,14 +121,28 @@ class Relative(NamedTuple):
     lost: Array | float
 
     @classmethod
-    def of(cls, pool: Members, largest: Array, of_pool: tuple[Array, Array]) -> "Relative":
+    def of(cls, pool: Members | None, largest: Array, of_pool: tuple[Array, Array]) -> "Relative":
         """From the largest logit by PQ of others, and the pool's, with the total relative to it."""
+        if pool is None or pool.largest is None or pool.total is None:
+            return cls(largest, jnp.float32(1), 0.0)
         others, lost = largest, 0.0
         if pool.largest_lost is not None:
             largest = jnp.maximum(largest, pool.largest_lost)
             lost = jnp.exp(pool.largest_lost - finite(largest))
         correction = corrected_by(pool.largest, pool.total, *of_pool)
         return cls(largest, correction * jnp.exp(others - finite(largest)), lost)
+
+
+class Estimated(NamedTuple):
+    """Candidates that are not attended to.
+
+    Attributes:
+      rest: what they are, as a part of a softmax.
+      of_pool: what the pool weighs by PQ: its largest logit, and the total relative to it.
+    """
+
+    rest: Softmax
+    of_pool: tuple[Array, Array]
 
 
 def by_code(code: Array, number: int, amount: Array) -> Array:
@@ -185,7 +200,7 @@ def weigh_cells(logits: Logits, search: Search, parts: list[Part], tail: Tail, c
         weighed[search.kv_row, search.query, i] = x
 
 
-class Rest(NamedTuple):
+class Estimator(NamedTuple):
     """One program's view of its query.
 
     Attributes:
@@ -211,16 +226,17 @@ class Rest(NamedTuple):
         self,
         search: Search,
         fits: Array,
-        pool: Members,
-        put_lost: Callable[[Members], list[Array]],
-    ) -> Softmax:
+        pool: Members | None,
+        put_lost: Callable[[Members], list[Array]] | None,
+    ) -> Estimated:
         """Candidates that are not attended to, where a search left its `weighed` and `left`.
 
         Args:
           search: the search.
           fits: whether its state did.
-          pool: what is known of the pool.
-          put_lost: writes `lost` for most of the pool, and returns sums by code of the others.
+          pool: what is known of the pool; None where no true logit is.
+          put_lost: writes `lost` for most of the pool, and returns sums by code of the others; for
+            a pool that loses any.
         """
         usable = fits & (search.plan.num_heavy > 0)
         means = self.read_means()
@@ -234,15 +250,15 @@ class Rest(NamedTuple):
         largest = jnp.maximum(below, at_cut)
         relative = Relative.of(pool, largest, (of_pool, total))
         if self.by[1] > 1:
-            lost = None if pool.lost is None else put_lost(pool)
+            lost = None if pool is None or put_lost is None else put_lost(pool)
             weights = self.by_code(search, usable, largest, relative, lost)
-            return with_values(relative.largest, weights, means)
+            return Estimated(with_values(relative.largest, weights, means), (of_pool, total))
         of_cut = number * jnp.exp(at_cut - finite(largest))
         weight = total_below * jnp.exp(below - finite(largest)) + of_cut
         weight *= relative.others
-        if pool.lost is not None:
+        if pool is not None and pool.lost is not None:
             weight += relative.lost * jnp.sum(pool.lost)
-        return with_values(relative.largest, [weight[None]], means)
+        return Estimated(with_values(relative.largest, [weight[None]], means), (of_pool, total))
 
     def by_code(
         self,
@@ -285,7 +301,7 @@ class Rest(NamedTuple):
             sums = [x + relative.lost * y for x, y in zip(sums, lost, strict=True)]
         return sums
 
-    def of_parts(self, pool: Members, by_codes: Callable[[Array], list[Array]]) -> Softmax:
+    def of_parts(self, pool: Members, by_codes: Callable[[Array], list[Array]]) -> Estimated:
         """Candidates that are not attended to, where they were weighed token by token.
 
         Args:
@@ -311,14 +327,16 @@ class Rest(NamedTuple):
         )
         weights = [x + weight * at.astype(jnp.float32) for x, at in zip(below, at_cut, strict=True)]
         most = of_pool.largest()
-        relative = Relative.of(pool, largest, (most, jnp.sum(of_pool.weights(most))))
+        weight_of_pool = most, jnp.sum(of_pool.weights(most))
+        relative = Relative.of(pool, largest, weight_of_pool)
         # The pool's own tokens at the cut are among those counted there.
         amount = jnp.where(in_pool, -relative.others * weight, 0)
         if pool.lost is not None:
             amount += relative.lost * pool.lost
         sums = zip(weights, by_codes(amount), strict=True)
         weights = [relative.others * x + y for x, y in sums]
-        return with_values(relative.largest, weights, self.read_means())
+        rest = with_values(relative.largest, weights, self.read_means())
+        return Estimated(rest, weight_of_pool)
 
     def read_means(self) -> "Means":
         """Read before all that waits for something else."""
