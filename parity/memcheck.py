@@ -284,7 +284,8 @@ def check_pool(inputs: Inputs) -> None:
         state = with_cells(index, its_config) if uses_cells else index
         nothing = jnp.zeros(B, jnp.int32)
         values = no_values(B, K, of_value, its_config)
-        grown = nothing, index.lengths, S
+        # As by many tokens at once: XLA's own scatter of a few reads past its indices.
+        grown = nothing, index.lengths, max(S, MOST_NEW + 1)
         values = add_values(values, caches.value, index.codes, *grown, its_config, "BSKH", None)
         state = dataclasses.replace(state, values=values)
         before = jax.tree.map(lambda x: jnp.stack([x, x]), (state, caches))

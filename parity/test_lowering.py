@@ -585,6 +585,41 @@ def test_a_pool_and_the_rest_lower_to_kernels_alone(name):
     assert donated == len(jax.tree.leaves(cache))
 
 
+@pytest.mark.parametrize("name", [name for name in POOLS if "estimate_rest" in POOLS[name][1]])
+def test_the_rest_of_a_selection_lowers_to_kernels_alone(name):
+    """Behind cells it is in the kernel that selects; attention takes it where it merges."""
+    shape, sizes = POOLS[name]
+    shape = {"T": 1, "H": 64, "S": 40001, "layers": None} | shape
+    config = IndexerConfig(**sizes)
+    cache = jax.eval_shape(
+        functools.partial(empty_cache, config, 2, shape["S"], 2, shape["H"], layers=shape["layers"])
+    )
+    query, _, _ = arguments(B=2, T=shape["T"], H=shape["H"], dtype=jnp.bfloat16)
+
+    def attend(query, cache, layer, *, has_rest):
+        layer = None if shape["layers"] is None else layer
+        options = {"layer": layer, "implementation": "triton"}
+        selector = "cells" if config.cells else "threshold"
+        found = select(
+            query, cache.index, config, return_rest=has_rest, selector=selector, **options
+        )
+        return sparse_attention(
+            query, cache.key, cache.value, found, config=config, rest=found.rest, **options
+        )
+
+    with an_h100():
+        plain, text = (
+            lowered(functools.partial(attend, has_rest=rest), query, cache, shaped((), jnp.int32))
+            for rest in (False, True)
+        )
+    want = kernels(plain) | {"weigh_tokens_kernel", "listed_rest_kernel"}
+    if config.cells:
+        want = kernels(plain) - {"cells_select_kernel"} | {"cells_rest_kernel"}
+    assert kernels(text) == want
+    assert "f64" not in text
+    assert not re.search(r"stablehlo\.(case|if|while|sort)", text)
+
+
 CAPACITY = 5003  # no other size is this
 
 

@@ -117,14 +117,14 @@ class Relative(NamedTuple):
     """
 
     largest: Array
-    others: Array
+    others: Array | float
     lost: Array | float
 
     @classmethod
     def of(cls, pool: Members | None, largest: Array, of_pool: tuple[Array, Array]) -> "Relative":
         """From the largest logit by PQ of others, and the pool's, with the total relative to it."""
         if pool is None or pool.largest is None or pool.total is None:
-            return cls(largest, jnp.float32(1), 0.0)
+            return cls(largest, 1.0, 0.0)
         others, lost = largest, 0.0
         if pool.largest_lost is not None:
             largest = jnp.maximum(largest, pool.largest_lost)
