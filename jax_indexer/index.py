@@ -17,7 +17,7 @@ from jax_indexer.kernels.step import Step
 from jax_indexer.layout import KVLayout, head_axis, key_letters, token_axis
 from jax_indexer.rope import COPIES, LookAhead, Rope, check_look_ahead
 from jax_indexer.sharding import Shard, by_shards
-from jax_indexer.state import PQIndex, layer_of, put_layer
+from jax_indexer.state import PQIndex, Span, layer_of, put_layer
 from jax_indexer.values import empty_values, no_values
 
 
@@ -237,6 +237,7 @@ def reset(
     rows: Bool[Array, "B"],
     *,
     layer: int | Int32[Array, ""] | None = None,
+    sequence_axis: str | None = None,
 ) -> PQIndex:
     """Empties some rows: their length becomes 0, and their codebooks stay until rebuilt.
 
@@ -245,6 +246,8 @@ def reset(
       rows: bool[B], the rows to empty.
       layer: which layer of the index, clipped to those there are, where its arrays have an axis of
         layers in front; None for all of them.
+      sequence_axis: inside a `shard_map`, the axis of its mesh that S is split over, None where it
+        is whole. Nothing is exchanged: `rows` are the same on all devices along it.
 
     Returns:
       A PQIndex of the same shapes.
@@ -264,6 +267,7 @@ def reset(
         _arguments.check_cells(index.cells, sizes)
     if index.values is not None:
         _arguments.check_fields("index.values", index.values, sizes)
+    _arguments.check_sequence_axis(sequence_axis, {"rows": rows} if sequence_axis else {}, {})
     return _reset(index, rows, _arguments.check_layer(layer))
 
 
@@ -272,6 +276,7 @@ def with_cells(
     config: IndexerConfig,
     *,
     layer: int | Int32[Array, ""] | None = None,
+    sequence_axis: str | None = None,
 ) -> PQIndex:
     """Makes the state of the "cells" selector for an index that was made without it.
 
@@ -284,6 +289,8 @@ def with_cells(
       layer: which layer of the index, clipped to those there are, where its arrays have an axis of
         layers in front and there is a state for the others; None for an index of one layer, or
         for all layers.
+      sequence_axis: inside a `shard_map`, the axis of its mesh that S is split over, None where it
+        is whole. Each device lists the positions that it holds; nothing is exchanged.
 
     Returns:
       A PQIndex with `cells`.
@@ -313,7 +320,10 @@ def with_cells(
     _arguments.check_quantizer(dataclasses.replace(index, cells=None), config, sizes)
     if layer is not None:
         _arguments.check_index(index, config, sizes)
-    return _with_cells(index, _arguments.check_layer(layer), config=config)
+    _arguments.check_sequence_axis(sequence_axis, {}, {})
+    return _with_cells(
+        index, _arguments.check_layer(layer), config=config, sequence_axis=sequence_axis
+    )
 
 
 def append(
@@ -326,6 +336,7 @@ def append(
     layer: int | Int32[Array, ""] | None = None,
     kv_layout: KVLayout = "BSKH",
     implementation: Implementation | None = None,
+    sequence_axis: str | None = None,
 ) -> PQIndex:
     """Encodes new tokens against the codebooks and appends them; never trains.
 
@@ -344,6 +355,9 @@ def append(
       kv_layout: order of the token and head axes of `key_new` and `value`.
       implementation: "triton", "xla", or None: Triton on an NVIDIA GPU where it supports the
         case, else XLA.
+      sequence_axis: inside a `shard_map`, the axis of its mesh that S is split over, None where it
+        is whole. New tokens are the same on all devices along it, and kept by those that hold their
+        positions; lengths are those of whole rows. Nothing is exchanged.
 
     Returns:
       A PQIndex of the same shapes.
@@ -354,7 +368,9 @@ def append(
 
     Source: CONTRACT.md, section 4.
     """
-    _arguments.check_append(index, key_new, config, value, counts, layer, kv_layout, implementation)
+    _arguments.check_append(
+        index, key_new, config, value, counts, layer, kv_layout, implementation, sequence_axis
+    )
     return _append(
         index,
         key_new,
@@ -364,6 +380,7 @@ def append(
         config=config,
         kv_layout=kv_layout,
         implementation=implementation,
+        sequence_axis=sequence_axis,
     )
 
 
@@ -394,14 +411,17 @@ def _emptied(index: PQIndex, rows: Array) -> PQIndex:
     )
 
 
-@functools.partial(backend.jit, static_argnames=("config",))
-def _with_cells(index: PQIndex, layer: Array | None, *, config: IndexerConfig) -> PQIndex:
+@functools.partial(backend.jit, static_argnames=("config", "sequence_axis"))
+def _with_cells(
+    index: PQIndex, layer: Array | None, *, config: IndexerConfig, sequence_axis: str | None
+) -> PQIndex:
     def on_shard(shard: Shard, index: PQIndex) -> PQIndex:
         del shard
         batch, kv_heads, _, capacity = index.codes.shape
         cells = no_cells(batch, kv_heads, capacity, config)
         every_row = jnp.ones_like(index.lengths, bool)
-        cells = seal(cells, index.codes, index.lengths, every_row, config)
+        span = Span.of(sequence_axis, capacity)
+        cells = seal(cells, index.codes, index.lengths, every_row, config, span)
         return dataclasses.replace(index, cells=cells)
 
     def make(index: PQIndex) -> PQIndex:
@@ -558,7 +578,9 @@ def _rebuild_gain(
     return by_shards(on_shard, index=(None, index), key=(key_letters(kv_layout), key))
 
 
-@functools.partial(backend.jit, static_argnames=("config", "kv_layout", "implementation"))
+@functools.partial(
+    backend.jit, static_argnames=("config", "kv_layout", "implementation", "sequence_axis")
+)
 def _append(
     index: PQIndex,
     key_new: Array,
@@ -569,10 +591,13 @@ def _append(
     config: IndexerConfig,
     kv_layout: KVLayout,
     implementation: Implementation | None,
+    sequence_axis: str | None,
 ) -> PQIndex:
     def on_shard(shard: Shard, index, key_new, value, counts, layer) -> PQIndex:
         del shard
-        return _appended(index, key_new, value, counts, config, kv_layout, implementation, layer)
+        return _appended(
+            index, key_new, value, counts, config, kv_layout, implementation, layer, sequence_axis
+        )
 
     return by_shards(
         on_shard,
@@ -593,17 +618,21 @@ def _appended(
     kv_layout: KVLayout,
     implementation: Implementation | None,
     layer: Array | None = None,
+    sequence_axis: str | None = None,
 ) -> PQIndex:
     step = Step.of(index, config, T=key_new.shape[token_axis(kv_layout)], kv_layout=kv_layout)
 
     def xla(key_new, value, index, counts, layer):
-        room, lengths = reference.make_room(layer_of(index.lengths, layer), counts, step.T, step.S)
+        before, span = layer_of(index.lengths, layer), Span.of(sequence_axis, step.S)
+        capacity = span.capacity if span else step.S
+        room, lengths = reference.make_room(before, counts, step.T, capacity)
         return reference.append_tokens(
-            key_new, index, room, lengths, config, kv_layout, layer, value
+            key_new, index, room, lengths, config, kv_layout, layer, value, span
         )
 
     def triton(key_new, value, index, counts, layer):
-        return pipeline.launch_append(step, key_new, index, counts, layer, value)
+        span = Span.of(sequence_axis, step.S)
+        return pipeline.launch_append(step, key_new, index, counts, layer, value, span)
 
     arguments = key_new, value, index, counts, layer
     return backend.dispatch(xla, triton, *arguments, implementation=implementation)
