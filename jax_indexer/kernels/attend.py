@@ -407,10 +407,10 @@ def write_kernel(program, inputs: WriteInputs, outputs: Caches, *, step: Step):
     token, kv_head = program % step.T, program // step.T % step.K
     row = program // (step.T * step.K)
     room, span = room_in(step, inputs.before, row)[0], inputs.before.span(step)
-    position, is_mine = room.start + token, token < room.taken
+    start, is_mine = room.start, token < room.taken
     if span is not None:
-        position -= span.offset
-        is_mine &= (position >= 0) & (position < step.S)
+        start = start - span.offset
+        is_mine &= (start + token >= 0) & (start + token < step.S)
 
     @pl.when(is_mine)
     def _():
@@ -419,7 +419,7 @@ def write_kernel(program, inputs: WriteInputs, outputs: Caches, *, step: Step):
             d = jnp.arange(power_of_2_from(size), dtype=jnp.int32)
             of_new, of_cache = (
                 (x, kv_head) if step.kv_layout == "BSKH" else (kv_head, x)
-                for x in (token, position)
+                for x in (token, start + token)
             )
             found = backend.load(new.at[(row, *of_new, d)], mask=d < size, other=0)
             backend.store(cache.at[(row, *of_cache, d)], found, mask=d < size)
