@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,9 @@ from jax_indexer.sharding import Shard, by_shards
 from jax_indexer.state import PQIndex, Span, layer_of, put_layer
 from jax_indexer.values import empty_values, no_values
 
+# What is static about training.
+TRAINED_BY = ("config", "ahead", "kv_layout", "implementation", "sequence_axis")
+
 
 def build_index(
     key: Float[Array, "B _ _ H"],
@@ -33,6 +37,7 @@ def build_index(
     copies: int = COPIES,
     kv_layout: KVLayout = "BSKH",
     implementation: Implementation | None = None,
+    sequence_axis: str | None = None,
 ) -> PQIndex:
     """Trains codebooks on the keys of a prompt and encodes all of them.
 
@@ -59,6 +64,12 @@ def build_index(
       kv_layout: order of the token and head axes of `key`.
       implementation: "triton", "xla", or None: Triton on an NVIDIA GPU where it supports the
         case, else XLA.
+      sequence_axis: inside a `shard_map`, the axis of its mesh that S is split over, None where it
+        is whole. `lengths` are of whole rows, and codebooks the same on all devices along it:
+        those of one device, but for the order in which float32 sums are added. Exchanges, for each
+        codebook: an `all_gather` of a count, 4 bytes a device, and two sums of C and of 63 keys,
+        4 * D' bytes each; in every iteration one sum of 4 * C * (D' + 1) bytes; and where clusters
+        are empty an `all_gather` of 4 * C * (D' + 1) bytes a device, and a sum of 4 bytes.
 
     Returns:
       A PQIndex with capacity S.
@@ -66,7 +77,8 @@ def build_index(
     Raises:
       ValueError: for arguments of wrong type, shape or dtype, and for more kv heads than tokens,
         which a cache of the other layout would have.
-      NotImplementedError: for an implementation that is not there.
+      NotImplementedError: for an implementation that is not there, and for `rope` or
+        `estimate_rest` with `sequence_axis`.
 
     Source: CONTRACT.md, section 4; the method is that of PQCache (arXiv 2407.12820).
     """
@@ -75,7 +87,9 @@ def build_index(
     alone = _arguments.STACKED_ALONE
     _arguments.check_key("key", key, "S", kv_layout, sizes, stacked=alone)
     _arguments.check_subspaces("key", config, sizes)
-    if sizes["K"] > sizes["S"]:  # nothing else here would tell that the axes are swapped
+    ahead = check_look_ahead(rope, look_ahead, copies, sizes["H"])
+    devices = check_split_training(sequence_axis, lengths, config, ahead)
+    if sizes["K"] > sizes["S"] * devices:  # nothing else here would tell that the axes are swapped
         raise ValueError(
             f"key: expected at most as many kv heads K as tokens S, got K={sizes['K']}, "
             f"S={sizes['S']}; pass the cache at its full capacity{sizes.understood('key')}"
@@ -83,7 +97,6 @@ def build_index(
     _arguments.check_array("lengths", lengths, _arguments.NUMBERS, sizes)
     _arguments.check_value(value, config, kv_layout, sizes, stacked=alone)
     _arguments.check_seed(seed)
-    ahead = check_look_ahead(rope, look_ahead, copies, sizes["H"])
     shape = sizes["B"], sizes["K"], config.num_subspaces, sizes["S"]
     codes = jax.ShapeDtypeStruct(shape, np.uint8)
     check_training(implementation, config, sizes, key, codes)
@@ -96,6 +109,7 @@ def build_index(
         ahead=ahead,
         kv_layout=kv_layout,
         implementation=implementation,
+        sequence_axis=sequence_axis,
     )
 
 
@@ -114,6 +128,7 @@ def rebuild(
     layer: int | Int32[Array, ""] | None = None,
     kv_layout: KVLayout = "BSKH",
     implementation: Implementation | None = None,
+    sequence_axis: str | None = None,
 ) -> PQIndex:
     """Trains new codebooks for some rows and encodes their tokens again; nothing else changes.
 
@@ -137,13 +152,14 @@ def rebuild(
       kv_layout: order of the token and head axes of `key`.
       implementation: "triton", "xla", or None: Triton on an NVIDIA GPU where it supports the
         case, else XLA.
+      sequence_axis: as in `build_index`.
 
     Returns:
       A PQIndex of the same shapes.
 
     Raises:
       ValueError: for arguments of wrong type, shape or dtype.
-      NotImplementedError: for an implementation that is not there.
+      NotImplementedError: as in `build_index`.
 
     Source: CONTRACT.md, section 4.
     """
@@ -154,6 +170,8 @@ def rebuild(
         _arguments.check_array("lengths", lengths, _arguments.NUMBERS, sizes)
     _arguments.check_seed(seed)
     ahead = check_look_ahead(rope, look_ahead, copies, sizes["H"])
+    whole = {"lengths": lengths, "rows": rows}
+    check_split_training(sequence_axis, whole, config, ahead)
     check_training(implementation, config, sizes, key, index)
     return _rebuild(
         index,
@@ -167,6 +185,7 @@ def rebuild(
         ahead=ahead,
         kv_layout=kv_layout,
         implementation=implementation,
+        sequence_axis=sequence_axis,
     )
 
 
@@ -181,6 +200,7 @@ def rebuild_gain(
     layer: int | Int32[Array, ""] | None = None,
     kv_layout: KVLayout = "BSKH",
     implementation: Implementation | None = None,
+    sequence_axis: str | None = None,
 ) -> Float[Array, "B"]:
     """Says which rows `rebuild` would help: the share of their error that a first step removes.
 
@@ -207,6 +227,7 @@ def rebuild_gain(
       kv_layout: order of the token and head axes of `key`.
       implementation: "triton", "xla", or None: Triton on an NVIDIA GPU where it supports the
         case, else XLA.
+      sequence_axis: as in `build_index`. Exchanges the sums of one iteration, and of errors.
 
     Returns:
       float32[B], in 0..1; 0 for rows without an error, and for those whose error overflows
@@ -220,6 +241,7 @@ def rebuild_gain(
     """
     sizes = _arguments.check_with_cache(index, key, config, kv_layout, layer)
     ahead = check_look_ahead(rope, look_ahead, copies, sizes["H"])
+    check_split_training(sequence_axis, index.lengths, config, ahead)
     check_training(implementation, config, sizes, key, index)
     return _rebuild_gain(
         index,
@@ -229,6 +251,7 @@ def rebuild_gain(
         ahead=ahead,
         kv_layout=kv_layout,
         implementation=implementation,
+        sequence_axis=sequence_axis,
     )
 
 
@@ -391,6 +414,21 @@ def check_training(implementation, config, sizes, *operands) -> None:
     _arguments.check_implementation(implementation, *operands, unsupported=unsupported)
 
 
+def check_split_training(
+    sequence_axis: Any, lengths: Any, config: IndexerConfig, ahead: LookAhead | None
+) -> int:
+    """Checks that codebooks can be trained where S is split; over how many devices it is."""
+    whole = lengths if isinstance(lengths, dict) else {"lengths": lengths}
+    whole = whole if sequence_axis is not None else {}
+    devices = _arguments.check_sequence_axis(sequence_axis, whole, {}, config=config)
+    if sequence_axis is not None and ahead is not None:
+        raise NotImplementedError(
+            "rope: with sequence_axis copies of keys need positions that are not known when the "
+            "program is compiled, which is not there yet; leave rope out, or split batch or heads"
+        )
+    return devices
+
+
 @functools.partial(backend.jit, static_argnames=())
 def _reset(index: PQIndex, rows: Array, layer: Array | None) -> PQIndex:
     if index.lengths.ndim == 2:
@@ -458,7 +496,7 @@ def empty_index(
     )
 
 
-@functools.partial(backend.jit, static_argnames=("config", "ahead", "kv_layout", "implementation"))
+@functools.partial(backend.jit, static_argnames=TRAINED_BY)
 def _build(
     key: Array,
     value: Array | None,
@@ -469,6 +507,7 @@ def _build(
     ahead: LookAhead | None,
     kv_layout: KVLayout,
     implementation: Implementation | None,
+    sequence_axis: str | None,
 ) -> PQIndex:
     def on_shard(shard: Shard, key, value, lengths, seed) -> PQIndex:
         batch, capacity = key.shape[0], key.shape[token_axis(kv_layout)]
@@ -477,7 +516,7 @@ def _build(
         empty = empty_index(config, batch, capacity, kv_heads, *sizes)
         every_row = jnp.ones(batch, bool)
         arguments = empty, key, value, lengths, every_row, seed
-        return _rebuilt(shard, *arguments, config, ahead, kv_layout, implementation)
+        return _rebuilt(shard, *arguments, config, ahead, kv_layout, implementation, sequence_axis)
 
     return by_shards(
         on_shard,
@@ -488,7 +527,7 @@ def _build(
     )
 
 
-@functools.partial(backend.jit, static_argnames=("config", "ahead", "kv_layout", "implementation"))
+@functools.partial(backend.jit, static_argnames=TRAINED_BY)
 def _rebuild(
     index: PQIndex,
     key: Array,
@@ -502,6 +541,7 @@ def _rebuild(
     ahead: LookAhead | None,
     kv_layout: KVLayout,
     implementation: Implementation | None,
+    sequence_axis: str | None,
 ) -> PQIndex:
     one, key, value = layer_of((index, key, value), layer)
     lengths = one.lengths if lengths is None else lengths
@@ -512,6 +552,7 @@ def _rebuild(
             ahead=ahead,
             kv_layout=kv_layout,
             implementation=implementation,
+            sequence_axis=sequence_axis,
         ),
         index=(None, one),
         key=(key_letters(kv_layout), key),
@@ -535,10 +576,13 @@ def _rebuilt(
     ahead: LookAhead | None,
     kv_layout: KVLayout,
     implementation: Implementation | None,
+    sequence_axis: str | None,
 ) -> PQIndex:
+    span = Span.of(sequence_axis, index.codes.shape[-1])
+    capacity = span.capacity if span else index.codes.shape[-1]
     # The other rows have no token to train on and none to encode.
-    lengths = jnp.where(rows, jnp.clip(lengths, 0, index.codes.shape[-1]), 0)
-    keys = kmeans.training_set(key, lengths, config, kv_layout, ahead)
+    lengths = jnp.where(rows, jnp.clip(lengths, 0, capacity), 0)
+    keys = kmeans.training_set(key, lengths, config, kv_layout, ahead, span)
     first_head = shard.first_head(index.codes.shape[1])
     trained = kmeans.train(keys, lengths, seed, first_head, config, kv_layout, implementation)
 
@@ -551,10 +595,21 @@ def _rebuilt(
     if phi is not None and keys.phi is not None:
         phi = jnp.where(jnp.expand_dims(rows, (1, 2)), keys.phi, phi)
     started = dataclasses.replace(_emptied(index, rows), codebooks=codebooks, phi=phi)
-    return _appended(started, key, value, lengths, config, kv_layout, implementation)
+    arguments = config, kv_layout, implementation
+    if span is None:
+        return _appended(started, key, value, lengths, *arguments)
+    # Each device encodes what it holds, as if it were all.
+    bare = dataclasses.replace(started, cells=None)
+    bare, counts = span.varying((bare, span.clip(lengths)))
+    codes = _appended(bare, key, value, counts, *arguments).codes
+    lengths = jnp.where(rows, lengths, started.lengths)
+    cells = started.cells
+    if cells is not None:
+        cells = seal(cells, codes, lengths, rows, config, span)
+    return dataclasses.replace(started, codes=codes, lengths=lengths, cells=cells)
 
 
-@functools.partial(backend.jit, static_argnames=("config", "ahead", "kv_layout", "implementation"))
+@functools.partial(backend.jit, static_argnames=TRAINED_BY)
 def _rebuild_gain(
     index: PQIndex,
     key: Array,
@@ -564,10 +619,13 @@ def _rebuild_gain(
     ahead: LookAhead | None,
     kv_layout: KVLayout,
     implementation: Implementation | None,
+    sequence_axis: str | None,
 ) -> Array:
     def on_shard(shard: Shard, index: PQIndex, key: Array) -> Array:
-        lengths = jnp.clip(index.lengths, 0, index.codes.shape[-1])
-        keys = kmeans.training_set(key, lengths, config, kv_layout, ahead)
+        span = Span.of(sequence_axis, index.codes.shape[-1])
+        capacity = span.capacity if span else index.codes.shape[-1]
+        lengths = jnp.clip(index.lengths, 0, capacity)
+        keys = kmeans.training_set(key, lengths, config, kv_layout, ahead, span)
         if config.metric == "ip":  # distances are to the centroids as they were trained
             keys = keys._replace(phi=index.phi)
         errors = kmeans.first_step_errors(keys, index.codebooks, config, kv_layout, implementation)

@@ -64,6 +64,24 @@ class Span(NamedTuple):
         """Positions of a row, counted from the device's first on and clipped to those it holds."""
         return jnp.clip(position - self.offset, 0, self.size + beyond)
 
+    def sum(self, x: Array) -> Array:
+        """The sum over the devices."""
+        return lax.psum(x, self.axis)
+
+    def from_holder(self, x: Float32[Array, "*shape"], holds: Array) -> Float32[Array, "*shape"]:
+        """Numbers of which each is on one device, to the bit, on all; 0 where none holds one."""
+        bits = lax.bitcast_convert_type(x, jnp.int32)
+        return lax.bitcast_convert_type(self.sum(jnp.where(holds, bits, 0)), jnp.float32)
+
+    def varying(self, tree: Any) -> Any:
+        """The same, with a type by which it differs among the devices, as branches may ask for."""
+
+        def one(x: Array) -> Array:
+            is_so = self.axis in jax.typeof(x).manual_axis_type.varying
+            return x if is_so else lax.pcast(x, self.axis, to="varying")
+
+        return jax.tree.map(one, tree)
+
     def of_sealing(self, sealing: "Sealing") -> "Sealing":
         """How the device seals what it holds: its first candidate is an array, not static."""
         return dataclasses.replace(sealing, first_candidate=self.clip(sealing.first_candidate))
