@@ -37,6 +37,7 @@ from jax_indexer.state import (
     progress,
     sealed_at,
     sealing_for,
+    varying_as,
 )
 
 
@@ -114,6 +115,8 @@ def seal(
     starts, order = _listed(codes, *listed, config)
     starts = jnp.stack([starts, jnp.zeros_like(starts)], axis=2)
     chosen = rows[:, None, None]
+    earlier, ring = varying_as((cells.earlier, cells.ring), codes)
+    cells = dataclasses.replace(cells, earlier=earlier, ring=ring)
     return dataclasses.replace(
         empty_rows(cells, rows),
         starts=jnp.where(chosen[..., None], starts, cells.starts),

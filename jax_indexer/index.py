@@ -18,7 +18,7 @@ from jax_indexer.kernels.step import Step
 from jax_indexer.layout import KVLayout, head_axis, key_letters, token_axis
 from jax_indexer.rope import COPIES, LookAhead, Rope, check_look_ahead
 from jax_indexer.sharding import Shard, by_shards
-from jax_indexer.state import PQIndex, Span, layer_of, put_layer
+from jax_indexer.state import PQIndex, Span, layer_of, put_layer, varying_as
 from jax_indexer.values import empty_values, no_values
 
 # What is static about training.
@@ -600,7 +600,7 @@ def _rebuilt(
         return _appended(started, key, value, lengths, *arguments)
     # Each device encodes what it holds, as if it were all.
     bare = dataclasses.replace(started, cells=None)
-    bare, counts = span.varying((bare, span.clip(lengths)))
+    bare, counts = varying_as((bare, span.clip(lengths)), key)
     codes = _appended(bare, key, value, counts, *arguments).codes
     lengths = jnp.where(rows, lengths, started.lengths)
     cells = started.cells

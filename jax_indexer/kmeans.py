@@ -17,7 +17,7 @@ from jax_indexer.kernels import backend
 from jax_indexer.kernels.centroid_sums import centroid_sums, unsupported
 from jax_indexer.layout import KVLayout, subvectors, subvectors_of, token_axis
 from jax_indexer.rope import LookAhead, positions_on, turned
-from jax_indexer.state import Span
+from jax_indexer.state import Span, varying_as
 
 # Tokens counted at once to find the n-th trainable one; their number fits into a uint8.
 COUNTED_TOKENS = 128
@@ -108,18 +108,18 @@ def training_set(
         count = jnp.maximum(lengths - first, 0)
         stride = jnp.maximum((count + sample - 1) // sample, 1)
         stop, begin = (count + stride - 1) // stride, 0
+        skipped = jnp.zeros_like(stop)
         if span is not None:  # those of the sample that lie on this device, and before it
-            number, until = (
+            skipped, until = (
                 jnp.clip((span.offset + x - first + stride - 1) // stride, 0, stop)
                 for x in (0, size)
             )
-            sample, stop = min(sample, size), until - number
+            sample, stop, number = min(sample, size), until - skipped, skipped
         position = jnp.arange(sample, dtype=jnp.int32)[None]
         exists = position < stop[:, None]
+        place = first + position * stride[:, None]
         if span is not None:
-            place = first + (position + number[:, None]) * stride[:, None] - span.offset
-        else:
-            place = first + position * stride[:, None]
+            place += skipped[:, None] * stride[:, None] - span.offset
         taken = jnp.where(exists, place, 0)
         taken = taken[:, :, None, None] if kv_layout == "BSKH" else taken[:, None, :, None]
         key = jnp.take_along_axis(key, taken, axis=axis)
@@ -263,7 +263,7 @@ def cluster_means(
     arguments = (keys.key, keys.trainable, centroids, origin, keys.phi, stop)
     arguments += keys.distance, keys.stride
     if keys.span is not None:
-        arguments = keys.span.varying(arguments)
+        arguments = varying_as(arguments, keys.trainable)
     layouts = {"kv_layout": kv_layout, "grouping": config.grouping, "ahead": keys.ahead}
 
     def xla(*arguments):

@@ -64,7 +64,7 @@ class Span(NamedTuple):
         """Positions of a row, counted from the device's first on and clipped to those it holds."""
         return jnp.clip(position - self.offset, 0, self.size + beyond)
 
-    def sum(self, x: Array) -> Array:
+    def sum(self, x: Any) -> Any:
         """The sum over the devices."""
         return lax.psum(x, self.axis)
 
@@ -72,15 +72,6 @@ class Span(NamedTuple):
         """Numbers of which each is on one device, to the bit, on all; 0 where none holds one."""
         bits = lax.bitcast_convert_type(x, jnp.int32)
         return lax.bitcast_convert_type(self.sum(jnp.where(holds, bits, 0)), jnp.float32)
-
-    def varying(self, tree: Any) -> Any:
-        """The same, with a type by which it differs among the devices, as branches may ask for."""
-
-        def one(x: Array) -> Array:
-            is_so = self.axis in jax.typeof(x).manual_axis_type.varying
-            return x if is_so else lax.pcast(x, self.axis, to="varying")
-
-        return jax.tree.map(one, tree)
 
     def of_sealing(self, sealing: "Sealing") -> "Sealing":
         """How the device seals what it holds: its first candidate is an array, not static."""
@@ -275,6 +266,20 @@ class Selection:
     counts: Int32[Array, "B T N"]
     weights: Float[Array, "B T N S"] | None = None
     capacity: int | None = dataclasses.field(default=None, metadata={"static": True})
+
+
+def varying_as(tree: Any, like: Array) -> Any:
+    """The same, with types by which it differs among devices where `like` does.
+
+    Branches and loops inside a shard_map want that of constants.
+    """
+    axes = jax.typeof(like).manual_axis_type.varying
+
+    def one(x: Array) -> Array:
+        missing = tuple(sorted(axes - jax.typeof(x).manual_axis_type.varying))
+        return lax.pcast(x, missing, to="varying") if missing else x
+
+    return jax.tree.map(one, tree)
 
 
 def layer_of(state: Any, layer: Array | None) -> Any:
