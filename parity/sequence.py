@@ -4,6 +4,7 @@
     python -m parity.sequence life       # hundreds of steps, rows that end and start, cells
     python -m parity.sequence training   # codebooks
     python -m parity.sequence kernels    # in the interpreter
+    python -m parity.sequence programs   # collectives, copies, compiling; messages: wrong use
     python -m parity.sequence meshes --number 100
     python -m parity.sequence hosts      # two processes of two devices each
 
@@ -15,8 +16,10 @@ import argparse
 import contextlib
 import dataclasses
 import functools
+import math
 import os
 import re
+import socket
 import subprocess
 import sys
 from typing import Any
@@ -26,6 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -202,14 +206,12 @@ def check(case: Case, seed: int = 0, *, kernels: bool = False, **options: Any) -
     lists, wanted = np.asarray(got["indices"]), np.asarray(want["indices"])
     *shape, P_ = wanted.shape
     together = lists.reshape(-1, case.mesh[2], P_)
-    for number, (one, other) in enumerate(
-        zip(together, wanted.reshape(-1, P_), strict=True)
-    ):
+    for number, (one, other) in enumerate(zip(together, wanted.reshape(-1, P_), strict=True)):
         at = case, seed, np.unravel_index(number, shape)
         assert one[one >= 0].tolist() == other[other >= 0].tolist(), at
         counts = np.asarray(got["counts"]).reshape(-1, case.mesh[2])[number]
         for of_device, count in zip(one, counts, strict=True):
-            assert (of_device[:count] >= 0).all() and (of_device[count:] == -1).all(), at
+            assert ((of_device >= 0) == (np.arange(P_) < count)).all(), at
     assert np.asarray(got["same"]).all()
     np.testing.assert_array_equal(got["weights"], want["weights"])
     for name in ("out", "attended", "lse"):  # sums of float32 in another order
@@ -228,7 +230,10 @@ def on_devices(case: Case, x: dict[str, Any], kernels: bool, **options: Any) -> 
     mapped = jax.shard_map(
         run, mesh=mesh, in_specs=(in_specs,), out_specs=out_specs, check_vma=not kernels
     )
-    return jax.jit(mapped)(x)
+    found = jax.jit(mapped)(x)
+    if jax.process_count() > 1:
+        found = multihost_utils.process_allgather(found, tiled=True)
+    return found
 
 
 def config_of(**changes: Any) -> IndexerConfig:
@@ -308,7 +313,8 @@ def check_life(steps: int = 400, *, kernels: bool = False) -> None:
             cells = local[0].cells
             sealed[device] += int(np.sum(cells.sealed(local[0].lengths) > cells.base))
     # On every device rows have sealed more than was listed when they were made.
-    assert min(sealed) > 0 and (np.diff(states.lengths, axis=0) < 0).any(), sealed
+    assert min(sealed) > 0, sealed
+    assert (np.diff(states.lengths, axis=0) < 0).any()
     print("checked life", flush=True)
 
 
@@ -357,7 +363,8 @@ def check_training(*, kernels: bool = False) -> None:
             {"num_bits": 5, "metric": "ip"},
         ):
             config = config_of(**changes)
-            # Few different keys leave clusters empty. Their sums are exact, unlike extra coordinates.
+            # Few different keys leave clusters empty. Sums of integers are exact; the coordinate
+            # that "ip" adds is none.
             key = rng.integers(-1, 2, shape) if exact else rng.standard_normal(shape)
             key, exact_now = key.astype(np.float32), exact and config.metric != "ip"
             with backend.interpreted() if kernels else contextlib.nullcontext():
@@ -387,3 +394,232 @@ def check_training(*, kernels: bool = False) -> None:
                     np.testing.assert_allclose(own, other.codebooks, rtol=1e-4, atol=1e-5)
                     assert (one.codes[:, head, None] == other.codes).mean() > 0.99
     print("checked training", flush=True)
+
+
+def check_meshes(number: int, *, kernels: bool = False) -> None:
+    """Random sizes, configs and lengths on random meshes of up to eight devices."""
+    for seed in range(number):
+        rng = np.random.default_rng(seed)
+        sizes = [
+            (a, b, c) for a in (1, 2) for b in (1, 2) for c in (1, 2, 4, 8) if 1 < a * b * c <= 8
+        ]
+        mesh = sizes[rng.integers(len(sizes))]
+        T = int(rng.choice([1, 1, 2, 9]))
+        config = config_of(
+            num_bits=int(rng.integers(1, 4)),
+            heavy_size=int(rng.integers(0, 30)),
+            sink_size=int(rng.integers(0, 12)),
+            window_size=int(rng.integers(0, 40)),
+            init_offset=[None, 0, 21][rng.integers(3)],
+            metric=["euclidean", "ip"][rng.integers(2)],
+            cells=bool(rng.integers(2)),
+        )
+        case = Case(
+            config=config,
+            kv_layout=["BSKH", "BKSH"][rng.integers(2)],
+            B=2 * int(rng.integers(1, 4)),
+            T=T,
+            G=int(rng.integers(1, 4)),
+            S=mesh[2] * int(rng.integers(9, 40)),
+            layers=[None, 2][rng.integers(2)],
+            mesh=mesh,
+            with_counts=bool(rng.integers(2)),
+        )
+        if kernels:
+            by = "cells" if config.cells and T == 1 else "threshold"
+            check(case, seed, kernels=True, selector=by)
+        else:
+            check(case, seed)
+        jax.clear_caches()
+    print(f"checked {number} meshes", flush=True)
+
+
+COLLECTIVE = re.compile(
+    r"= \(?(\w+)\[([\d,]*)\]\S*(?:, \S+\))? "
+    r"(all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(?:-start)?\("
+)
+
+
+def check_programs() -> None:
+    """What is exchanged is what docstrings say; nothing is copied, and one program does for all."""
+    config = config_of()
+    case = Case(config=config, B=2, steps=1, mesh=(1, 1, 4))
+    x, part = draw(case, 0), case.S // 4
+    mesh = jax.make_mesh((4,), ("tokens",), axis_types=(AxisType.Auto,))
+    cache = partition_specs(x["cache"], sequence="tokens")
+    queries, whole = case.B * case.K * case.G, P()
+
+    def step(cache, query, key, value):
+        return decode_attention(query, key, value, cache, config, sequence_axis="tokens")
+
+    def choose(cache, query):
+        return select(query, cache.index, config, sequence_axis="tokens").counts[..., None]
+
+    def grow(cache, key):
+        return append(cache.index, key, config, sequence_axis="tokens")
+
+    def start(cache, rows):
+        return reset(cache.index, rows, sequence_axis="tokens")
+
+    def compiled(function, outs, *arguments):
+        mapped = jax.shard_map(
+            function, mesh=mesh, in_specs=(cache, *[whole] * len(arguments)), out_specs=outs
+        )
+        put = lambda a, s: jax.device_put(a, NamedSharding(mesh, s))  # noqa: E731
+        placed = jax.tree.map(put, x["cache"], cache)
+        program = jax.jit(mapped, donate_argnums=0)
+        text = program.lower(placed, *arguments).compile().as_text()
+        return program, placed, text
+
+    def exchanged(text: str) -> list[tuple[str, int]]:
+        """Collectives, and the bytes that a device gives to each."""
+        return [
+            (name, 4 * math.prod(map(int, sizes.split(","))) // 4)  # numbers, of four devices
+            for dtype, sizes, name in COLLECTIVE.findall(text)
+            if dtype in ("f32", "s32")
+        ]
+
+    new = x["query"][0], x["key"][0], x["value"][0]
+    program, placed, text = compiled(step, (whole, cache), *new)
+    cut, merge = 4 * queries * config.heavy_size, 4 * queries * (case.H + 1)
+    assert sorted(exchanged(text)) == sorted([("all-gather", cut), ("all-gather", merge)])
+    # A CPU's scatter copies codes; keys and values, which take the memory, stay where they are.
+    of_cache = rf"f32\[{case.B},{part},{case.K},{case.H}\]"
+    assert re.search(of_cache, text)
+    assert not re.findall(rf"{of_cache}\S* copy\(", text)
+    sizes = []
+    for _ in range(4):  # the first step's arrays are written otherwise than its results
+        _, placed = program(placed, *new)
+        sizes.append(program._cache_size())
+    assert sizes[1:] == [sizes[1]] * 3
+    found = exchanged(compiled(choose, P(None, None, None, "tokens"), new[0])[2])
+    assert found == [("all-gather", cut)], found
+    for function, argument in ((grow, new[1]), (start, np.ones(case.B, bool))):
+        assert not COLLECTIVE.findall(compiled(function, cache.index, argument)[2])
+    print("checked programs", flush=True)
+
+
+def check_messages() -> None:
+    """Wrong use is said, before anything is compiled."""
+    config, cells = config_of(), config_of(cells=True)
+    case = Case(config=config, steps=1)
+    x = draw(case, 0)
+    cache, query, key = x["cache"], x["query"][0], x["key"][0]
+    mesh = jax.make_mesh((2, 4), ("rows", "tokens"), axis_types=(AxisType.Auto,) * 2)
+    specs_of_cache = partition_specs(cache, sequence="tokens")
+    selection = select(query, dataclasses.replace(cache.index, codes=cache.index.codes[..., :32]),
+                       config)  # fmt: skip
+
+    def on(function, **options):
+        return jax.eval_shape(
+            jax.shard_map(
+                function, mesh=mesh, in_specs=(specs_of_cache,), out_specs=P(), **options
+            ),
+            cache,
+        )
+
+    def decode_(cache, axis, config=config, query=query):
+        return decode_attention(query, key, key, cache, config, sequence_axis=axis)[0]
+
+    split = "differs over 'tokens'; pass sequence_axis='tokens' if its tokens are split over that"
+    for function, error, message in (
+        # S sharded without saying so.
+        (lambda c: decode_(c, None), ValueError, f"cache.key: .*{split}"),
+        (lambda c: select(query, c.index, config), ValueError, f"index.codes: .*query.*{split}"),
+        (lambda c: append(c.index, key, config), ValueError, f"index.codes: .*key_new.*{split}"),
+        (lambda c: indexer_next(query, key, c.index, config), ValueError, split),
+        (lambda c: sparse_attention(query, c.key, c.value, selection), ValueError,
+         f"key: .*{split}"),
+        # An axis that is not there.
+        (lambda c: decode_(c, "heads"), ValueError,
+         r"sequence_axis: .*there are \['rows', 'tokens'\], got 'heads'; use one of these"),
+        (lambda c: reset(c.index, np.ones(2, bool), sequence_axis=3), ValueError,
+         "sequence_axis: .*got 3"),
+        (lambda c: build_index(c.key, c.index.lengths, config, sequence_axis="heads"), ValueError,
+         "sequence_axis: .*got 'heads'"),
+        (lambda c: with_cells(c.index, cells, sequence_axis=("tokens",)), ValueError,
+         r"sequence_axis: .*got \('tokens',\)"),
+        # What is to be whole differs.
+        (lambda c: decode_(c, "tokens", query=lax.pcast(query, "tokens", to="varying")), ValueError,
+         "query: expected the same on all devices along sequence_axis='tokens'"),
+        (lambda c: build_index(c.key, c.index.lengths + lax.axis_index("tokens"), config,
+                               sequence_axis="tokens"), ValueError, "lengths: expected the same"),
+        # What is not there yet.
+        (lambda c: decode_(c, "tokens", dataclasses.replace(config, rerank=2)), NotImplementedError,
+         "sequence_axis: config.rerank=2 needs an exchange of true logits"),
+    ):  # fmt: skip
+        with pytest.raises(error, match=message):
+            on(function)
+    with pytest.raises(ValueError, match="call it inside a jax"):
+        decode_(cache, "tokens")
+    with pytest.raises(ValueError, match="state: expected a PQIndex"):
+        partition_specs(key)
+    # S that the devices cannot share is refused by shard_map itself.
+    uneven = dataclasses.replace(cache, key=cache.key[:, :126])
+    with pytest.raises(ValueError, match="evenly divisible"):
+        jax.shard_map(lambda c: c.key, mesh=mesh, in_specs=(specs_of_cache,),
+                      out_specs=P(None, "tokens"))(uneven)  # fmt: skip
+    # On Explicit axes a split S is refused without a shard_map.
+    explicit = jax.make_mesh((8,), ("tokens",))
+    codes = jax.device_put(
+        cache.index.codes, NamedSharding(explicit, P(None, None, None, "tokens"))
+    )
+    with pytest.raises(ValueError, match="expected none but axes B, K and N"):
+        select(query, dataclasses.replace(cache.index, codes=codes), config)
+    print("checked messages", flush=True)
+
+
+def run_host(rank: int, port: int) -> None:
+    """One of two processes that share a row."""
+    jax.distributed.initialize(f"127.0.0.1:{port}", num_processes=2, process_id=rank)
+    assert (jax.device_count(), jax.local_device_count()) == (4, 2)
+    for number, mesh in enumerate([(1, 1, 4), (2, 1, 2), (1, 2, 2)]):
+        check(Case(config=config_of(cells=number == 2), B=4, mesh=mesh, steps=3), number)
+    if rank == 0:
+        print("checked hosts", flush=True)
+    jax.distributed.shutdown()
+
+
+def check_hosts() -> None:
+    """Two processes, of which each has two devices."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+    }
+    command = [sys.executable, "-m", "parity.sequence", "host", "--port", str(port)]
+    hosts = [
+        subprocess.Popen([*command, "--rank", str(rank)], env=environment) for rank in range(2)
+    ]
+    try:
+        codes = [host.wait(timeout=300) for host in hosts]
+    finally:
+        for host in hosts:
+            host.kill()
+    assert codes == [0, 0], codes
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    whats = "lists", "life", "training", "kernels", "programs", "messages", "meshes", "hosts"
+    parser.add_argument("what", choices=(*whats, "host"))
+    parser.add_argument("--number", type=int, default=100, help="of random meshes")
+    parser.add_argument("--rank", type=int, help="of a process that `hosts` starts")
+    parser.add_argument("--port", type=int, help="of such a process")
+    options = parser.parse_args()
+    jax.config.update("jax_numpy_dtype_promotion", "strict")
+    jax.config.update("jax_numpy_rank_promotion", "raise")
+    if options.what == "host":
+        run_host(options.rank, options.port)
+    elif options.what == "meshes":
+        check_meshes(options.number)
+    elif options.what == "life":
+        check_life()
+        check_life(120, kernels=True)
+    elif options.what == "training":
+        check_training()
+        check_training(kernels=True)
+    else:
+        globals()[f"check_{options.what}"]()
