@@ -287,16 +287,18 @@ def check_sequence_axis(
       How many devices share a row.
     """
     of_whole = frozenset().union(*map(_varying, whole.values()))
+    mesh = jax.sharding.get_abstract_mesh()
     if axis is None:
         for name, part in parts.items() if whole else ():
             for other in sorted(_varying(part) - of_whole):
+                if mesh.shape[other] == 1:
+                    continue
                 raise ValueError(
                     f"{name}: expected arrays that differ over no other axes of the mesh than "
                     f"{' and '.join(whole)} may, got one that differs over {other!r}; "
                     f"pass sequence_axis={other!r} if its tokens are split over that"
                 )
         return 1
-    mesh = jax.sharding.get_abstract_mesh()
     manual = [
         name
         for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
