@@ -342,9 +342,12 @@ def view_of(
     return local, dataclasses.replace(config, sink_size=first, init_offset=first)
 
 
-def check_training(*, kernels: bool = False) -> None:
-    """Codebooks are those of one device: to the bit where sums are exact, else to rounding."""
-    mesh = jax.make_mesh((2, 4), ("heads", "tokens"), axis_types=(AxisType.Auto,) * 2)
+def check_training(split: tuple[int, int] = (2, 4), *, kernels: bool = False) -> None:
+    """Codebooks are those of one device: to the bit where sums are exact, else to rounding.
+
+    `split` says over how many devices heads and tokens are.
+    """
+    mesh = jax.make_mesh(split, ("heads", "tokens"), axis_types=(AxisType.Auto,) * 2)
     rng, shape = np.random.default_rng(0), (4, 256, 2, 8)
     lengths, rows = np.asarray([256, 130, 66, 9], np.int32), np.arange(4) != 1
 
@@ -371,7 +374,7 @@ def check_training(*, kernels: bool = False) -> None:
                 # Inside a shard_map of one's own heads are counted from 0 on each device.
                 want = [
                     jax.jit(lambda key, config=config: train(key, config, None))(half)
-                    for half in np.split(key, 2, axis=2)
+                    for half in np.split(key, 2 if split[0] > 1 else 1, axis=2)
                 ]
                 of_index = partition_specs(want[0][0][0], heads="heads", sequence="tokens")
                 mapped = jax.shard_map(
@@ -382,17 +385,18 @@ def check_training(*, kernels: bool = False) -> None:
                     check_vma=not kernels,
                 )
                 got = jax.jit(mapped)(key)
-            for head, (indexes, gain) in enumerate(want):
-                np.testing.assert_allclose(got[1][:, head, None], gain, atol=1e-5)
+            for number, (indexes, gain) in enumerate(want):
+                heads = slice(number, number + 1) if len(want) > 1 else slice(None)
+                np.testing.assert_allclose(got[1][:, number, None], gain, atol=1e-5)
                 for one, other in zip(got[0], indexes, strict=True):
                     assert one.lengths.tolist() == other.lengths.tolist()
-                    own = one.codebooks[:, head, None]
+                    own = one.codebooks[:, heads]
                     if exact_now:
                         np.testing.assert_array_equal(own, other.codebooks, err_msg=str(config))
-                        np.testing.assert_array_equal(one.codes[:, head, None], other.codes)
+                        np.testing.assert_array_equal(one.codes[:, heads], other.codes)
                         continue
                     np.testing.assert_allclose(own, other.codebooks, rtol=1e-4, atol=1e-5)
-                    assert (one.codes[:, head, None] == other.codes).mean() > 0.99
+                    assert (one.codes[:, heads] == other.codes).mean() > 0.99
     print("checked training", flush=True)
 
 
