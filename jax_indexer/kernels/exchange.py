@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 from jax.experimental import pallas as pl
-from jaxtyping import UInt8
+from jaxtyping import Int32, UInt8
 
 from jax_indexer.kernels import backend
 from jax_indexer.kernels.best import Cut, Ranks, emit_best, find_cut
@@ -217,29 +217,52 @@ def best_of_devices(
 
     Source: CONTRACT.md, sections 3 and 6.
     """
-    found = backend.Launch(
+    ranks = listed_ranks(step, tables, codes, lengths, lists.indices, layer)
+    ranks = lax.all_gather(ranks, span.axis)
+    return keep_best(step, lengths, lists.indices, ranks, middle=middle)
+
+
+def listed_ranks(
+    step: Step,
+    tables: Tables,
+    codes: UInt8[Array, "*layers R M S"],
+    lengths: Lengths,
+    indices: Int32[Array, "R Q P"],
+    layer: Array | None,
+) -> Int32[Array, "R Q k"]:
+    """The order of the scores of the heavy tokens of a device's lists."""
+    what = backend.Launch(
         functools.partial(listed_ranks_kernel, step=step),
-        RankInputs(lengths, tables.by_query, codes, lists.indices),
+        RankInputs(lengths, tables.by_query, codes, indices),
         RankOutputs(jax.ShapeDtypeStruct((step.R, step.Q, step.budget), np.int32)),
         programs=step.R * step.Q,
         state=("codes",),
         layer=layer,
     )
-    ranks = backend.launch(found, num_warps=_warps(power_of_2_from(step.budget))).ranks
-    ranks = lax.all_gather(ranks, span.axis)
+    return backend.launch(what, num_warps=_warps(power_of_2_from(step.budget))).ranks
+
+
+def keep_best(
+    step: Step,
+    lengths: Lengths,
+    indices: Int32[Array, "R Q P"],
+    ranks: Int32[Array, "devices R Q k"],
+    *,
+    middle: bool,
+) -> Lists:
+    """A device's lists without the heavy tokens that are not among the best of all devices."""
     threads = min(power_of_2_from(step.devices * step.budget), MOST_HELD)
     list_size = max(step.num_middle, 1) if middle else step.P
-    kept = backend.Launch(
+    what = backend.Launch(
         functools.partial(keep_best_kernel, step=step, threads=threads, middle=middle),
-        KeepInputs(lengths, lists.indices, ranks),
+        KeepInputs(lengths, indices, ranks),
         KeepOutputs(
             jax.ShapeDtypeStruct((step.R, step.Q, list_size), np.int32),
             jax.ShapeDtypeStruct((step.R, step.Q), np.int32),
         ),
         programs=step.R * step.Q,
     )
-    outputs = backend.launch(kept, num_warps=_warps(threads))
-    return Lists(outputs.indices, outputs.counts, None)
+    return Lists(*backend.launch(what, num_warps=_warps(threads)), None)
 
 
 def _warps(lanes: int) -> int:
