@@ -12,7 +12,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks import build, decode, layer, quality, report, results, run
+from benchmarks import build, decode, devices, layer, quality, report, results, run
 from benchmarks.measure import say
 
 COMMANDS = {
@@ -20,6 +20,7 @@ COMMANDS = {
     "layer": layer,
     "build": build,
     "decode": decode,
+    "devices": devices,
     "quality": quality,
     "report": report,
 }

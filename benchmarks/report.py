@@ -498,6 +498,25 @@ def decode_table(rows: Sequence[Row]) -> Table:
     return table(lines)
 
 
+def devices_table(rows: Sequence[Row]) -> Table:
+    """A line for each layer and way to split it: kernels, exchanges and the wall clock a step."""
+
+    def line(row: Row) -> dict[str, str | None]:
+        memory = row.get("bytes_a_device")
+        return {
+            "layer": f"{row['rows']} x {row['tokens']}",
+            "on": row["case"],
+            "wall clock": us(row.get("wall_us")),
+            "without graphs": us(row.get("wall_us_without_graphs")),
+            "kernels": us(row.get("kernel_us")),
+            "NCCL": us(row.get("nccl_us")),
+            "GiB a device": None if memory is None else f"{memory / 2**30:.2f}",
+            "note": row.get("reason") or ("lists checked" if row.get("checked") else row["what"]),
+        }
+
+    return table([line(row) for row in rows])
+
+
 def frontier_table(results: Sequence[Results], evaluations: Sequence[Evaluation]) -> Table:
     """A line a config: its times, and what a model says on each text."""
     times = frontier.times_of(results)
@@ -616,6 +635,8 @@ def all_tables(results: Sequence[Results]) -> dict[str, Table]:
         tables["build_index, milliseconds"] = build_table(one["rows"])
     for one in of_kind(results, "decode"):
         tables["a decode, microseconds"] = decode_table(one["rows"])
+    for one in of_kind(results, "devices"):
+        tables["several devices, microseconds"] = devices_table(one["rows"])
     for one in of_kind(results, "quality"):
         tables |= quality_tables(one["rows"])
     return tables

@@ -13,6 +13,7 @@ from jax_indexer.index import (
 )
 from jax_indexer.rope import Rope
 from jax_indexer.select import indexer_next, select
+from jax_indexer.sharding import partition_specs
 from jax_indexer.state import DecodeCache, PQIndex, Rest, Selection
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "decode_attention",
     "empty_cache",
     "indexer_next",
+    "partition_specs",
     "prefill",
     "rebuild",
     "rebuild_gain",

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.sharding import AxisType
 
 from jax_indexer.config import (
     FLOAT_DTYPES,
@@ -268,6 +269,71 @@ def check_layer(layer: Any) -> Array | None:
     )
 
 
+def check_sequence_axis(
+    axis: Any, whole: Mapping[str, Any], parts: Mapping[str, Any], *, config: Any = None
+) -> int:
+    """Checks over which axis of a mesh S is split, by what is whole there and what is a part.
+
+    Under a `shard_map` with `check_vma=True` types say which arrays differ among the devices along
+    an axis; with `check_vma=False` they say nothing.
+
+    Args:
+      axis: the name, or None where S is not split.
+      whole: by name, what is the same on all devices that share a row.
+      parts: by name, states and caches of which a device has its own positions.
+      config: what of it cannot be had of parts is refused.
+
+    Returns:
+      How many devices share a row.
+    """
+    of_whole = frozenset().union(*map(_varying, whole.values()))
+    mesh = jax.sharding.get_abstract_mesh()
+    if axis is None:
+        for name, part in parts.items() if whole else ():
+            for other in sorted(_varying(part) - of_whole):
+                if mesh.shape[other] == 1:
+                    continue
+                raise ValueError(
+                    f"{name}: expected arrays that differ over no other axes of the mesh than "
+                    f"{' and '.join(whole)} may, got one that differs over {other!r}; "
+                    f"pass sequence_axis={other!r} if its tokens are split over that"
+                )
+        return 1
+    manual = [
+        name
+        for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
+        if kind == AxisType.Manual
+    ]
+    if not isinstance(axis, str) or axis not in manual:
+        fix = "call it inside a jax.shard_map over that axis" if not manual else "use one of these"
+        raise ValueError(
+            f"sequence_axis: expected None or an axis of the shard_map around the call, of which "
+            f"there are {manual}, got {axis!r}; {fix}"
+        )
+    if axis in of_whole:
+        names = [name for name, x in whole.items() if axis in _varying(x)]
+        raise ValueError(
+            f"{names[0]}: expected the same on all devices along sequence_axis={axis!r}, got one "
+            f"that differs over it; give it no {axis!r} in the in_specs of shard_map"
+        )
+    if config is not None and (config.rerank > 1 or config.estimate_rest):
+        name, missing = "rerank", "an exchange of true logits"
+        if config.estimate_rest:
+            name, missing = "estimate_rest", "sums of values over the axis"
+        raise NotImplementedError(
+            f"sequence_axis: config.{name}={getattr(config, name)!r} needs {missing}, which is not "
+            f"there yet; leave {name} out, or split batch or heads"
+        )
+    return mesh.shape[axis]
+
+
+def _varying(tree: Any) -> frozenset[str]:
+    """Axes of the mesh over which arrays differ, as far as types know."""
+    return frozenset().union(
+        *(jax.typeof(x).manual_axis_type.varying for x in jax.tree.leaves(tree))
+    )
+
+
 def check_subspaces(name: str, config: IndexerConfig, sizes: Sizes) -> None:
     """Checks that the head dimension learnt from argument `name` divides into subspaces."""
     if sizes["H"] % config.num_subspaces:
@@ -446,6 +512,7 @@ def check_append(
     layer: Any,
     kv_layout: Any,
     implementation: Any,
+    sequence_axis: Any,
 ) -> None:
     """Checks the arguments of `append`."""
     check_config(config)
@@ -453,19 +520,22 @@ def check_append(
     check_key("key_new", key_new, "t", kv_layout, sizes)
     check_subspaces("key_new", config, sizes)
     check_index(index, config, sizes)
-    check_counts(counts, "t", sizes)
+    whole = {"key_new": key_new, "counts": counts}
+    devices = check_sequence_axis(sequence_axis, whole, {"index.codes": index.codes}, config=config)
+    check_counts(counts, "t", sizes, devices)
     check_phi(index, config)
     check_value(value, config, kv_layout, sizes)
     check_implementation(implementation, key_new, index)
 
 
-def check_counts(counts: Any, tokens: str, sizes: Sizes) -> None:
+def check_counts(counts: Any, tokens: str, sizes: Sizes, devices: int) -> None:
     """Checks how many of the `tokens` of key_new rows take, all where it is not said."""
+    capacity = sizes["S"] * devices
     if counts is not None:
         check_array("counts", counts, NUMBERS, sizes)
-    elif sizes[tokens] > sizes["S"]:
+    elif sizes[tokens] > capacity:
         raise ValueError(
-            f"key_new: expected at most {tokens}=S={sizes['S']} tokens, as many as a row can hold, "
+            f"key_new: expected at most {tokens}=S={capacity} tokens, as many as a row can hold, "
             f"got {tokens}={sizes[tokens]}; pass fewer, or counts{sizes.understood('key_new')}"
         )
 
@@ -479,6 +549,7 @@ def check_select(
     return_weights: Any,
     implementation: Any,
     selector: Any,
+    sequence_axis: Any,
 ) -> None:
     """Checks the arguments of `select`."""
     check_config(config)
@@ -490,6 +561,8 @@ def check_select(
     if counts is not None:
         check_array("counts", counts, NUMBERS, sizes)
     check_choice("return_weights", return_weights, (True, False))
+    whole = {"query": query, "counts": counts}
+    check_sequence_axis(sequence_axis, whole, {"index.codes": index.codes}, config=config)
     check_selector(selector, config, sizes["T"], implementation, query, index)
 
 
@@ -596,6 +669,7 @@ def check_decode(
     kv_layout: Any,
     implementation: Any,
     selector: Any,
+    sequence_axis: Any,
 ) -> None:
     """Checks the arguments of `decode_attention`."""
     check_config(config)
@@ -607,7 +681,14 @@ def check_decode(
     check_key("value_new", value_new, "T", kv_layout, sizes, head="H'")
     check_cache(cache, config, sizes, kv_layout, layer)
     check_dtypes({"key_new": key_new, "value_new": value_new}, cache)
-    check_counts(counts, "T", sizes)
+    whole = {"query": query, "key_new": key_new, "value_new": value_new, "counts": counts}
+    parts = {
+        "cache.key": cache.key,
+        "cache.value": cache.value,
+        "cache.index.codes": cache.index.codes,
+    }
+    devices = check_sequence_axis(sequence_axis, whole, parts, config=config)
+    check_counts(counts, "T", sizes, devices)
     check_selector(selector, config.pool, sizes["T"], implementation, query, cache)
 
 

@@ -36,6 +36,7 @@ def sparse_attention(
     layer: int | Int32[Array, ""] | None = None,
     kv_layout: KVLayout = "BSKH",
     implementation: Implementation | None = None,
+    sequence_axis: str | None = None,
 ) -> Float[Array, "B T N H'"] | tuple[Float[Array, "B T N H'"], Float[Array, "B T N"]]:
     """Softmax attention of every query head over the tokens listed for it.
 
@@ -58,6 +59,10 @@ def sparse_attention(
       kv_layout: order of the token and head axes of `key` and `value`.
       implementation: "triton", "xla", or None: Triton on an NVIDIA GPU where it supports the
         case, else XLA.
+      sequence_axis: inside a `shard_map`, the axis of its mesh that S is split over, None where it
+        is whole. The selection is that of `select` on the device; outputs are merged by one
+        `all_gather` of 4 * (H' + 1) bytes a device and query, the same bits on all devices.
+        `config` is not used: what query heads have in common lies elsewhere on each device.
 
     Returns:
       [B, T, N, H'] in the query's dtype, computed in float32; zeros where nothing is listed. With
@@ -82,6 +87,10 @@ def sparse_attention(
     _arguments.check_choice("return_lse", return_lse, (True, False))
     _arguments.check_rest(rest, config, sizes)
     _arguments.check_implementation(implementation, query, key, value)
+    # Who asks for the logarithm may merge parts on his own.
+    parts = {} if return_lse and sequence_axis is None else {"key": key, "value": value}
+    its_config = config if rest is not None else None
+    _arguments.check_sequence_axis(sequence_axis, {"query": query}, parts, config=its_config)
     found = _attend(
         query,
         key,
@@ -90,10 +99,13 @@ def sparse_attention(
         logits_of(scale, logits_soft_cap, sizes["H"]),
         rest,
         _arguments.check_layer(layer),
-        own=None if config is None else Entries.of(config),
+        own=None if config is None or sequence_axis is not None else Entries.of(config),
         kv_layout=kv_layout,
         implementation=implementation,
+        dtype=query.dtype if sequence_axis is None else np.dtype(np.float32),
     )
+    if sequence_axis is not None:
+        found = reference.merge_devices(found, query.dtype, sequence_axis)
     return tuple(found) if return_lse else found.out
 
 
@@ -121,7 +133,7 @@ def _number(name: str, value: Any) -> Any:
     raise ValueError(f"{name}: expected a real number, got {value!r}; pass a float or None")
 
 
-@functools.partial(backend.jit, static_argnames=("own", "kv_layout", "implementation"))
+@functools.partial(backend.jit, static_argnames=("own", "kv_layout", "implementation", "dtype"))
 def _attend(
     query: Array,
     key: Array,
@@ -134,15 +146,19 @@ def _attend(
     own: Entries | None,
     kv_layout: KVLayout,
     implementation: Implementation | None,
+    dtype: np.dtype,
 ) -> reference.Attention:
     def xla(query, key, value, indices, logits, rest, layer):
         entry = np.arange(indices.shape[-1])
         heavy = None if own is None else (entry >= own.first) & (entry < own.last)
-        return reference.attend(query, key, value, indices, logits, kv_layout, layer, rest, heavy)
+        return reference.attend(
+            query, key, value, indices, logits, kv_layout, layer, dtype, rest, heavy
+        )
 
     def triton(query, key, value, indices, logits, rest, layer):
         caches = Caches(key, value)
-        ended = launch_listed(query, caches, indices, logits, layer, kv_layout, own=own, rest=rest)
+        options = {"own": own, "rest": rest, "dtype": dtype}
+        ended = launch_listed(query, caches, indices, logits, layer, kv_layout, **options)
         return ended.output
 
     def on_shards(function, has_gradients):

@@ -28,7 +28,17 @@ from jax import Array, lax
 from jaxtyping import Bool, Int32, UInt8
 
 from jax_indexer.config import IndexerConfig
-from jax_indexer.state import MOST_NEW, Cells, Progress, Sealing, progress, sealing_for
+from jax_indexer.state import (
+    MOST_NEW,
+    Cells,
+    Progress,
+    Sealing,
+    Span,
+    progress,
+    sealed_at,
+    sealing_for,
+    varying_as,
+)
 
 
 def cell_numbers(codes: UInt8[Array, "*batch M S"], config: IndexerConfig) -> Array:
@@ -82,6 +92,7 @@ def seal(
     lengths: Int32[Array, "B"],
     rows: Bool[Array, "B"],
     config: IndexerConfig,
+    span: Span | None = None,
 ) -> Cells:
     """Lists the tokens of some rows anew, by sorting; no token is left waiting.
 
@@ -91,16 +102,21 @@ def seal(
       lengths: tokens in each row; clipped to 0..S.
       rows: which rows.
       config: what the index was built with.
+      span: which positions the codes are of, where others are on other devices.
 
     Returns:
       The new state.
     """
-    capacity = codes.shape[-1]
+    capacity = span.capacity if span else codes.shape[-1]
     lengths = jnp.clip(lengths, 0, capacity)
     sealed = jnp.maximum(lengths - cells.sealing.margin, cells.sealing.first_candidate)
-    starts, order = _listed(codes, sealed, config)
+    first = config.first_candidate
+    listed = (first, sealed) if span is None else (span.clip(first), span.clip(sealed))
+    starts, order = _listed(codes, *listed, config)
     starts = jnp.stack([starts, jnp.zeros_like(starts)], axis=2)
     chosen = rows[:, None, None]
+    earlier, ring = varying_as((cells.earlier, cells.ring), codes)
+    cells = dataclasses.replace(cells, earlier=earlier, ring=ring)
     return dataclasses.replace(
         empty_rows(cells, rows),
         starts=jnp.where(chosen[..., None], starts, cells.starts),
@@ -110,12 +126,15 @@ def seal(
 
 
 def _listed(
-    codes: UInt8[Array, "B K M S"], sealed: Int32[Array, "B"], config: IndexerConfig
+    codes: UInt8[Array, "B K M S"],
+    first: int | Int32[Array, ""],
+    sealed: Int32[Array, "B"],
+    config: IndexerConfig,
 ) -> tuple[Array, Array]:
-    """Starts int32[B, K, C**M + 1] and order int32[B, K, S] of the candidates before `sealed`."""
+    """Starts int32[B, K, C**M + 1] and order int32[B, K, S] of candidates in [first, sealed)."""
     batch, kv_heads, _, capacity = codes.shape
     position = jnp.arange(capacity, dtype=jnp.int32)[None]
-    listed = (position >= config.first_candidate) & (position < sealed[:, None])
+    listed = (position >= first) & (position < sealed[:, None])
     nowhere = np.int32(config.num_cells)
     cell = jnp.where(listed[:, None], cell_numbers(codes, config), nowhere)
     positions = jnp.broadcast_to(position[None], (batch, kv_heads, capacity))
@@ -131,6 +150,7 @@ def grow(
     before: Int32[Array, "B"],
     after: Int32[Array, "B"],
     config: IndexerConfig,
+    span: Span | None = None,
 ) -> Cells:
     """The state of rows that grew by MOST_NEW tokens at the most: what the kernel does, by sorting.
 
@@ -140,21 +160,28 @@ def grow(
       before: tokens in each row before, in 0..S.
       after: and after.
       config: what the index was built with.
+      span: which positions the codes are of, where others are on other devices.
 
     Returns:
       The state after. What no list holds in `order` has no meaning, nor has what is not counted
       in `earlier`, or what is written again in `ring`.
     """
-    sealing, capacity = cells.sealing, codes.shape[-1]
-    sealed_before, sealed = cells.sealed(before), cells.sealed(after)
-    was = progress(before, sealed_before, sealing, capacity)
-    now = progress(after, sealed, sealing, capacity)
+    sealing, capacity, base = cells.sealing, codes.shape[-1], cells.base
+    reach = capacity
+    if span is not None:
+        before, after = (span.length(x, sealing) for x in (before, after))
+        base, reach = span.clip(base), span.reach(sealing)
+        sealing = span.of_sealing(sealing)
+    sealed_before, sealed = (sealed_at(x, base, sealing, reach) for x in (before, after))
+    was = progress(before, sealed_before, sealing, reach)
+    now = progress(after, sealed, sealing, reach)
     changes = (sealed != sealed_before) | (now.counted != was.counted)
     changes |= (now.read != was.read) | (now.moved != was.moved)
 
     def listed_anew():
-        old, order = _listed(codes, sealed, config)
-        new, _ = _listed(codes, sealed + now.counted, config)
+        first = sealing.first_candidate
+        old, order = _listed(codes, first, sealed, config)
+        new, _ = _listed(codes, first, sealed + now.counted, config)
         counts = jnp.diff(new - old, axis=-1, append=(new - old)[..., -1:])
         starts = jnp.stack([old, jnp.where(now.begun[:, None, None], new, counts)], axis=2)
 

@@ -24,7 +24,7 @@ from jax_indexer.layout import KVLayout, key_letters, token_axis
 from jax_indexer.reference import Caches, Logits
 from jax_indexer.rope import COPIES, Rope, check_look_ahead
 from jax_indexer.sharding import Shard, by_shards
-from jax_indexer.state import DecodeCache, PQIndex
+from jax_indexer.state import DecodeCache, PQIndex, Span
 
 
 def decode_attention(
@@ -41,6 +41,7 @@ def decode_attention(
     implementation: Implementation | None = None,
     selector: Selector | None = None,
     kv_layout: KVLayout = "BSKH",
+    sequence_axis: str | None = None,
 ) -> tuple[Float[Array, "B T N H'"], DecodeCache]:
     """A whole attention layer of a decode step.
 
@@ -68,6 +69,10 @@ def decode_attention(
         case, else XLA.
       selector: as in `select`.
       kv_layout: order of the token and head axes of new and cached keys and values.
+      sequence_axis: inside a `shard_map`, the axis of its mesh that S is split over, None where it
+        is whole. New tokens are the same on all devices along it; those that hold their positions
+        keep them. Exchanges what `select` does, and outputs: one `all_gather` of 4 * (H' + 1) bytes
+        a device and query. All devices along it return the same bits.
 
     Returns:
       [B, T, N, H'] in the query's dtype, computed in float32, and the cache after the step. No
@@ -75,7 +80,8 @@ def decode_attention(
 
     Raises:
       ValueError: for arguments of wrong type, shape or dtype, before anything is updated.
-      NotImplementedError: for an implementation or a selector that is not there.
+      NotImplementedError: for an implementation or a selector that is not there, and for `rerank`
+        or `estimate_rest` with `sequence_axis`.
 
     Source: CONTRACT.md, section 4.
     """
@@ -90,6 +96,7 @@ def decode_attention(
         kv_layout,
         implementation,
         selector,
+        sequence_axis,
     )
     return _decode(
         query,
@@ -103,11 +110,13 @@ def decode_attention(
         implementation=implementation,
         selector=selector,
         kv_layout=kv_layout,
+        sequence_axis=sequence_axis,
     )
 
 
 @functools.partial(
-    backend.jit, static_argnames=("config", "implementation", "selector", "kv_layout")
+    backend.jit,
+    static_argnames=("config", "implementation", "selector", "kv_layout", "sequence_axis"),
 )
 def _decode(
     query: Array,
@@ -122,6 +131,7 @@ def _decode(
     implementation: Implementation | None,
     selector: Selector | None,
     kv_layout: KVLayout,
+    sequence_axis: str | None,
 ) -> tuple[Array, DecodeCache]:
     def on_shard(
         shard: Shard, query, key_new, value_new, key, value, index, counts, scale, soft_cap, layer
@@ -133,13 +143,15 @@ def _decode(
         chosen = selector or default_selector(config.pool, step.S, T, goes_on)
 
         def xla(query, new, caches, index, counts, logits, layer):
+            span = Span.of(sequence_axis, step.S)
             return reference.decode(
-                query, new, caches, index, counts, logits, config, kv_layout, layer
+                query, new, caches, index, counts, logits, config, kv_layout, layer, span
             )
 
         def triton(query, new, caches, index, counts, logits, layer):
+            span = Span.of(sequence_axis, step.S)
             return pipeline.launch_decode(
-                step, query, new, caches, index, counts, logits, chosen, layer
+                step, query, new, caches, index, counts, logits, chosen, layer, span
             )
 
         new, caches = Caches(key_new, value_new), Caches(key, value)

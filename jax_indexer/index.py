@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +18,11 @@ from jax_indexer.kernels.step import Step
 from jax_indexer.layout import KVLayout, head_axis, key_letters, token_axis
 from jax_indexer.rope import COPIES, LookAhead, Rope, check_look_ahead
 from jax_indexer.sharding import Shard, by_shards
-from jax_indexer.state import PQIndex, layer_of, put_layer
+from jax_indexer.state import PQIndex, Span, layer_of, put_layer, varying_as
 from jax_indexer.values import empty_values, no_values
+
+# What is static about training.
+TRAINED_BY = ("config", "ahead", "kv_layout", "implementation", "sequence_axis")
 
 
 def build_index(
@@ -33,6 +37,7 @@ def build_index(
     copies: int = COPIES,
     kv_layout: KVLayout = "BSKH",
     implementation: Implementation | None = None,
+    sequence_axis: str | None = None,
 ) -> PQIndex:
     """Trains codebooks on the keys of a prompt and encodes all of them.
 
@@ -59,6 +64,12 @@ def build_index(
       kv_layout: order of the token and head axes of `key`.
       implementation: "triton", "xla", or None: Triton on an NVIDIA GPU where it supports the
         case, else XLA.
+      sequence_axis: inside a `shard_map`, the axis of its mesh that S is split over, None where it
+        is whole. `lengths` are of whole rows, and codebooks the same on all devices along it:
+        those of one device, but for the order in which float32 sums are added. Exchanges, for each
+        codebook: an `all_gather` of a count, 4 bytes a device, and two sums of C and of 63 keys,
+        4 * D' bytes each; in every iteration one sum of 4 * C * (D' + 1) bytes; and where clusters
+        are empty an `all_gather` of 4 * C * (D' + 1) bytes a device, and a sum of 4 bytes.
 
     Returns:
       A PQIndex with capacity S.
@@ -66,7 +77,8 @@ def build_index(
     Raises:
       ValueError: for arguments of wrong type, shape or dtype, and for more kv heads than tokens,
         which a cache of the other layout would have.
-      NotImplementedError: for an implementation that is not there.
+      NotImplementedError: for an implementation that is not there, and for `rope` or
+        `estimate_rest` with `sequence_axis`.
 
     Source: CONTRACT.md, section 4; the method is that of PQCache (arXiv 2407.12820).
     """
@@ -75,7 +87,9 @@ def build_index(
     alone = _arguments.STACKED_ALONE
     _arguments.check_key("key", key, "S", kv_layout, sizes, stacked=alone)
     _arguments.check_subspaces("key", config, sizes)
-    if sizes["K"] > sizes["S"]:  # nothing else here would tell that the axes are swapped
+    ahead = check_look_ahead(rope, look_ahead, copies, sizes["H"])
+    devices = check_split_training(sequence_axis, lengths, config, ahead)
+    if sizes["K"] > sizes["S"] * devices:  # nothing else here would tell that the axes are swapped
         raise ValueError(
             f"key: expected at most as many kv heads K as tokens S, got K={sizes['K']}, "
             f"S={sizes['S']}; pass the cache at its full capacity{sizes.understood('key')}"
@@ -83,7 +97,6 @@ def build_index(
     _arguments.check_array("lengths", lengths, _arguments.NUMBERS, sizes)
     _arguments.check_value(value, config, kv_layout, sizes, stacked=alone)
     _arguments.check_seed(seed)
-    ahead = check_look_ahead(rope, look_ahead, copies, sizes["H"])
     shape = sizes["B"], sizes["K"], config.num_subspaces, sizes["S"]
     codes = jax.ShapeDtypeStruct(shape, np.uint8)
     check_training(implementation, config, sizes, key, codes)
@@ -96,6 +109,7 @@ def build_index(
         ahead=ahead,
         kv_layout=kv_layout,
         implementation=implementation,
+        sequence_axis=sequence_axis,
     )
 
 
@@ -114,6 +128,7 @@ def rebuild(
     layer: int | Int32[Array, ""] | None = None,
     kv_layout: KVLayout = "BSKH",
     implementation: Implementation | None = None,
+    sequence_axis: str | None = None,
 ) -> PQIndex:
     """Trains new codebooks for some rows and encodes their tokens again; nothing else changes.
 
@@ -137,13 +152,14 @@ def rebuild(
       kv_layout: order of the token and head axes of `key`.
       implementation: "triton", "xla", or None: Triton on an NVIDIA GPU where it supports the
         case, else XLA.
+      sequence_axis: as in `build_index`.
 
     Returns:
       A PQIndex of the same shapes.
 
     Raises:
       ValueError: for arguments of wrong type, shape or dtype.
-      NotImplementedError: for an implementation that is not there.
+      NotImplementedError: as in `build_index`.
 
     Source: CONTRACT.md, section 4.
     """
@@ -154,6 +170,8 @@ def rebuild(
         _arguments.check_array("lengths", lengths, _arguments.NUMBERS, sizes)
     _arguments.check_seed(seed)
     ahead = check_look_ahead(rope, look_ahead, copies, sizes["H"])
+    whole = {"lengths": lengths, "rows": rows}
+    check_split_training(sequence_axis, whole, config, ahead)
     check_training(implementation, config, sizes, key, index)
     return _rebuild(
         index,
@@ -167,6 +185,7 @@ def rebuild(
         ahead=ahead,
         kv_layout=kv_layout,
         implementation=implementation,
+        sequence_axis=sequence_axis,
     )
 
 
@@ -181,6 +200,7 @@ def rebuild_gain(
     layer: int | Int32[Array, ""] | None = None,
     kv_layout: KVLayout = "BSKH",
     implementation: Implementation | None = None,
+    sequence_axis: str | None = None,
 ) -> Float[Array, "B"]:
     """Says which rows `rebuild` would help: the share of their error that a first step removes.
 
@@ -207,6 +227,7 @@ def rebuild_gain(
       kv_layout: order of the token and head axes of `key`.
       implementation: "triton", "xla", or None: Triton on an NVIDIA GPU where it supports the
         case, else XLA.
+      sequence_axis: as in `build_index`. Exchanges the sums of one iteration, and of errors.
 
     Returns:
       float32[B], in 0..1; 0 for rows without an error, and for those whose error overflows
@@ -220,6 +241,7 @@ def rebuild_gain(
     """
     sizes = _arguments.check_with_cache(index, key, config, kv_layout, layer)
     ahead = check_look_ahead(rope, look_ahead, copies, sizes["H"])
+    check_split_training(sequence_axis, index.lengths, config, ahead)
     check_training(implementation, config, sizes, key, index)
     return _rebuild_gain(
         index,
@@ -229,6 +251,7 @@ def rebuild_gain(
         ahead=ahead,
         kv_layout=kv_layout,
         implementation=implementation,
+        sequence_axis=sequence_axis,
     )
 
 
@@ -237,6 +260,7 @@ def reset(
     rows: Bool[Array, "B"],
     *,
     layer: int | Int32[Array, ""] | None = None,
+    sequence_axis: str | None = None,
 ) -> PQIndex:
     """Empties some rows: their length becomes 0, and their codebooks stay until rebuilt.
 
@@ -245,6 +269,8 @@ def reset(
       rows: bool[B], the rows to empty.
       layer: which layer of the index, clipped to those there are, where its arrays have an axis of
         layers in front; None for all of them.
+      sequence_axis: inside a `shard_map`, the axis of its mesh that S is split over, None where it
+        is whole. Nothing is exchanged: `rows` are the same on all devices along it.
 
     Returns:
       A PQIndex of the same shapes.
@@ -264,6 +290,7 @@ def reset(
         _arguments.check_cells(index.cells, sizes)
     if index.values is not None:
         _arguments.check_fields("index.values", index.values, sizes)
+    _arguments.check_sequence_axis(sequence_axis, {"rows": rows} if sequence_axis else {}, {})
     return _reset(index, rows, _arguments.check_layer(layer))
 
 
@@ -272,6 +299,7 @@ def with_cells(
     config: IndexerConfig,
     *,
     layer: int | Int32[Array, ""] | None = None,
+    sequence_axis: str | None = None,
 ) -> PQIndex:
     """Makes the state of the "cells" selector for an index that was made without it.
 
@@ -284,6 +312,8 @@ def with_cells(
       layer: which layer of the index, clipped to those there are, where its arrays have an axis of
         layers in front and there is a state for the others; None for an index of one layer, or
         for all layers.
+      sequence_axis: inside a `shard_map`, the axis of its mesh that S is split over, None where it
+        is whole. Each device lists the positions that it holds; nothing is exchanged.
 
     Returns:
       A PQIndex with `cells`.
@@ -313,7 +343,10 @@ def with_cells(
     _arguments.check_quantizer(dataclasses.replace(index, cells=None), config, sizes)
     if layer is not None:
         _arguments.check_index(index, config, sizes)
-    return _with_cells(index, _arguments.check_layer(layer), config=config)
+    _arguments.check_sequence_axis(sequence_axis, {}, {})
+    return _with_cells(
+        index, _arguments.check_layer(layer), config=config, sequence_axis=sequence_axis
+    )
 
 
 def append(
@@ -326,6 +359,7 @@ def append(
     layer: int | Int32[Array, ""] | None = None,
     kv_layout: KVLayout = "BSKH",
     implementation: Implementation | None = None,
+    sequence_axis: str | None = None,
 ) -> PQIndex:
     """Encodes new tokens against the codebooks and appends them; never trains.
 
@@ -344,6 +378,9 @@ def append(
       kv_layout: order of the token and head axes of `key_new` and `value`.
       implementation: "triton", "xla", or None: Triton on an NVIDIA GPU where it supports the
         case, else XLA.
+      sequence_axis: inside a `shard_map`, the axis of its mesh that S is split over, None where it
+        is whole. New tokens are the same on all devices along it, and kept by those that hold their
+        positions; lengths are those of whole rows. Nothing is exchanged.
 
     Returns:
       A PQIndex of the same shapes.
@@ -354,7 +391,9 @@ def append(
 
     Source: CONTRACT.md, section 4.
     """
-    _arguments.check_append(index, key_new, config, value, counts, layer, kv_layout, implementation)
+    _arguments.check_append(
+        index, key_new, config, value, counts, layer, kv_layout, implementation, sequence_axis
+    )
     return _append(
         index,
         key_new,
@@ -364,6 +403,7 @@ def append(
         config=config,
         kv_layout=kv_layout,
         implementation=implementation,
+        sequence_axis=sequence_axis,
     )
 
 
@@ -372,6 +412,21 @@ def check_training(implementation, config, sizes, *operands) -> None:
     dimensions = sizes["H"] // config.num_subspaces
     unsupported = centroid_sums.unsupported(config.num_centroids, dimensions)
     _arguments.check_implementation(implementation, *operands, unsupported=unsupported)
+
+
+def check_split_training(
+    sequence_axis: Any, lengths: Any, config: IndexerConfig, ahead: LookAhead | None
+) -> int:
+    """Checks that codebooks can be trained where S is split; over how many devices it is."""
+    whole = lengths if isinstance(lengths, dict) else {"lengths": lengths}
+    whole = whole if sequence_axis is not None else {}
+    devices = _arguments.check_sequence_axis(sequence_axis, whole, {}, config=config)
+    if sequence_axis is not None and ahead is not None:
+        raise NotImplementedError(
+            "rope: with sequence_axis copies of keys need positions that are not known when the "
+            "program is compiled, which is not there yet; leave rope out, or split batch or heads"
+        )
+    return devices
 
 
 @functools.partial(backend.jit, static_argnames=())
@@ -394,14 +449,17 @@ def _emptied(index: PQIndex, rows: Array) -> PQIndex:
     )
 
 
-@functools.partial(backend.jit, static_argnames=("config",))
-def _with_cells(index: PQIndex, layer: Array | None, *, config: IndexerConfig) -> PQIndex:
+@functools.partial(backend.jit, static_argnames=("config", "sequence_axis"))
+def _with_cells(
+    index: PQIndex, layer: Array | None, *, config: IndexerConfig, sequence_axis: str | None
+) -> PQIndex:
     def on_shard(shard: Shard, index: PQIndex) -> PQIndex:
         del shard
         batch, kv_heads, _, capacity = index.codes.shape
         cells = no_cells(batch, kv_heads, capacity, config)
         every_row = jnp.ones_like(index.lengths, bool)
-        cells = seal(cells, index.codes, index.lengths, every_row, config)
+        span = Span.of(sequence_axis, capacity)
+        cells = seal(cells, index.codes, index.lengths, every_row, config, span)
         return dataclasses.replace(index, cells=cells)
 
     def make(index: PQIndex) -> PQIndex:
@@ -438,7 +496,7 @@ def empty_index(
     )
 
 
-@functools.partial(backend.jit, static_argnames=("config", "ahead", "kv_layout", "implementation"))
+@functools.partial(backend.jit, static_argnames=TRAINED_BY)
 def _build(
     key: Array,
     value: Array | None,
@@ -449,6 +507,7 @@ def _build(
     ahead: LookAhead | None,
     kv_layout: KVLayout,
     implementation: Implementation | None,
+    sequence_axis: str | None,
 ) -> PQIndex:
     def on_shard(shard: Shard, key, value, lengths, seed) -> PQIndex:
         batch, capacity = key.shape[0], key.shape[token_axis(kv_layout)]
@@ -457,7 +516,7 @@ def _build(
         empty = empty_index(config, batch, capacity, kv_heads, *sizes)
         every_row = jnp.ones(batch, bool)
         arguments = empty, key, value, lengths, every_row, seed
-        return _rebuilt(shard, *arguments, config, ahead, kv_layout, implementation)
+        return _rebuilt(shard, *arguments, config, ahead, kv_layout, implementation, sequence_axis)
 
     return by_shards(
         on_shard,
@@ -468,7 +527,7 @@ def _build(
     )
 
 
-@functools.partial(backend.jit, static_argnames=("config", "ahead", "kv_layout", "implementation"))
+@functools.partial(backend.jit, static_argnames=TRAINED_BY)
 def _rebuild(
     index: PQIndex,
     key: Array,
@@ -482,6 +541,7 @@ def _rebuild(
     ahead: LookAhead | None,
     kv_layout: KVLayout,
     implementation: Implementation | None,
+    sequence_axis: str | None,
 ) -> PQIndex:
     one, key, value = layer_of((index, key, value), layer)
     lengths = one.lengths if lengths is None else lengths
@@ -492,6 +552,7 @@ def _rebuild(
             ahead=ahead,
             kv_layout=kv_layout,
             implementation=implementation,
+            sequence_axis=sequence_axis,
         ),
         index=(None, one),
         key=(key_letters(kv_layout), key),
@@ -515,10 +576,13 @@ def _rebuilt(
     ahead: LookAhead | None,
     kv_layout: KVLayout,
     implementation: Implementation | None,
+    sequence_axis: str | None,
 ) -> PQIndex:
+    span = Span.of(sequence_axis, index.codes.shape[-1])
+    capacity = span.capacity if span else index.codes.shape[-1]
     # The other rows have no token to train on and none to encode.
-    lengths = jnp.where(rows, jnp.clip(lengths, 0, index.codes.shape[-1]), 0)
-    keys = kmeans.training_set(key, lengths, config, kv_layout, ahead)
+    lengths = jnp.where(rows, jnp.clip(lengths, 0, capacity), 0)
+    keys = kmeans.training_set(key, lengths, config, kv_layout, ahead, span)
     first_head = shard.first_head(index.codes.shape[1])
     trained = kmeans.train(keys, lengths, seed, first_head, config, kv_layout, implementation)
 
@@ -531,10 +595,21 @@ def _rebuilt(
     if phi is not None and keys.phi is not None:
         phi = jnp.where(jnp.expand_dims(rows, (1, 2)), keys.phi, phi)
     started = dataclasses.replace(_emptied(index, rows), codebooks=codebooks, phi=phi)
-    return _appended(started, key, value, lengths, config, kv_layout, implementation)
+    arguments = config, kv_layout, implementation
+    if span is None:
+        return _appended(started, key, value, lengths, *arguments)
+    # Each device encodes what it holds, as if it were all.
+    bare = dataclasses.replace(started, cells=None)
+    bare, counts = varying_as((bare, span.clip(lengths)), key)
+    codes = _appended(bare, key, value, counts, *arguments).codes
+    lengths = jnp.where(rows, lengths, started.lengths)
+    cells = started.cells
+    if cells is not None:
+        cells = seal(cells, codes, lengths, rows, config, span)
+    return dataclasses.replace(started, codes=codes, lengths=lengths, cells=cells)
 
 
-@functools.partial(backend.jit, static_argnames=("config", "ahead", "kv_layout", "implementation"))
+@functools.partial(backend.jit, static_argnames=TRAINED_BY)
 def _rebuild_gain(
     index: PQIndex,
     key: Array,
@@ -544,10 +619,13 @@ def _rebuild_gain(
     ahead: LookAhead | None,
     kv_layout: KVLayout,
     implementation: Implementation | None,
+    sequence_axis: str | None,
 ) -> Array:
     def on_shard(shard: Shard, index: PQIndex, key: Array) -> Array:
-        lengths = jnp.clip(index.lengths, 0, index.codes.shape[-1])
-        keys = kmeans.training_set(key, lengths, config, kv_layout, ahead)
+        span = Span.of(sequence_axis, index.codes.shape[-1])
+        capacity = span.capacity if span else index.codes.shape[-1]
+        lengths = jnp.clip(index.lengths, 0, capacity)
+        keys = kmeans.training_set(key, lengths, config, kv_layout, ahead, span)
         if config.metric == "ip":  # distances are to the centroids as they were trained
             keys = keys._replace(phi=index.phi)
         errors = kmeans.first_step_errors(keys, index.codebooks, config, kv_layout, implementation)
@@ -558,7 +636,9 @@ def _rebuild_gain(
     return by_shards(on_shard, index=(None, index), key=(key_letters(kv_layout), key))
 
 
-@functools.partial(backend.jit, static_argnames=("config", "kv_layout", "implementation"))
+@functools.partial(
+    backend.jit, static_argnames=("config", "kv_layout", "implementation", "sequence_axis")
+)
 def _append(
     index: PQIndex,
     key_new: Array,
@@ -569,10 +649,13 @@ def _append(
     config: IndexerConfig,
     kv_layout: KVLayout,
     implementation: Implementation | None,
+    sequence_axis: str | None,
 ) -> PQIndex:
     def on_shard(shard: Shard, index, key_new, value, counts, layer) -> PQIndex:
         del shard
-        return _appended(index, key_new, value, counts, config, kv_layout, implementation, layer)
+        return _appended(
+            index, key_new, value, counts, config, kv_layout, implementation, layer, sequence_axis
+        )
 
     return by_shards(
         on_shard,
@@ -593,17 +676,21 @@ def _appended(
     kv_layout: KVLayout,
     implementation: Implementation | None,
     layer: Array | None = None,
+    sequence_axis: str | None = None,
 ) -> PQIndex:
     step = Step.of(index, config, T=key_new.shape[token_axis(kv_layout)], kv_layout=kv_layout)
 
     def xla(key_new, value, index, counts, layer):
-        room, lengths = reference.make_room(layer_of(index.lengths, layer), counts, step.T, step.S)
+        before, span = layer_of(index.lengths, layer), Span.of(sequence_axis, step.S)
+        capacity = span.capacity if span else step.S
+        room, lengths = reference.make_room(before, counts, step.T, capacity)
         return reference.append_tokens(
-            key_new, index, room, lengths, config, kv_layout, layer, value
+            key_new, index, room, lengths, config, kv_layout, layer, value, span
         )
 
     def triton(key_new, value, index, counts, layer):
-        return pipeline.launch_append(step, key_new, index, counts, layer, value)
+        span = Span.of(sequence_axis, step.S)
+        return pipeline.launch_append(step, key_new, index, counts, layer, value, span)
 
     arguments = key_new, value, index, counts, layer
     return backend.dispatch(xla, triton, *arguments, implementation=implementation)

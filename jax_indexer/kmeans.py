@@ -1,6 +1,7 @@
 """Codebook training: k-means over subvectors, for all rows, kv heads and subspaces at once."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -16,6 +17,7 @@ from jax_indexer.kernels import backend
 from jax_indexer.kernels.centroid_sums import centroid_sums, unsupported
 from jax_indexer.layout import KVLayout, subvectors, subvectors_of, token_axis
 from jax_indexer.rope import LookAhead, most_squared, positions_on, turned
+from jax_indexer.state import Span, varying_as
 
 # Tokens counted at once to find the n-th trainable one; their number fits into a uint8.
 COUNTED_TOKENS = 128
@@ -39,6 +41,9 @@ class TrainingSet(NamedTuple):
       begin: where in `key` the first of a row's tokens lies that is trained on.
       distance: from that token to the first that is not there yet.
       ahead: which copies of the keys are trained on too.
+      number: where S is split over devices, which of a row's keys to train on, of all devices, the
+        first one in `key` is; it may be one before the first. Else None.
+      span: which positions the device has, likewise.
     """
 
     key: Float[Array, "B _ _ H"]
@@ -49,6 +54,8 @@ class TrainingSet(NamedTuple):
     begin: int
     distance: Int32[Array, "B"]
     ahead: LookAhead | None
+    number: Int32[Array, "B"] | None = None
+    span: Span | None = None
 
 
 class StepErrors(NamedTuple):
@@ -73,6 +80,7 @@ def training_set(
     config: IndexerConfig,
     kv_layout: KVLayout,
     ahead: LookAhead | None,
+    span: Span | None = None,
 ) -> TrainingSet:
     """Which keys to train on: those in [init_offset, lengths[b]), or a strided sample of them.
 
@@ -81,24 +89,38 @@ def training_set(
       lengths: tokens in each row, in 0..S.
       config: `init_offset`, `train_tokens` and `metric` count.
       kv_layout: of `key`.
-      ahead: which copies of the keys to train on too.
+      ahead: which copies of the keys to train on too; None where S is split over devices.
+      span: which positions of the rows `key` has, where others are on other devices.
 
     Returns:
       A TrainingSet.
     """
     axis, first, augmented = token_axis(kv_layout), config.first_trained, config.metric == "ip"
-    sample = config.train_tokens
-    if sample is None or sample >= key.shape[axis] - first:
-        position = jnp.arange(key.shape[axis], dtype=jnp.int32)[None]
-        exists = (position >= first) & (position < lengths[:, None])
+    sample, size, number = config.train_tokens, key.shape[axis], None
+    if sample is None or sample >= (span.capacity if span else size) - first:
+        position = jnp.arange(size, dtype=jnp.int32)[None]
         stop, stride, begin = lengths, jnp.ones_like(lengths), first
+        if span is not None:
+            stop, number = span.clip(lengths), jnp.zeros_like(lengths) + (span.offset - first)
+        is_first = position >= first if number is None else position + number[:, None] >= 0
+        exists = is_first & (position < stop[:, None])
     else:
         count = jnp.maximum(lengths - first, 0)
         stride = jnp.maximum((count + sample - 1) // sample, 1)
         stop, begin = (count + stride - 1) // stride, 0
+        skipped = jnp.zeros_like(stop)
+        if span is not None:  # those of the sample that lie on this device, and before it
+            skipped, until = (
+                jnp.clip((span.offset + x - first + stride - 1) // stride, 0, stop)
+                for x in (0, size)
+            )
+            sample, stop, number = min(sample, size), until - skipped, skipped
         position = jnp.arange(sample, dtype=jnp.int32)[None]
         exists = position < stop[:, None]
-        taken = jnp.where(exists, first + position * stride[:, None], 0)
+        place = first + position * stride[:, None]
+        if span is not None:
+            place += skipped[:, None] * stride[:, None] - span.offset
+        taken = jnp.where(exists, place, 0)
         taken = taken[:, :, None, None] if kv_layout == "BSKH" else taken[:, None, :, None]
         key = jnp.take_along_axis(key, taken, axis=axis)
 
@@ -123,7 +145,9 @@ def training_set(
     # Row by row, which keeps a row's bits from depending on the batch.
     trainable, phi = lax.map(inspect, (key, exists, distance, stride))
     phi = phi if augmented else None
-    return TrainingSet(key, trainable, stop, stride, phi, begin, distance, ahead)
+    if phi is not None and span is not None:
+        phi = lax.pmax(phi, span.axis)
+    return TrainingSet(key, trainable, stop, stride, phi, begin, distance, ahead, number, span)
 
 
 def copies_of(
@@ -181,9 +205,9 @@ def train(
       float32 centroids, augmented for the inner-product metric.
     """
     num_centroids = config.num_centroids
-    count = jnp.sum(keys.trainable, axis=-1, dtype=jnp.int32)  # [B, K, M]
+    count = _counted(keys)[0]  # [B, K, M]
     rank = _draw_ranks(count, lengths, seed, first_head, num_centroids)
-    drawn = _start_at(keys, _nth_trainable(keys.trainable, rank), config, kv_layout)
+    drawn = _at_ranks(keys, rank, config, kv_layout, _start_at)
     start = jnp.where((count > 0)[..., None, None], drawn, 0)
     origin = _origin(keys, config, kv_layout)
 
@@ -201,6 +225,9 @@ def train(
         def numbers(b, k, m) -> Float[Array, "S"]:
             draw = iteration + 1  # the start is draw 0
             size = nearest.shape[-1]
+            if keys.number is not None:
+                head = first_head + k
+                return _fractions(seed, lengths[b], head, m, draw, size, keys.number[b])
             number = max(size - keys.begin, 0)
             found = _fractions(seed, lengths[b], first_head + k, m, draw, number)
             return jnp.pad(found, (size - number, 0))
@@ -237,6 +264,8 @@ def cluster_means(
     dimensions = keys.key.shape[-1] // centroids.shape[2]
     arguments = (keys.key, keys.trainable, centroids, origin, keys.phi, stop)
     arguments += keys.distance, keys.stride
+    if keys.span is not None:
+        arguments = varying_as(arguments, keys.trainable)
     layouts = {"kv_layout": kv_layout, "grouping": config.grouping, "ahead": keys.ahead}
 
     def xla(*arguments):
@@ -248,6 +277,8 @@ def cluster_means(
     if implementation is None and unsupported(centroids.shape[3], dimensions):
         implementation = "xla"
     sums, nearest = backend.dispatch(xla, triton, *arguments, implementation=implementation)
+    if keys.span is not None:  # 4 * (D' + 1) bytes a centroid
+        sums = keys.span.sum(sums)
     sums, sizes = sums[..., :-1], sums[..., -1]
     means = sums / jnp.maximum(sizes, 1)[..., None]
     if keys.phi is not None:
@@ -304,6 +335,8 @@ def first_step_errors(
     rows = (keys.key, keys.trainable, keys.phi, nearest, centroids, means)
     rows += keys.distance, keys.stride
     error, left = lax.map(errors, rows)
+    if keys.span is not None:
+        error, left = keys.span.sum((error, left))
     clusters = jnp.sum(sizes > 0, axis=-1).astype(jnp.float32)
     # Copies that hardly turn are nothing new.
     number = jnp.sum(sizes, axis=-1) / (1 if keys.ahead is None else 1 + keys.ahead.copies)
@@ -373,8 +406,17 @@ def _fill(
         # An exponential variable of this rate is the smallest with a probability of its share.
         chance = jnp.where(error > 0, -jnp.log1p(-numbers(b, k, m)) / error, jnp.inf)
         order = jnp.argsort(chance, stable=True)
+        number = jnp.sum(error > 0, dtype=jnp.int32)
+        if keys.span is not None:
+            # As many of each device's as all may take, 4 * (D' + 1) bytes each.
+            own = order[: is_empty.shape[3]]
+            gather = functools.partial(
+                lax.all_gather, axis_name=keys.span.axis, axis=0, tiled=True, to="invarying"
+            )
+            chance, parts, number = gather(chance[own]), gather(parts[own]), keys.span.sum(number)
+            order = jnp.argsort(chance, stable=True)
         place = jnp.cumsum(is_empty[b, k, m], dtype=jnp.int32) - 1
-        takes = is_empty[b, k, m] & (place < jnp.sum(error > 0, dtype=jnp.int32))
+        takes = is_empty[b, k, m] & (place < number)
         taken = parts[order[jnp.minimum(place, len(order) - 1)]]
         filled = jnp.where(takes[:, None], taken, centroids[b, k, m])
         return centroids.at[b, k, m].set(filled), waiting.at[b, k, m].set(False)
@@ -405,14 +447,43 @@ def _origin(
 
     It is where most keys are, wherever a few others may be.
     """
-    count = jnp.sum(keys.trainable, axis=-1, dtype=jnp.int32)[..., None]
+    count = _counted(keys)[0][..., None]
     # Multiples of the golden ratio: no period of the keys agrees with them.
     fraction = np.arange(ORIGIN_KEYS) * (np.sqrt(5) - 1) / 2 % 1
     fraction = fraction.astype(np.float32)[None, None, None]
     rank = (fraction * count.astype(jnp.float32)).astype(jnp.int32)
     rank = jnp.clip(rank, 0, jnp.maximum(count - 1, 0))
-    some = _subvectors_at(keys, _nth_trainable(keys.trainable, rank), config, kv_layout)
+    some = _at_ranks(keys, rank, config, kv_layout, _subvectors_at)
     return jnp.where(count > 0, jnp.sort(some, axis=-2)[..., ORIGIN_KEYS // 2, :], 0)
+
+
+def _counted(keys: TrainingSet) -> tuple[Int32[Array, "B K M"], Int32[Array, "B K M"]]:
+    """How many keys there are to train on, and how many of them are on devices before this one."""
+    count = jnp.sum(keys.trainable, axis=-1, dtype=jnp.int32)
+    if keys.span is None:
+        return count, jnp.zeros_like(count)
+    counts = lax.all_gather(count, keys.span.axis, to="invarying")
+    device = jnp.arange(len(counts), dtype=jnp.int32)[:, None, None, None]
+    before = jnp.sum(jnp.where(device < keys.span.number, counts, 0), axis=0)
+    return jnp.sum(counts, axis=0), before
+
+
+def _at_ranks(
+    keys: TrainingSet,
+    rank: Int32[Array, "B K M R"],
+    config: IndexerConfig,
+    kv_layout: KVLayout,
+    read: Callable[..., Float[Array, "B K M R D_"]],
+) -> Float[Array, "B K M R D_"]:
+    """What `read` gives of the trainable keys of these ranks, wherever they are."""
+    if keys.span is None:
+        return read(keys, _nth_trainable(keys.trainable, rank), config, kv_layout)
+    own = jnp.sum(keys.trainable, axis=-1, dtype=jnp.int32)[..., None]
+    place = rank - _counted(keys)[1][..., None]
+    holds = (place >= 0) & (place < own)
+    place = jnp.clip(place, 0, jnp.maximum(own - 1, 0))
+    found = read(keys, _nth_trainable(keys.trainable, place), config, kv_layout)
+    return keys.span.from_holder(found, holds[..., None])
 
 
 def _draw_ranks(
@@ -454,8 +525,9 @@ def _fractions(
     subspace: Int32[Array, ""],
     draw: Int32[Array, ""],
     number: int,
+    first: int | Int32[Array, ""] = 0,
 ) -> Float[Array, "n"]:
-    """Random numbers in [0, 1) for one codebook, other ones for each draw.
+    """Random numbers in [0, 1) for one codebook from the `first` on, other ones for each draw.
 
     The i-th does not depend on how many there are. `jax.random.uniform` would follow
     `jax_threefry_partitionable`, and other generators the batch under vmap.
@@ -463,7 +535,8 @@ def _fractions(
     key = jax.random.key(seed, impl="threefry2x32")
     for x in (length, head, subspace, draw):
         key = jax.random.fold_in(key, x)
-    own_keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(number, dtype=jnp.int32))
+    own_number = first + jnp.arange(number, dtype=jnp.int32)
+    own_keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(own_number)
     bits = jax.random.key_data(own_keys)[:, 0]
     return (bits >> 8).astype(jnp.float32) * 2.0**-24
 

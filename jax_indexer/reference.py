@@ -4,6 +4,7 @@ Letters are those of CONTRACT.md, section 2.
 """
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -27,7 +28,16 @@ from jax_indexer.layout import (
     token_axis,
 )
 from jax_indexer.rope import LookAhead, most_squared, positions_on, turned
-from jax_indexer.state import MOST_NEW, PQIndex, Rest, Selection, ValueSums, layer_of, put_layer
+from jax_indexer.state import (
+    MOST_NEW,
+    PQIndex,
+    Rest,
+    Selection,
+    Span,
+    ValueSums,
+    layer_of,
+    put_layer,
+)
 from jax_indexer.values import add_values, mean_values, summed_codes
 
 # Tokens encoded at once, in distances held in memory (tokens times K * M * C).
@@ -147,11 +157,12 @@ def visible_tokens(
 
 
 def candidates(
-    visible: Int32[Array, "*rows"], capacity: int, config: IndexerConfig
+    visible: Int32[Array, "*rows"], capacity: int, config: IndexerConfig, span: Span | None = None
 ) -> Bool[Array, "*rows S"]:
     """Which tokens may be chosen by score (rule 2)."""
     last = visible[..., None] - config.window_size
     position = lax.broadcasted_iota(jnp.int32, (1,) * visible.ndim + (capacity,), visible.ndim)
+    position = position if span is None else position + span.offset
     return (position >= config.first_candidate) & (position < last)
 
 
@@ -160,6 +171,7 @@ def select_from_scores(
     lengths: Int32[Array, "B"],
     counts: Int32[Array, "B"] | None,
     config: IndexerConfig,
+    span: Span | None = None,
 ) -> tuple[Int32[Array, "B T N P"], Int32[Array, "B T N"]]:
     """The lists of positions and their lengths (rules 1, 2, 4, 5 and 6).
 
@@ -168,25 +180,36 @@ def select_from_scores(
       lengths: tokens in the cache; clipped to 0..S.
       counts: as in `visible_tokens`.
       config: sizes.
+      span: which positions the scores are of, where others are on other devices; the lists are of
+        these.
 
     Returns:
       Ascending positions padded with -1, and how many there are.
     """
     num_query_tokens, capacity = scores.shape[1], scores.shape[3]
+    whole, offset = (capacity, 0) if span is None else (span.capacity, span.offset)
     list_size = config.max_selected(num_query_tokens)
     nowhere = np.int32(max(capacity, list_size))  # sorts behind every position
-
-    visible = visible_tokens(lengths, counts, capacity, num_query_tokens)[..., None]
-    candidate = candidates(visible, capacity, config)
-    # Ranks have neither NaN nor two zeros, so top_k's own rule for ties (lower index first) is the
-    # contract's.
-    heavy = best(jnp.where(candidate, ordered(scores), NOT_A_CANDIDATE), config.heavy_size)
-    num_heavy = jnp.clip(visible - config.window_size - config.first_candidate, 0, heavy.shape[-1])
 
     def slots(number: int) -> np.ndarray:
         return np.arange(number, dtype=np.int32).reshape(1, 1, 1, -1)
 
+    visible = visible_tokens(lengths, counts, whole, num_query_tokens)[..., None]
+    candidate = candidates(visible, capacity, config, span)
+    # Ranks have neither NaN nor two zeros, so top_k's own rule for ties (lower index first) is the
+    # contract's.
+    rank = jnp.where(candidate, ordered(scores), NOT_A_CANDIDATE)
+    heavy = best(rank, config.heavy_size)
+    if span is None:
+        num_heavy = visible - config.window_size - config.first_candidate
+        num_heavy = jnp.clip(num_heavy, 0, heavy.shape[-1])
+        is_heavy = slots(heavy.shape[-1]) < num_heavy[..., None]
+    else:
+        is_heavy = best_of_devices(jnp.take_along_axis(rank, heavy, axis=-1), config, span)
+
     def entries(positions, exist):
+        if span is not None:
+            exist &= (positions >= 0) & (positions < capacity)
         positions = jnp.where(exist, positions, nowhere)
         return jnp.broadcast_to(positions, (*scores.shape[:3], positions.shape[-1]))
 
@@ -195,9 +218,9 @@ def select_from_scores(
     window = visible - config.window_size + slots(config.window_size)
     attended = jnp.concatenate(
         [
-            entries(sink, sink < visible),
-            entries(heavy.astype(jnp.int32), slots(heavy.shape[-1]) < num_heavy[..., None]),
-            entries(window, window >= np.int32(config.sink_size)),
+            entries(sink - offset, sink < visible),
+            entries(heavy.astype(jnp.int32), is_heavy),
+            entries(window - offset, window >= np.int32(config.sink_size)),
         ],
         axis=-1,
     )
@@ -205,12 +228,39 @@ def select_from_scores(
     attended = jnp.pad(attended, ((0, 0),) * 3 + ((0, missing),), constant_values=nowhere)
 
     slot = slots(list_size)
-    everything = entries(slot, slot < visible)
+    everything = entries(slot, slot + offset < visible)
     is_short = visible <= config.short_context(num_query_tokens)
     indices = jnp.sort(jnp.where(is_short, everything, attended), axis=-1)
     selected = indices < nowhere
     counts = jnp.sum(selected, axis=-1, dtype=jnp.int32)
     return jnp.where(selected, indices, -1), counts
+
+
+def best_of_devices(
+    rank: Int32[Array, "*batch k"], config: IndexerConfig, span: Span
+) -> Bool[Array, "*batch k"]:
+    """Which of a device's best candidates are among the `heavy_size` best of all devices.
+
+    Exchanges their ranks, 4 * k bytes a device and query head, by one `all_gather`.
+
+    Args:
+      rank: of each device's best, equal ones in the order of their positions; all that could be
+        among the best of all.
+      config: its `heavy_size` counts.
+      span: of the device.
+    """
+    size = rank.shape[-1]
+    if not size:
+        return jnp.zeros_like(rank, bool)
+    everywhere = lax.all_gather(rank, span.axis, axis=rank.ndim - 1, tiled=True)
+    # Devices follow one another as their positions do, so ties go to the lower position.
+    place = best(everywhere, config.heavy_size) - span.number * size
+    place = jnp.where(place < 0, np.int32(size), place)
+    taken = jnp.zeros_like(rank, bool)
+    put = jnp.vectorize(
+        lambda taken, place: taken.at[place].set(True, mode="drop"), signature="(k),(n)->(k)"
+    )
+    return put(taken, place) & (rank != NOT_A_CANDIDATE)
 
 
 def dense_weights(
@@ -232,10 +282,11 @@ def select_from_table(
     counts: Int32[Array, "B"] | None,
     config: IndexerConfig,
     weights_dtype: np.dtype | None,
+    span: Span | None = None,
 ) -> Selection:
     """Everything of a selection that follows the table."""
     capacity = codes.shape[-1]
-    found = select_from_scores(adc_scores(table, codes), lengths, counts, config)
+    found = select_from_scores(adc_scores(table, codes), lengths, counts, config, span)
     weights = None if weights_dtype is None else dense_weights(found[0], capacity, weights_dtype)
     return Selection(*found, weights, capacity)
 
@@ -246,11 +297,14 @@ def select_tokens(
     config: IndexerConfig,
     counts: Int32[Array, "B"] | None,
     weights_dtype: np.dtype | None,
+    span: Span | None = None,
     rest_by: "Logits | None" = None,
 ) -> Selection:
     """All of CONTRACT.md, section 3; the rest, where it is said how logits are made."""
     table = lookup_table(query, index.codebooks, config)
-    found = select_from_table(table, index.codes, index.lengths, counts, config, weights_dtype)
+    found = select_from_table(
+        table, index.codes, index.lengths, counts, config, weights_dtype, span
+    )
     if rest_by is None:
         return found
     scores = adc_scores(table, index.codes)
@@ -508,23 +562,25 @@ def append_tokens(
     kv_layout: KVLayout,
     layer: Int32[Array, ""] | None = None,
     value: Float[Array, "*layers B _ _ H_"] | None = None,
+    span: Span | None = None,
 ) -> PQIndex:
     """The index with each row's first `room.taken` new keys, in one layer if there are several.
 
-    `value` is the cache of values, the new ones included, if sums of them are kept.
+    `value` is the cache of values, the new ones included, if sums of them are kept; `span` says
+    which positions the index has, where others are on other devices.
     """
     key_new = head_major(key_new, kv_layout)
     phi = index.phi if config.metric == "ip" else None
     codebooks, phi = layer_of((index.codebooks, phi), layer)
     new = encode_tokens(key_new, codebooks, phi, room.taken, config)
     codes, cells, after = index.codes, index.cells, room.start + room.taken
-    codes = write_tokens(codes, new, room, codes.ndim - 1, layer)
+    codes = write_tokens(codes, new, room, codes.ndim - 1, layer, span)
     if cells is not None:
         one, its_codes = layer_of((cells, codes), layer)
         if key_new.shape[2] <= MOST_NEW:
-            one = grow(one, its_codes, room.start, after, config)
+            one = grow(one, its_codes, room.start, after, config, span)
         else:
-            one = seal(one, its_codes, after, room.taken > 0, config)
+            one = seal(one, its_codes, after, room.taken > 0, config, span)
         cells = put_layer(cells, one, layer)
     values = index.values
     if values is not None:
@@ -542,6 +598,7 @@ def write_tokens(
     room: Room,
     token_axis: int,
     layer: Int32[Array, ""] | None,
+    span: Span | None = None,
 ) -> Shaped[Array, "..."]:
     """Puts what belongs to each row's first `room.taken` new tokens in its place.
 
@@ -551,14 +608,18 @@ def write_tokens(
       room: where they go; the others have no effect.
       token_axis: of the cache.
       layer: None where the cache has no such axis.
+      span: which positions the cache has, where others are on other devices.
 
     Returns:
       The cache after.
     """
     tokens_first = jnp.moveaxis(new, token_axis - cache.ndim, 1)
     token = np.arange(tokens_first.shape[1], dtype=np.int32)[None]
-    is_taken = token < room.taken[:, None]
-    place = jnp.where(is_taken, room.start[:, None] + token, np.int32(cache.shape[token_axis]))
+    is_taken, position = token < room.taken[:, None], room.start[:, None] + token
+    if span is not None:
+        position = position - span.offset
+        is_taken &= position >= 0
+    place = jnp.where(is_taken, position, np.int32(cache.shape[token_axis]))
     if layer is None:
 
         def write(row, new, place):
@@ -687,12 +748,14 @@ def attend(
     logits_of: Logits,
     kv_layout: KVLayout,
     layer: Int32[Array, ""] | None = None,
+    dtype: Any = None,
     rest: Rest | None = None,
     heavy: np.ndarray | None = None,
 ) -> Attention:
     """Softmax attention over the listed tokens, in float32 (CONTRACT.md, section 4).
 
-    With a rest it is told which entries of the lists are the heavy tokens where any are left out.
+    The output has the query's dtype if `dtype` says no other. With a rest it is told which entries
+    of the lists are the heavy tokens where any are left out.
     """
     listed = read_listed(query, key, indices, kv_layout, layer)
     part = softmax_over(listed, listed.exists, value, logits_of, kv_layout, layer)
@@ -705,7 +768,33 @@ def attend(
     lse = part.largest + jnp.log(jnp.where(nothing, 1, part.total))
     lse = jnp.where(nothing, -jnp.inf, lse)
     out, lse = (by_query_head(x, query.shape[1]) for x in (part.out, lse))
-    return Attention(out.astype(query.dtype), lse)
+    return Attention(out.astype(dtype or query.dtype), lse)
+
+
+def merge_devices(found: Attention, dtype: Any, axis: str) -> Attention:
+    """Attention to all that the devices along a mesh axis have attended to, alike on each of them.
+
+    Exchanges outputs and logarithms, 4 * (H' + 1) bytes a device and query head, by one
+    `all_gather`, and adds them in the order of the devices.
+
+    Args:
+      found: float32, of each device.
+      dtype: of the output.
+      axis: of the mesh.
+    """
+    both = jnp.concatenate([found.out, found.lse[..., None]], axis=-1)
+    both = lax.all_gather(both, axis, to="invarying")
+    out, lse = both[..., :-1], both[..., -1]
+    largest = jnp.max(lse, axis=0)
+    largest = jnp.where(jnp.isneginf(largest), 0, largest)
+    weights = [jnp.exp(one - largest) for one in lse]
+    # A part without weight may have an output that is no number.
+    total = functools.reduce(jnp.add, weights)
+    parts = [jnp.where(w > 0, w, 0)[..., None] * o for w, o in zip(weights, out, strict=True)]
+    is_empty = total == 0
+    merged = functools.reduce(jnp.add, parts) / jnp.where(is_empty, 1, total)[..., None]
+    lse = jnp.where(is_empty, -jnp.inf, largest + jnp.log(jnp.where(is_empty, 1, total)))
+    return Attention(merged.astype(dtype), lse)
 
 
 def corrected(rest: Rest, true_logits: Float[Array, "B K TG P"]) -> Part:
@@ -935,12 +1024,16 @@ def attend_selected(
     config: IndexerConfig,
     kv_layout: KVLayout,
     layer: Int32[Array, ""] | None,
+    span: Span | None = None,
 ) -> Float[Array, "B T N H_"]:
     """Attention over what is selected by the index of a layer, reranked, and with the rest."""
     num_tokens = query.shape[1]
     _, kv_heads, _, capacity = index.codes.shape
     scores = adc_scores(lookup_table(query, index.codebooks, config), index.codes)
-    indices, _ = select_from_scores(scores, index.lengths, counts, config.pool)
+    indices, _ = select_from_scores(scores, index.lengths, counts, config.pool, span)
+    if span is not None:
+        part = attend(query, *caches, indices, logits_of, kv_layout, layer, np.float32)
+        return merge_devices(part, query.dtype, span.axis).out
     if config.rerank == 1 and not config.estimate_rest:
         return attend(query, *caches, indices, logits_of, kv_layout, layer).out
     visible = visible_tokens(index.lengths, counts, capacity, num_tokens)
@@ -973,19 +1066,23 @@ def decode(
     config: IndexerConfig,
     kv_layout: KVLayout,
     layer: Int32[Array, ""] | None = None,
+    span: Span | None = None,
 ) -> tuple[Float[Array, "B T N H_"], Caches, PQIndex]:
     """A layer's decode step: new keys and values are written, then the selected are attended to."""
     axis = token_axis(kv_layout) - 4
-    capacity, before = index.codes.shape[-1], layer_of(index.lengths, layer)
+    capacity = span.capacity if span else index.codes.shape[-1]
+    before = layer_of(index.lengths, layer)
     room, lengths = make_room(before, counts, query.shape[1], capacity)
     caches = Caches(
         *(
-            write_tokens(cache, x, room, cache.ndim + axis, layer)
+            write_tokens(cache, x, room, cache.ndim + axis, layer, span)
             for cache, x in zip(caches, new, strict=True)
         )
     )
-    index = append_tokens(new.key, index, room, lengths, config, kv_layout, layer, caches.value)
+    index = append_tokens(
+        new.key, index, room, lengths, config, kv_layout, layer, caches.value, span
+    )
     taken = None if counts is None else room.taken
     one = layer_of(index, layer)
-    out = attend_selected(query, caches, one, taken, logits_of, config, kv_layout, layer)
+    out = attend_selected(query, caches, one, taken, logits_of, config, kv_layout, layer, span)
     return out, caches, index

@@ -16,7 +16,7 @@ from jax_indexer.kernels.step import Step
 from jax_indexer.layout import KVLayout, key_letters
 from jax_indexer.reference import Logits
 from jax_indexer.sharding import Shard, by_shards
-from jax_indexer.state import PQIndex, Selection, layer_of
+from jax_indexer.state import PQIndex, Selection, Span, layer_of
 
 
 def select(
@@ -32,6 +32,7 @@ def select(
     logits_soft_cap: float | Array | None = None,
     implementation: Implementation | None = None,
     selector: Selector | None = None,
+    sequence_axis: str | None = None,
 ) -> Selection:
     """Selects for every query head the sink, heavy and window tokens to attend to.
 
@@ -54,6 +55,10 @@ def select(
         case, else XLA.
       selector: how the heavy tokens are found; all give the same list. "cells" needs
         `config.cells`. None: `jax_indexer.config.default_selector`, where it is Triton that runs.
+      sequence_axis: inside a `shard_map`, the axis of its mesh that S is split over, None where it
+        is whole. Each device then lists those tokens of the list of one device that it holds, by
+        positions that count from its first, i * S on the i-th: what `sparse_attention` there takes.
+        They find the cut by one `all_gather` of 4 * min(heavy_size, S) bytes a device and query.
 
     Returns:
       A Selection.
@@ -65,7 +70,15 @@ def select(
     Source: CONTRACT.md, section 3.
     """
     _arguments.check_select(
-        query, index, config, counts, layer, return_weights, implementation, selector
+        query,
+        index,
+        config,
+        counts,
+        layer,
+        return_weights,
+        implementation,
+        selector,
+        sequence_axis,
     )
     _arguments.check_return_rest(return_rest, config, scale, logits_soft_cap)
     return _select(
@@ -78,6 +91,7 @@ def select(
         return_weights=return_weights,
         implementation=implementation,
         selector=selector,
+        sequence_axis=sequence_axis,
     )
 
 
@@ -94,6 +108,7 @@ def indexer_next(
     implementation: Implementation | None = None,
     selector: Selector | None = None,
     kv_layout: KVLayout = "BSKH",
+    sequence_axis: str | None = None,
 ) -> tuple[Selection, PQIndex]:
     """A whole decode step: appends the step's keys, then selects for its queries.
 
@@ -111,6 +126,7 @@ def indexer_next(
       implementation: as in `select`, of both.
       selector: as in `select`.
       kv_layout: order of the token and head axes of `key_new` and `value`.
+      sequence_axis: as in `select`, of both; appending exchanges nothing.
 
     Returns:
       The Selection and the index after the step.
@@ -123,9 +139,12 @@ def indexer_next(
     """
     apart = "call append and select apart for other numbers"
     _arguments.check_step(query, key_new, kv_layout, apart)
-    _arguments.check_append(index, key_new, config, value, counts, layer, kv_layout, implementation)
+    by_axis = {"sequence_axis": sequence_axis}
+    _arguments.check_append(
+        index, key_new, config, value, counts, layer, kv_layout, implementation, **by_axis
+    )
     _arguments.check_select(
-        query, index, config, counts, layer, return_weights, implementation, selector
+        query, index, config, counts, layer, return_weights, implementation, selector, **by_axis
     )
     return _step(
         query,
@@ -139,11 +158,13 @@ def indexer_next(
         implementation=implementation,
         selector=selector,
         kv_layout=kv_layout,
+        sequence_axis=sequence_axis,
     )
 
 
 @functools.partial(
-    backend.jit, static_argnames=("config", "return_weights", "implementation", "selector")
+    backend.jit,
+    static_argnames=("config", "return_weights", "implementation", "selector", "sequence_axis"),
 )
 def _select(
     query: Array,
@@ -156,6 +177,7 @@ def _select(
     return_weights: bool,
     implementation: Implementation | None,
     selector: Selector | None,
+    sequence_axis: str | None,
 ) -> Selection:
     weights_dtype = query.dtype if return_weights else None
     scale = soft_cap = None
@@ -171,11 +193,14 @@ def _select(
         chosen = selector or default_selector(config, step.S, T, goes_on=rest_by is not None)
 
         def xla(query, index, counts, layer, rest_by):
-            index = layer_of(index, layer)
-            return reference.select_tokens(query, index, config, counts, weights_dtype, rest_by)
+            index, span = layer_of(index, layer), Span.of(sequence_axis, step.S)
+            return reference.select_tokens(
+                query, index, config, counts, weights_dtype, span, rest_by
+            )
 
         def triton(query, index, counts, layer, rest_by):
-            return pipeline.launch_select(step, query, index, counts, chosen, layer, rest_by)
+            span = Span.of(sequence_axis, step.S)
+            return pipeline.launch_select(step, query, index, counts, chosen, layer, span, rest_by)
 
         arguments = query, index, counts, layer, rest_by
         return backend.dispatch(xla, triton, *arguments, implementation=implementation)
@@ -193,7 +218,14 @@ def _select(
 
 @functools.partial(
     backend.jit,
-    static_argnames=("config", "return_weights", "implementation", "selector", "kv_layout"),
+    static_argnames=(
+        "config",
+        "return_weights",
+        "implementation",
+        "selector",
+        "kv_layout",
+        "sequence_axis",
+    ),
 )
 def _step(
     query: Array,
@@ -208,6 +240,7 @@ def _step(
     implementation: Implementation | None,
     selector: Selector | None,
     kv_layout: KVLayout,
+    sequence_axis: str | None,
 ) -> tuple[Selection, PQIndex]:
     weights_dtype = query.dtype if return_weights else None
 
@@ -220,17 +253,22 @@ def _step(
         chosen = selector or default_selector(config, step.S, T)
 
         def xla(query, key_new, value, index, counts, layer):
-            before = layer_of(index.lengths, layer)
-            room, lengths = reference.make_room(before, counts, T, step.S)
+            before, span = layer_of(index.lengths, layer), Span.of(sequence_axis, step.S)
+            capacity = span.capacity if span else step.S
+            room, lengths = reference.make_room(before, counts, T, capacity)
             taken = None if counts is None else room.taken
             index = reference.append_tokens(
-                key_new, index, room, lengths, config, kv_layout, layer, value
+                key_new, index, room, lengths, config, kv_layout, layer, value, span
             )
             one = layer_of(index, layer)
-            return reference.select_tokens(query, one, config, taken, weights_dtype), index
+            selection = reference.select_tokens(query, one, config, taken, weights_dtype, span)
+            return selection, index
 
         def triton(query, key_new, value, index, counts, layer):
-            return pipeline.launch_step(step, query, key_new, index, counts, chosen, layer, value)
+            span = Span.of(sequence_axis, step.S)
+            return pipeline.launch_step(
+                step, query, key_new, index, counts, chosen, layer, value, span
+            )
 
         arguments = query, key_new, value, index, counts, layer
         return backend.dispatch(xla, triton, *arguments, implementation=implementation)

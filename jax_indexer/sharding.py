@@ -16,6 +16,7 @@ import jax
 import jax.custom_batching
 import jax.extend
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jax.experimental.custom_partitioning import (
     ArrayMapping,
@@ -25,8 +26,12 @@ from jax.experimental.custom_partitioning import (
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jax_indexer._arguments import LAYERS, annotated_arrays
+from jax_indexer.layout import KVLayout, key_letters
+from jax_indexer.state import DecodeCache, PQIndex
 
 HEADS = ("K", "N")
+# Axes of the state of cells of which every device that shares a row has its own.
+OF_CELLS = ("C**M+1", "segment", "ring")
 # Axes of a mesh that an axis of an array is split over.
 Axes = tuple[str, ...]
 
@@ -103,7 +108,7 @@ def _named(name: str, letters: str | None, value: Any) -> Iterator[Named]:
     if letters is not None:
         axes = letters.split()
         # An array of a state may have an axis of layers in front.
-        yield Named(name, [LAYERS] * (jnp.ndim(value) - len(axes)) + axes, value)
+        yield Named(name, [LAYERS] * (np.ndim(value) - len(axes)) + axes, value)
         return
     fields = annotated_arrays(type(value))
     for field in dataclasses.fields(value):
@@ -111,6 +116,49 @@ def _named(name: str, letters: str | None, value: Any) -> Iterator[Named]:
         if field.name in fields or dataclasses.is_dataclass(inner):
             of_field = fields[field.name].letters if field.name in fields else None
             yield from _named(f"{name}.{field.name}", of_field, inner)
+
+
+def partition_specs(
+    state: Any,
+    *,
+    rows: str | None = None,
+    heads: str | None = None,
+    sequence: str | None = None,
+    kv_layout: KVLayout = "BSKH",
+) -> Any:
+    """How the arrays of an index or a cache are split over the axes of a mesh, for `shard_map`.
+
+    Args:
+      state: a PQIndex or a DecodeCache, with an axis of layers or without; arrays or their shapes.
+      rows: the axis that rows are split over; None where they are not.
+      heads: likewise, kv heads.
+      sequence: likewise, tokens. The state of "cells" is then of what `build_index` or `with_cells`
+        made with this `sequence_axis`: each device has its own, in the last axis of its arrays.
+      kv_layout: order of the token and head axes of a cache's keys and values.
+
+    Returns:
+      The same structure, of PartitionSpecs.
+
+    Raises:
+      ValueError: for anything but an index or a cache.
+
+    Source: CONTRACT.md, section 6.
+    """
+    if not isinstance(state, (PQIndex, DecodeCache)):
+        raise ValueError(
+            f"state: expected a PQIndex or a DecodeCache, got {type(state).__name__}; "
+            "write the specs of other arrays by hand"
+        )
+    axes = {"B": rows, "K": heads} | dict.fromkeys(("S", *OF_CELLS), sequence)
+
+    def spec(x: Named) -> PartitionSpec:
+        letters = list(x.letters)
+        if "_" in letters:  # keys and values
+            letters[-4:] = key_letters(kv_layout).split()
+        return PartitionSpec(*(axes.get(letter) for letter in letters))
+
+    specs = [spec(x) for x in _named("", None, state)]
+    return jax.tree.unflatten(jax.tree.structure(state), specs)
 
 
 def _named_results(results: Any, letters: Sequence[str | None] | None) -> list[Named]:

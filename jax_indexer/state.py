@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jaxtyping import Float, Float32, Int32, UInt8
 
@@ -22,6 +23,67 @@ MOVES, MOST_MOVES = 128, 512
 SMALLEST_BLOCK, LARGE_BLOCK = 256, 4096
 # Tokens before the window whose values are in no sum yet.
 NOT_SUMMED = 2 * MOST_NEW - 1
+
+
+class Span(NamedTuple):
+    """The positions of every row that a device holds, where S is split over devices.
+
+    Lengths stay those of whole rows, the same on all devices. Positions in arrays of a device, in
+    its lists and in its cells count from its first one.
+
+    Attributes:
+      offset: int32[], the first of them.
+      size: how many: S of the arrays there.
+      devices: that share a row, in the order of their positions.
+      axis: of the mesh, that these lie along.
+    """
+
+    offset: Any
+    size: int
+    devices: int
+    axis: str
+
+    @classmethod
+    def of(cls, axis: str | None, size: int) -> "Span | None":
+        """That of this device, inside a shard_map; None where S is not split."""
+        if axis is None:
+            return None
+        return cls(lax.axis_index(axis) * np.int32(size), size, lax.axis_size(axis), axis)
+
+    @property
+    def capacity(self) -> int:
+        """Positions of a whole row."""
+        return self.size * self.devices
+
+    @property
+    def number(self) -> Array:
+        """Of the device, from 0 on."""
+        return lax.div(self.offset, np.int32(self.size))
+
+    def clip(self, position: Any, beyond: int = 0) -> Any:
+        """Positions of a row, counted from the device's first on and clipped to those it holds."""
+        return jnp.clip(position - self.offset, 0, self.size + beyond)
+
+    def sum(self, x: Any) -> Any:
+        """The sum over the devices."""
+        return lax.psum(x, self.axis)
+
+    def from_holder(self, x: Float32[Array, "*shape"], holds: Array) -> Float32[Array, "*shape"]:
+        """Numbers of which each is on one device, to the bit, on all; 0 where none holds one."""
+        bits = lax.bitcast_convert_type(x, jnp.int32)
+        return lax.bitcast_convert_type(self.sum(jnp.where(holds, bits, 0)), jnp.float32)
+
+    def of_sealing(self, sealing: "Sealing") -> "Sealing":
+        """How the device seals what it holds: its first candidate is an array, not static."""
+        return dataclasses.replace(sealing, first_candidate=self.clip(sealing.first_candidate))
+
+    def length(self, length: Any, sealing: "Sealing") -> Any:
+        """What `progress` and `sealed_at` see of a row's length, for a capacity of `reach`."""
+        return self.clip(length, sealing.margin)
+
+    def reach(self, sealing: "Sealing") -> int:
+        """Tokens behind the last one that a device holds decide when that one is sealed."""
+        return self.size + sealing.margin
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +166,8 @@ class Cells:
       earlier: how many tokens of the segment before a counted one are in its cell.
       ring: positions that were read from `order` and are not written to their new place yet;
         2 * MOST_NEW * block of them.
-      base: the position up to which candidates were sealed when all were listed at once.
+      base: the position up to which candidates were sealed when all were listed at once; where S
+        is split over devices, that of the whole row.
       sealing: how tokens are sealed since.
 
     Source: the inverted multi-index of Babenko and Lempitsky (2012).
@@ -227,6 +290,20 @@ class Selection:
     rest: Rest | None = None
 
 
+def varying_as(tree: Any, like: Array) -> Any:
+    """The same, with types by which it differs among devices where `like` does.
+
+    Branches and loops inside a shard_map want that of constants.
+    """
+    axes = jax.typeof(like).manual_axis_type.varying
+
+    def one(x: Array) -> Array:
+        missing = tuple(sorted(axes - jax.typeof(x).manual_axis_type.varying))
+        return lax.pcast(x, missing, to="varying") if missing else x
+
+    return jax.tree.map(one, tree)
+
+
 def layer_of(state: Any, layer: Array | None) -> Any:
     """One layer of a pytree whose arrays have an axis of layers, or all of it for None."""
     if layer is None:
@@ -323,7 +400,8 @@ def sealed_at(length: Array, base: Array, sealing: Sealing, capacity: int) -> Ar
     """
     # No position before the first is read, whatever is set by hand.
     first = sealing.first_candidate
-    base = jnp.minimum(jnp.maximum(base, first), max(capacity, first))
+    most = max(capacity, first) if isinstance(first, int) else jnp.maximum(first, capacity)
+    base = jnp.minimum(jnp.maximum(base, first), most)
     now = progress(length, base, sealing, capacity)
     # Of segments before it a segment needs so many tokens: i * segment + moves(i) < behind. It is
     # the last with i * segment < behind, or the one before, since moves take less than a segment.

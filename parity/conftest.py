@@ -36,6 +36,13 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatabl
 
 def pytest_addoption(parser):
     parser.addoption(
+        "--meshes",
+        metavar="N",
+        type=int,
+        default=8,
+        help="random meshes that rows are split over",
+    )
+    parser.addoption(
         "--real-keys",
         metavar="DIR",
         type=Path,

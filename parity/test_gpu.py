@@ -38,7 +38,7 @@ from jax_indexer.kernels.tuning import H100
 from jax_indexer.reference import Caches, Logits
 from jax_indexer.state import layer_of, sealing_for
 from jax_indexer.values import add_values, no_values
-from parity import memcheck, meshes, test_cells
+from parity import memcheck, meshes, sequence, test_cells
 from parity.compare import check_selection
 from parity.inputs import WORKLOADS, make_inputs
 from parity.test_kernels import lookup_tables, selection
@@ -811,6 +811,29 @@ needs_two_gpus = pytest.mark.skipif(
 @pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto], ids=str)
 def test_arrays_on_meshes_of_gpus(kind, config):
     meshes.check(kind, config, ("batch", "heads"), plainly=("indexer_next",))
+
+
+@needs_two_gpus
+@pytest.mark.parametrize(
+    ("selector", "changes", "sizes"),
+    [
+        ("threshold", {"heavy_size": 40}, {"S": 4096}),
+        ("threshold", {"window_size": 40}, {"S": 1024, "T": 3, "with_counts": True}),
+        ("top_k", {"table_dtype": jnp.bfloat16}, {"S": 512, "layers": 2, "kv_layout": "BKSH"}),
+        ("cells", {"cells": True, "num_bits": 4}, {"S": 65536, "steps": 20}),
+        ("cells", {"cells": True, "heavy_size": 600}, {"S": 4096, "layers": 2}),
+    ],
+)
+def test_rows_split_over_gpus(selector, changes, sizes):
+    """Lists, the cache after some steps, and outputs, over all GPUs that are there."""
+    mesh = 1, 1, 2 ** (jax.device_count().bit_length() - 1)
+    case = sequence.Case(config=sequence.config_of(**changes), mesh=mesh, B=8, **sizes)
+    sequence.check(case, selector=selector)
+
+
+@needs_two_gpus
+def test_codebooks_of_rows_split_over_gpus():
+    sequence.check_training((1, 2))
 
 
 SANITIZER = shutil.which("compute-sanitizer")

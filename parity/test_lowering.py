@@ -383,6 +383,43 @@ def test_a_step_lowers_under_shard_map_over_batch_and_heads(selector, check_vma)
     assert kernels(text) == {first} | KERNELS[selector]
 
 
+@pytest.mark.parametrize("tokens", [1, 3])
+@pytest.mark.parametrize("has_cells", [True, False])
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_a_layer_lowers_where_rows_are_split_over_devices(has_cells, tokens, check_vma):
+    """Codebooks, cells, lists and attention, in all of which positions count from the device's."""
+    config = IndexerConfig(heavy_size=300, sink_size=16, window_size=16, cells=has_cells)
+    B, S, K, N, H = 2, 65536, 4, 8, 64
+    query, new = (jax.ShapeDtypeStruct((B, tokens, heads, H), jnp.bfloat16) for heads in (N, K))
+    cache = jax.ShapeDtypeStruct((B, S, K, H), jnp.bfloat16)
+    lengths = jax.ShapeDtypeStruct((B,), jnp.int32)
+
+    def layer(query, new, key, value, lengths):
+        by = {"sequence_axis": "tokens"}
+        index = build_index(key, lengths, config, **by)
+        cache = DecodeCache(key, value, append(index, new, config, **by))
+        selection = select(query, cache.index, config, return_weights=True, **by)
+        attended = sparse_attention(query, key, value, selection, **by)
+        out, cache = decode_attention(query, new, new, cache, config, **by)
+        return attended, out, cache.key, cache.index.lengths
+
+    with an_h100((2, 2), ("heads", "tokens")) as mesh:
+        whole, of_cache = PartitionSpec(None, None, "heads"), PartitionSpec(None, "tokens", "heads")
+        sharded = jax.shard_map(
+            layer,
+            mesh=mesh,
+            in_specs=(whole, whole, of_cache, of_cache, PartitionSpec()),
+            out_specs=(whole, whole, of_cache, PartitionSpec()),
+            check_vma=check_vma,
+        )
+        text = lowered(sharded, query, new, cache, cache, lengths)
+    found = kernels(text)
+    by_cells = has_cells and tokens == 1
+    selector = {"cells_select_kernel"} if by_cells else KERNELS["threshold"]
+    assert found > {"listed_ranks_kernel", "keep_best_kernel", "merge_kernel"} | selector
+    assert "cells_attend_kernel" not in found
+
+
 def test_the_default_selector_is_threshold():
     config = IndexerConfig(num_subspaces=16)
     query, _, index = arguments(config=config)

@@ -73,7 +73,9 @@ def attend_by_kernels(
     T, N = query.shape[1:3]
     step = Step.of(cache.index, config, T=T, N=N, kv_layout=kv_layout, tuning=tuning)
     logits, caches = Logits(scale, soft_cap), Caches(cache.key, cache.value)
-    found = pipeline.launch_select(step, query, cache.index, counts, selector, layer, rest_by=logits)
+    found = pipeline.launch_select(
+        step, query, cache.index, counts, selector, layer, rest_by=logits
+    )
     assert isinstance(found, Selection)
     ended = launch_listed(
         query, caches, found.indices, logits, layer, kv_layout, own=Entries.of(config),

@@ -14,7 +14,7 @@ from jax_indexer.kernels import backend
 from jax_indexer.kernels.codebook import dimension_tiles, tiles
 from jax_indexer.kernels.step import Lengths, Step, room_in
 from jax_indexer.layout import dimension_of
-from jax_indexer.state import PQIndex
+from jax_indexer.state import PQIndex, Span
 
 
 class Inputs(NamedTuple):
@@ -43,6 +43,8 @@ def append_kernel(program, inputs: Inputs, outputs: Outputs, *, step: Step, at_o
     kv_row = program // (num_blocks * num_subspaces)
     row, kv_head = kv_row // step.K, kv_row % step.K
     room, length = room_in(step, inputs.before, row)
+    span = inputs.before.span(step)
+    start = room.start if span is None else room.start - span.offset
 
     @pl.when((first_token == 0) & (subspace == 0) & (kv_head == 0))
     def _():
@@ -82,11 +84,14 @@ def append_kernel(program, inputs: Inputs, outputs: Outputs, *, step: Step, at_o
         distance = jnp.where(distance == distance, distance, jnp.inf)
         nearest = jnp.min(jnp.where(distance == jnp.min(distance), centroid, num_centroids))
         code = jnp.where(not_finite > 0, 0, nearest).astype(jnp.uint8)
-        outputs.codes[kv_row, subspace, room.start + token] = code
+        outputs.codes[kv_row, subspace, start + token] = code
         return carry
 
-    tokens = jnp.minimum(room.taken - first_token, at_once)
-    lax.fori_loop(0, tokens, encode, 0)
+    tokens, not_mine = jnp.minimum(room.taken - first_token, at_once), 0
+    if span is not None:  # other devices hold the tokens before and behind
+        not_mine = jnp.maximum(-start - first_token, 0)
+        tokens = jnp.minimum(tokens, step.S - start - first_token)
+    lax.fori_loop(not_mine, tokens, encode, 0)
 
 
 def append_launch(
@@ -95,6 +100,7 @@ def append_launch(
     index: PQIndex,
     counts: Int32[Array, "B"] | None,
     layer: Array | None = None,
+    span: Span | None = None,
 ) -> backend.Launch:
     """The launch that encodes the new keys that each row takes and writes their codes.
 
@@ -113,7 +119,7 @@ def append_launch(
     return backend.Launch(
         functools.partial(append_kernel, step=step, at_once=at_once),
         Inputs(
-            Lengths(index.lengths, counts),
+            Lengths.of(index.lengths, counts, span),
             key_new,
             step.by_rows(index.codebooks),
             phi,

@@ -441,16 +441,20 @@ def write_kernel(program, inputs: WriteInputs, outputs: Caches, *, step: Step):
     """One new token of one kv head goes into the caches, if its row takes it."""
     token, kv_head = program % step.T, program // step.T % step.K
     row = program // (step.T * step.K)
-    room = room_in(step, inputs.before, row)[0]
+    room, span = room_in(step, inputs.before, row)[0], inputs.before.span(step)
+    start, is_mine = room.start, token < room.taken
+    if span is not None:
+        start = start - span.offset
+        is_mine &= (start + token >= 0) & (start + token < step.S)
 
-    @pl.when(token < room.taken)
+    @pl.when(is_mine)
     def _():
         for new, cache in ((inputs.key_new, outputs.key), (inputs.value_new, outputs.value)):
             size = cache.shape[3]
             d = jnp.arange(power_of_2_from(size), dtype=jnp.int32)
             of_new, of_cache = (
                 (x, kv_head) if step.kv_layout == "BSKH" else (kv_head, x)
-                for x in (token, room.start + token)
+                for x in (token, start + token)
             )
             found = backend.load(new.at[(row, *of_new, d)], mask=d < size, other=0)
             backend.store(cache.at[(row, *of_cache, d)], found, mask=d < size)
@@ -486,8 +490,8 @@ def always_kernel(program, inputs: AlwaysInputs, parts: Parts, *, step: Step, bl
     live = slot < num_first + num_last
     position = jnp.where(slot < num_first, slot, plan.visible - (num_first + num_last) + slot)
     position = jnp.where(live, position, 0)
-    room = room_in(step, inputs.before, row)[0]
-    new = position - room.start
+    room, span = room_in(step, inputs.before, row)[0], inputs.before.span(step)
+    new = (position if span is None else position + span.offset) - room.start
     is_new = live & (new >= 0) & (new < room.taken)
     new = jnp.where(is_new, new, 0)
 
@@ -525,13 +529,19 @@ def shapes_of_parts(query: Any, value_size: int, num_parts: int) -> Parts:
 
 
 def shapes_of_end(
-    query: Any, value_size: int, lengths: Array | None, after: Lengths | None, layer: Array | None
+    query: Any,
+    value_size: int,
+    lengths: Array | None,
+    after: Lengths | None,
+    layer: Array | None,
+    dtype: Any = None,
 ) -> Ended:
     """The outputs of a launch that ends an attention, and a step if there are lengths."""
-    out = jax.ShapeDtypeStruct((*query.shape[:3], value_size), query.dtype)
+    out = jax.ShapeDtypeStruct((*query.shape[:3], value_size), dtype or query.dtype)
     output = Attention(out, jax.ShapeDtypeStruct(query.shape[:3], np.float32))
     if lengths is None:
         return Ended(output, None)
+    after = after and after._replace(offset=None)  # which no length depends on
     return Ended(output, backend.follows(lengths.shape, np.int32, lengths, after, layer))
 
 
@@ -581,7 +591,8 @@ class Middle(NamedTuple):
     """Lists whose sink and window are attended to already.
 
     Attributes:
-      step: that made the lists.
+      step: that made the lists; where several devices share a row, these have only what lies
+        between sink and window.
       after: lengths after it.
       known: parts of sink and window.
       lengths: of all layers, in which those of this one are replaced.
@@ -605,6 +616,7 @@ def launch_listed(
     rest: Rest | None = None,
     middle: Middle | None = None,
     tuning: Tuning = H100,
+    dtype: Any = None,
 ) -> Ended:
     """Attends to lists.
 
@@ -619,6 +631,7 @@ def launch_listed(
       rest: what the lists leave out, or None; then `own` are their heavy tokens.
       middle: of the lists of a step, what the other entries give.
       tuning: block sizes.
+      dtype: of the output; None for the query's.
 
     Returns:
       The output, and lengths for those of `middle`.
@@ -628,7 +641,8 @@ def launch_listed(
     step, after, known, lengths = middle or (None, None, None, None)
     list_size, value_size = indices.shape[3], caches.value.shape[-1]
     together = sharing(query.shape[2] // caches.key.shape[head_axis(kv_layout) - 4])
-    if step is not None:
+    of_devices = after is not None and after.offset is not None
+    if step is not None and not of_devices:
         own = Entries(step.config.sink_size, list_size - step.config.window_size)
     elif own is None or (together == 1 and rest is None):
         own = Entries(0, list_size)
@@ -648,7 +662,8 @@ def launch_listed(
             layer=layer,
         )
 
-    listed = in_parts(listed_kernel, own.number, tuning.attended_tile, step=step)
+    ends = None if of_devices else step
+    listed = in_parts(listed_kernel, own.number, tuning.attended_tile, step=ends)
     warps = tuning.attended_warps
     if step is not None or (own.number == list_size and rest is None):
         found = backend.launch(listed, num_warps=warps)
@@ -663,7 +678,7 @@ def launch_listed(
     merge = backend.Launch(
         merge_kernel,
         MergeInputs(parts, left_out, after, lengths),
-        shapes_of_end(query, value_size, lengths, after, layer),
+        shapes_of_end(query, value_size, lengths, after, layer, dtype),
         programs=math.prod(query.shape[:3]),
         in_place=("lengths",),
         state=("lengths",),

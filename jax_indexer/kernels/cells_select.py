@@ -229,7 +229,7 @@ class Search(NamedTuple):
         end, new_end = (self.inputs.starts[self.kv_row, which, cells] for which in (0, 1))
         fits = (self.sealed >= plan.first) & (self.sealed <= plan.last)
         fits &= plan.last - self.sealed <= self.sealing.most_tail(self.step.S)
-        fits &= end == self.sealed - self.step.config.first_candidate
+        fits &= end == self.sealed - self.sealing.first_candidate
         return fits & ((new_end - end == self.sealing.segment) | ~self.state.begun)
 
     @property
@@ -532,9 +532,13 @@ def search_for(
 ) -> Search:
     """A program's search."""
     row = kv_row // step.K
-    length = inputs.lengths.lengths[row]
-    sealed = sealed_at(length, inputs.base[row], sealing, step.S)
-    state = progress(length, sealed, sealing, step.S)
+    length, base, reach = inputs.lengths.lengths[row], inputs.base[row], step.S
+    span = inputs.lengths.span(step)
+    if span is not None:
+        length, base, reach = span.length(length, sealing), span.clip(base), span.reach(sealing)
+        sealing = span.of_sealing(sealing)
+    sealed = sealed_at(length, base, sealing, reach)
+    state = progress(length, sealed, sealing, reach)
     place = backend.lanes(max(power_of_2_from(step.budget), 32 * num_warps))
     return Search(step, sealing, inputs, outputs, kv_row, query, plan, sealed, state, place)
 

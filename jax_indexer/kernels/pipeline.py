@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jaxtyping import Float, Int32, Shaped
 
@@ -19,6 +20,7 @@ from jax_indexer.kernels.attend import (
     write_launch,
 )
 from jax_indexer.kernels.cells_select import attend_cells, select_cells
+from jax_indexer.kernels.exchange import best_of_devices
 from jax_indexer.kernels.lookup_table import Tables, tables_launch
 from jax_indexer.kernels.output import Lists, weights_launch
 from jax_indexer.kernels.pool import MOST_COUNTED, attend_pool, attend_pool_of_cells
@@ -29,8 +31,8 @@ from jax_indexer.kernels.threshold import select_threshold
 from jax_indexer.kernels.top_k import select_top_k
 from jax_indexer.kernels.value_sums import sum_values_launch
 from jax_indexer.layout import by_query_head
-from jax_indexer.reference import Caches, Logits
-from jax_indexer.state import MOST_NEW, PQIndex, Selection, layer_of, put_layer
+from jax_indexer.reference import Caches, Logits, dense_weights, merge_devices
+from jax_indexer.state import MOST_NEW, PQIndex, Selection, Span, layer_of, put_layer
 from jax_indexer.values import add_values
 
 
@@ -41,10 +43,11 @@ def append_launches(
     counts: Int32[Array, "B"] | None,
     layer: Array | None = None,
     value: Any = None,
+    span: Span | None = None,
 ) -> dict[str, backend.Launch]:
     """The launches that append: codes, and what falls due in cells and sums for a few tokens."""
-    launches = {"codes": append_launch(step, key_new, index, counts, layer)}
-    before, codes = Lengths(index.lengths, counts), backend.OutputOf("codes", "codes")
+    launches = {"codes": append_launch(step, key_new, index, counts, layer, span)}
+    before, codes = Lengths.of(index.lengths, counts, span), backend.OutputOf("codes", "codes")
     if step.T > MOST_NEW:
         return launches
     if index.cells is not None:
@@ -83,6 +86,7 @@ def appended(
     made: dict[str, Any],
     layer: Array | None = None,
     value: Array | None = None,
+    span: Span | None = None,
 ) -> tuple[PQIndex, Lengths]:
     """The index after an append, and its layer's lengths; what many new tokens change is XLA's."""
     codes, after, cells = made["codes"].codes, made["codes"].after, index.cells
@@ -97,7 +101,7 @@ def appended(
     elif cells is not None:
         one, its_codes, before = layer_of((cells, codes, index.lengths), layer)
         # A row that takes nothing keeps its length, whatever that is.
-        one = seal(one, its_codes, after.lengths, after.lengths != before, step.config)
+        one = seal(one, its_codes, after.lengths, after.lengths != before, step.config, span)
         cells = put_layer(cells, one, layer)
     values = index.values
     if "values" in made:
@@ -109,7 +113,14 @@ def appended(
         values = add_values(values, value, codes, *grown, step.config, step.kv_layout, layer)
     lengths = put_layer(index.lengths, after.lengths, layer)
     index = dataclasses.replace(index, codes=codes, lengths=lengths, cells=cells, values=values)
-    return index, after
+    return index, Lengths.of(after.lengths, after.counts, span)
+
+
+def of_devices(step: Step, span: Span | None) -> Step:
+    """The step of a device that shares rows with others: weights are made of its lists."""
+    if span is None:
+        return step
+    return dataclasses.replace(step, devices=span.devices, weights_dtype=None)
 
 
 def launch_append(
@@ -119,10 +130,12 @@ def launch_append(
     counts: Int32[Array, "B"] | None,
     layer: Array | None = None,
     value: Float[Array, "*layers B _ _ H_"] | None = None,
+    span: Span | None = None,
 ) -> PQIndex:
     """What `reference.append_tokens` does, in one launch, to one layer."""
-    made = launched(step, append_launches(step, key_new, index, counts, layer, value))
-    return appended(step, index, made, layer, value)[0]
+    step = of_devices(step, span)
+    made = launched(step, append_launches(step, key_new, index, counts, layer, value, span))
+    return appended(step, index, made, layer, value, span)[0]
 
 
 def launch_select(
@@ -132,14 +145,17 @@ def launch_select(
     counts: Int32[Array, "B"] | None,
     selector: Selector,
     layer: Array | None = None,
+    span: Span | None = None,
     rest_by: Logits | None = None,
 ) -> Selection:
     """What `reference.select_tokens` does, in one layer."""
-    lengths = Lengths(index.lengths, counts)
+    weights_dtype, step = step.weights_dtype, of_devices(step, span)
+    lengths = Lengths.of(index.lengths, counts, span)
     made = launched(step, query_launches(step, query, index, lengths, layer))
     lengths = lengths._replace(lengths=layer_of(index.lengths, layer))
     if rest_by is None:
-        return selected(step, made, index, lengths, selector, layer)
+        selection = selected(step, made, index, lengths, selector, layer, span)
+        return with_weights(selection, weights_dtype, span)
     known = step, made["tables"], index, lengths
     if selector == "cells" and step.S <= MOST_COUNTED:
         weights = made["weights"].weights if "weights" in made else None
@@ -159,16 +175,19 @@ def launch_step(
     selector: Selector,
     layer: Array | None = None,
     value: Float[Array, "*layers B _ _ H_"] | None = None,
+    span: Span | None = None,
 ) -> tuple[Selection, PQIndex]:
     """Both, with all that does not depend on a selection in one launch."""
+    weights_dtype, step = step.weights_dtype, of_devices(step, span)
     # The longest programs last: they would hold up what comes behind them.
-    others = append_launches(step, key_new, index, counts, layer, value)
+    others = append_launches(step, key_new, index, counts, layer, value, span)
     first = {"codes": others.pop("codes")}
-    before = Lengths(index.lengths, counts)
+    before = Lengths.of(index.lengths, counts, span)
     of_query = query_launches(step, query, index, before, layer, plan_after)
     made = launched(step, first | of_query | others)
-    index, after = appended(step, index, made, layer, value)
-    return selected(step, made, index, after, selector, layer), index
+    index, after = appended(step, index, made, layer, value, span)
+    selection = selected(step, made, index, after, selector, layer, span)
+    return with_weights(selection, weights_dtype, span), index
 
 
 def launch_decode(
@@ -181,14 +200,16 @@ def launch_decode(
     logits: Logits,
     selector: Selector,
     layer: Array | None = None,
+    span: Span | None = None,
 ) -> tuple[Float[Array, "B T N H_"], Caches, PQIndex]:
     """What `reference.decode` does: the step's tokens into the caches, and attention over them.
 
     What is always attended needs no selection: it goes beside what a selection begins with.
     """
-    before = Lengths(index.lengths, counts)
+    step = of_devices(step, span)
+    before = Lengths.of(index.lengths, counts, span)
     written = Caches(*(backend.OutputOf("caches", field) for field in Caches._fields))
-    others = append_launches(step, new.key, index, counts, layer, written.value)
+    others = append_launches(step, new.key, index, counts, layer, written.value, span)
     first = {
         "caches": write_launch(step, new, caches, before, layer),
         "always": always_launch(step, query, new, written, before, logits, layer),
@@ -198,7 +219,7 @@ def launch_decode(
     made = launched(step, first | of_query | others)
     caches, always = made["caches"], made["always"]
     lengths = index.lengths
-    index, after = appended(step, index, made, layer, caches.value)
+    index, after = appended(step, index, made, layer, caches.value, span)
     has_pool = step.config.rerank > 1 or step.config.estimate_rest
     known = step, made["tables"], index, after, query, caches
     others = logits, always, lengths, layer
@@ -207,11 +228,12 @@ def launch_decode(
     elif has_pool:
         of_pool = selected(step.of_pool, made, index, after, selector, layer)
         ended = attend_pool(*known, of_pool.indices, *others)
-    elif selector == "cells" and step.num_middle <= step.tuning.attended_at_once:
+    elif span is None and selector == "cells" and step.num_middle <= step.tuning.attended_at_once:
         assert index.cells is not None
         ended = attend_cells(*known, *others)
     else:
-        indices = selected(step, made, index, after, selector, layer).indices
+        lists = selected(step, made, index, after, selector, layer, span, middle=True)
+        indices = lists.indices
         ended = launch_listed(
             query,
             caches,
@@ -221,8 +243,12 @@ def launch_decode(
             step.kv_layout,
             middle=Middle(step, after, always, lengths),
             tuning=step.tuning,
+            dtype=None if span is None else np.float32,
         )
-    return ended.output.out, caches, dataclasses.replace(index, lengths=ended.lengths)
+    output = ended.output
+    if span is not None:
+        output = merge_devices(output, query.dtype, span.axis)
+    return output.out, caches, dataclasses.replace(index, lengths=ended.lengths)
 
 
 def selected(
@@ -232,10 +258,29 @@ def selected(
     lengths: Lengths,
     selector: Selector,
     layer: Array | None = None,
+    span: Span | None = None,
+    *,
+    middle: bool = False,
 ) -> Selection:
-    """Everything of a selection that follows the first launch."""
+    """Everything of a selection that follows the first launch.
+
+    With `span` and `middle` lists have what lies between sink and window alone.
+    """
     weights = made["weights"].weights if "weights" in made else None
-    return from_tables(step, made["tables"], index, lengths, weights, selector, layer)
+    tables = made["tables"]
+    lists = lists_from(step, tables, index, lengths, weights, selector, layer)
+    if span is not None and step.config.heavy_size:
+        codes = step.by_rows(index.codes)
+        lists = best_of_devices(step, tables, codes, lengths, lists, span, layer, middle=middle)
+    return selection_of(step, lists)
+
+
+def with_weights(selection: Selection, dtype: Any, span: Span | None) -> Selection:
+    """With dense weights if they are asked for: of a device's lists; others have them already."""
+    if span is None or dtype is None:
+        return selection
+    weights = dense_weights(selection.indices, span.size, dtype)
+    return dataclasses.replace(selection, weights=weights)
 
 
 def from_tables(
@@ -248,15 +293,25 @@ def from_tables(
     layer: Array | None = None,
 ) -> Selection:
     """Everything of a selection that follows the tables."""
+    return selection_of(step, lists_from(step, tables, index, lengths, weights, selector, layer))
+
+
+def lists_from(
+    step: Step,
+    tables: Tables,
+    index: PQIndex,
+    lengths: Lengths,
+    weights: Float[Array, "R Q S"] | None,
+    selector: Selector,
+    layer: Array | None,
+) -> Lists:
+    """Likewise, as kernels write them."""
     arguments = step, tables, step.by_rows(index.codes), lengths
     if selector == "cells":
         assert index.cells is not None
-        lists = select_cells(*arguments, index.cells, weights, layer)
-    else:
-        lists = {"threshold": select_threshold, "top_k": select_top_k}[selector](
-            *arguments, weights, layer
-        )
-    return selection_of(step, lists)
+        return select_cells(*arguments, index.cells, weights, layer)
+    select = {"threshold": select_threshold, "top_k": select_top_k}[selector]
+    return select(*arguments, weights, layer)
 
 
 def selection_of(step: Step, lists: Lists) -> Selection:

@@ -189,9 +189,13 @@ def seal_kernel(program, inputs: Inputs, outputs: State, *, step: Step, sealing:
     row = kv_row // step.K
     room = room_in(step, inputs.before, row)[0]
     before, after = room.start, room.start + room.taken
-    sealed = sealed_at(before, inputs.base[row], sealing, step.S)
-    was = progress(before, sealed, sealing, step.S)
-    now = progress(after, sealed, sealing, step.S)
+    base, reach, span = inputs.base[row], step.S, inputs.before.span(step)
+    if span is not None:
+        before, after = (span.length(x, sealing) for x in (before, after))
+        base, reach, sealing = span.clip(base), span.reach(sealing), span.of_sealing(sealing)
+    sealed = sealed_at(before, base, sealing, reach)
+    was = progress(before, sealed, sealing, reach)
+    now = progress(after, sealed, sealing, reach)
     sealer = Sealer(step, sealing, inputs.codes, outputs, kv_row, sealed, was, now)
 
     @pl.when((job == 0) & (now.counted > was.counted))

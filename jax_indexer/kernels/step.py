@@ -12,7 +12,7 @@ from jax_indexer.config import IndexerConfig
 from jax_indexer.kernels.tuning import H100, Tuning
 from jax_indexer.layout import KVLayout
 from jax_indexer.reference import Room, make_room
-from jax_indexer.state import PQIndex
+from jax_indexer.state import PQIndex, Span
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,6 +27,7 @@ class Step:
       N: query heads.
       kv_layout: of the new keys.
       weights_dtype: of the dense weights, None for none.
+      devices: that share a row; S is what each of them has of it.
       tuning: block sizes and warps.
     """
 
@@ -39,6 +40,7 @@ class Step:
     N: int = 0
     kv_layout: KVLayout = "BSKH"
     weights_dtype: np.dtype | None = None
+    devices: int = 1
     tuning: Tuning = H100
 
     @classmethod
@@ -51,6 +53,11 @@ class Step:
         """An array of the state with axes B and K in one, behind that of layers if there is one."""
         first = 0 if self.layers is None else 1
         return x.reshape(*x.shape[:first], self.R, *x.shape[first + 2 :])
+
+    @property
+    def capacity(self) -> int:
+        """Tokens of a whole row."""
+        return self.S * self.devices
 
     @property
     def R(self) -> int:
@@ -96,11 +103,25 @@ class Step:
 class Lengths(NamedTuple):
     """Of each row: i32[B] tokens in the cache, and i32[B] new tokens among them, None for T.
 
-    Before a step the new tokens are not among them, and `counts` is what is asked for.
+    Before a step the new tokens are not among them, and `counts` is what is asked for. Where S is
+    split over devices, both are of whole rows, and i32[1] `offset` is the first position of this
+    one; else it is None. Plans are of the positions here, and count from there.
     """
 
     lengths: Any
     counts: Any
+    offset: Any = None
+
+    @classmethod
+    def of(cls, lengths: Any, counts: Any, span: Span | None) -> "Lengths":
+        """Those of a device."""
+        return cls(lengths, counts, None if span is None else span.offset.reshape(1))
+
+    def span(self, step: "Step") -> Span | None:
+        """In a kernel: what the device holds."""
+        if self.offset is None:
+            return None
+        return Span(self.offset[0], step.S, step.devices, "")
 
 
 class QueryPlan(NamedTuple):
@@ -114,6 +135,8 @@ class QueryPlan(NamedTuple):
       first, last: candidates are the positions in [first, last).
       num_sink, num_heavy: how many entries of the list are of each kind.
       num_listed: all entries.
+      num_always: how many of the first and of the last tokens are always attended to; None where
+        these numbers follow from the others, as where S is whole.
     """
 
     visible: Int32[Array, "*queries"]
@@ -122,12 +145,15 @@ class QueryPlan(NamedTuple):
     num_sink: Int32[Array, "*queries"]
     num_heavy: Int32[Array, "*queries"]
     num_listed: Int32[Array, "*queries"]
+    num_always: tuple[Array, Array] | None = None
 
     def always(self, config: IndexerConfig) -> tuple[Array, Array]:
         """How many of the first and of the last tokens are attended to whatever the scores are.
 
-        The entries of a list between these begin at `sink_size` if there are any.
+        The entries of a list between these begin behind the first if there are any.
         """
+        if self.num_always is not None:
+            return self.num_always
         num_first = jnp.minimum(config.sink_size, self.visible)
         return num_first, jnp.minimum(config.window_size, self.visible - num_first)
 
@@ -137,8 +163,29 @@ class QueryPlan(NamedTuple):
 
     def always_attends(self, position: Array, config: IndexerConfig) -> Array:
         """Which positions are in the list whatever the scores are (rules 1 and 5)."""
-        window = (position < self.visible) & (position >= self.visible - config.window_size)
+        last = config.window_size if self.num_always is None else self.num_always[1]
+        window = (position < self.visible) & (position >= self.visible - last)
         return (position < self.num_sink) | window
+
+    def on(self, span: Span, config: IndexerConfig) -> "QueryPlan":
+        """What of it is of the positions that a device holds."""
+        num_first, num_last = self.always(config)
+        visible, first, last, num_sink, num_first, not_last, not_window = (
+            span.clip(x)
+            for x in (
+                self.visible,
+                self.first,
+                self.last,
+                self.num_sink,
+                num_first,
+                self.visible - num_last,
+                self.visible - (self.num_listed - self.num_sink - self.num_heavy),
+            )
+        )
+        num_heavy = jnp.minimum(config.heavy_size, last - first)
+        num_listed = num_sink + num_heavy + visible - not_window
+        always = num_first, visible - not_last
+        return QueryPlan(visible, first, last, num_sink, num_heavy, num_listed, always)
 
 
 def plan_query(
@@ -147,13 +194,13 @@ def plan_query(
     """Rules 1, 2, 4 and 5 of the contract for query token `token` of a kv row."""
     row = kv_row // step.K
     count = None if lengths.counts is None else lengths.counts[row]
-    return _plan(step, lengths.lengths[row], count, token)
+    return _plan(step, lengths.lengths[row], count, token, lengths.span(step))
 
 
 def room_in(step: Step, before: Lengths, row: Array) -> tuple[Room, Array]:
     """Room for a row's new tokens, and its length after them."""
     count = None if before.counts is None else before.counts[row]
-    return make_room(before.lengths[row], count, step.T, step.S)
+    return make_room(before.lengths[row], count, step.T, step.capacity)
 
 
 def plan_after(
@@ -161,11 +208,14 @@ def plan_after(
 ) -> QueryPlan:
     """As `plan_query`, for the lengths after the step, from those before it."""
     room, length = room_in(step, before, kv_row // step.K)
-    return _plan(step, length, None if before.counts is None else room.taken, token)
+    count = None if before.counts is None else room.taken
+    return _plan(step, length, count, token, before.span(step))
 
 
-def _plan(step: Step, length: Array, count: Array | None, token: Array | int) -> QueryPlan:
-    length = jnp.minimum(jnp.maximum(length, 0), step.S)
+def _plan(
+    step: Step, length: Array, count: Array | None, token: Array | int, span: Span | None
+) -> QueryPlan:
+    length = jnp.minimum(jnp.maximum(length, 0), step.capacity)
     if count is None:
         visible = jnp.maximum(length - (step.T - 1 - token), 0)
     else:
@@ -180,7 +230,9 @@ def _plan(step: Step, length: Array, count: Array | None, token: Array | int) ->
     num_sink = jnp.where(short, visible, jnp.minimum(config.sink_size, visible))
     num_heavy = jnp.minimum(config.heavy_size, last - first)
     num_window = jnp.minimum(config.window_size, visible - num_sink)
-    return QueryPlan(visible, first, last, num_sink, num_heavy, num_sink + num_heavy + num_window)
+    num_listed = num_sink + num_heavy + num_window
+    plan = QueryPlan(visible, first, last, num_sink, num_heavy, num_listed)
+    return plan if span is None else plan.on(span, config)
 
 
 def plan_latest(step: Step, lengths: Lengths, kv_row: Array, token: Array) -> QueryPlan:
