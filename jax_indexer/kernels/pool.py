@@ -174,8 +174,7 @@ class End(NamedTuple):
         """Writes the ranks of true inner products to scratch."""
         place, by_key, cache = self.place, self.scratch.by_key, self.inputs.key
         most = self.step.tuning.pooled_bytes // (padded(cache.shape[3]) * cache.dtype.itemsize)
-        pooled = power_of_2_from(self.step.pooled)
-        block = max(min(most, pooled // 4), ROWS)
+        block = max(min(most, power_of_2_from(self.step.pooled) // 4), ROWS)
 
         def slots(i):
             return i * block + jnp.arange(block, dtype=jnp.int32)
@@ -204,7 +203,7 @@ class End(NamedTuple):
             rank(i, first)
             return following
 
-        at_once, some = (2, two) if pooled > 4 * block else (1, one)  # less code for a small pool
+        at_once, some = (1, one) if block < most else (2, two)  # less code for a small pool
         turns = lax.div(self.number + (at_once * block - 1), jnp.int32(at_once * block))
         lax.fori_loop(0, turns, some, keys(0))
 
