@@ -150,6 +150,7 @@ def cells_made(case: Case, config: IndexerConfig) -> Callable[[DecodeCache], Dec
         x // y for x, y in zip(case.sizes, (case.split[0], 1, *case.split[1:]), strict=True)
     )
     own = jax.eval_shape(lambda: empty_cache(config, B, S, K, DIMENSIONS))
+    own = dataclasses.replace(own, index=dataclasses.replace(own.index, capacity=case.sizes[3]))
     return on_mesh(case, make, (case.of_cache(bare),), case.of_cache(own))
 
 
@@ -209,7 +210,7 @@ def drawn(case: Case, config: IndexerConfig, room: int) -> tuple[DecodeCache, ja
         M, C = config.num_subspaces, config.num_centroids
         codebooks = jax.random.normal(keys[0], (B, K, M, C, DIMENSIONS // M))
         codes = jax.random.randint(keys[1], (B, K, M, S), 0, C, jnp.int32).astype(jnp.uint8)
-        index = PQIndex(codebooks, codes, jnp.full(B, S - room, jnp.int32))
+        index = PQIndex(codebooks, codes, jnp.full(B, S - room, jnp.int32), capacity=S)
         of_cache = B, S, K, DIMENSIONS
         cache = DecodeCache(normal(2, *of_cache), normal(3, *of_cache), index)
         return cache, normal(4, B, 1, N, DIMENSIONS), normal(5, B, 1, K, DIMENSIONS)

@@ -85,7 +85,7 @@ def sparse_attention(
     _arguments.check_implementation(implementation, query, key, value)
     # Who asks for the logarithm may merge parts on his own.
     parts = {} if return_lse and sequence_axis is None else {"key": key, "value": value}
-    _arguments.check_sequence_axis(sequence_axis, {"query": query}, parts)
+    _arguments.check_sequence_axis(sequence_axis, {"query": query}, parts, without={})
     found = _attend(
         query,
         key,

@@ -550,7 +550,7 @@ def check_messages() -> None:
                                sequence_axis="tokens"), ValueError, "lengths: expected the same"),
         # What is not there yet.
         (lambda c: decode_(c, "tokens", dataclasses.replace(config, rerank=2)), NotImplementedError,
-         "sequence_axis: config.rerank=2 needs an exchange of true logits"),
+         "sequence_axis: rerank=2 needs an exchange of true logits, .* do without rerank, or"),
     ):  # fmt: skip
         with pytest.raises(error, match=message):
             on(function)
@@ -558,6 +558,26 @@ def check_messages() -> None:
         decode_(cache, "tokens")
     with pytest.raises(ValueError, match="state: expected a PQIndex"):
         partition_specs(key)
+    # Without types an index that was made whole knows.
+    known = dataclasses.replace(cache, index=dataclasses.replace(cache.index, capacity=case.S))
+    specs_of_cache = partition_specs(known, sequence="tokens")
+    for function in (
+        lambda c: decode_(c, None),
+        lambda c: select(query, c.index, config),
+        lambda c: append(c.index, key, config),
+        lambda c: rebuild(c.index, c.key, config, np.ones(2, bool)),
+        lambda c: rebuild_gain(c.index, c.key, config),
+        lambda c: reset(c.index, np.ones(2, bool)),
+        lambda c: with_cells(c.index, cells),
+    ):
+        with pytest.raises(ValueError, match=r"codes: expected S=128 .* got S=32; pass sequence_a"):
+            jax.eval_shape(
+                jax.shard_map(
+                    function, mesh=mesh, in_specs=(specs_of_cache,), out_specs=P(), check_vma=False
+                ),
+                known,
+            )
+    specs_of_cache = partition_specs(cache, sequence="tokens")
     # S that the devices cannot share is refused by shard_map itself.
     uneven = dataclasses.replace(cache, key=cache.key[:, :126])
     with pytest.raises(ValueError, match="evenly divisible"):

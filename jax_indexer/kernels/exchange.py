@@ -262,7 +262,8 @@ def keep_best(
         ),
         programs=step.R * step.Q,
     )
-    return Lists(*backend.launch(what, num_warps=_warps(threads)), None)
+    kept = backend.launch(what, num_warps=_warps(threads))
+    return Lists(kept.indices, kept.counts, None)
 
 
 def _warps(lanes: int) -> int:
