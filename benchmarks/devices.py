@@ -108,7 +108,7 @@ class Case:
     def of_cache(self, cache: Any) -> Any:
         """How a cache is."""
         rows, heads, tokens = self.axes
-        return partition_specs(cache, rows=rows, heads=heads, sequence=tokens)
+        return partition_specs(cache, self.mesh(), rows=rows, heads=heads, sequence=tokens)
 
 
 def cases_of(rows: int, tokens: int, devices: int) -> list[Case]:
@@ -146,11 +146,8 @@ def cells_made(case: Case, config: IndexerConfig) -> Callable[[DecodeCache], Dec
         return dataclasses.replace(cache, index=index)
 
     bare = shapes_of(case, config)
-    B, _, K, S = (
-        x // y for x, y in zip(case.sizes, (case.split[0], 1, *case.split[1:]), strict=True)
-    )
+    B, _, K, S = case.sizes
     own = jax.eval_shape(lambda: empty_cache(config, B, S, K, DIMENSIONS))
-    own = dataclasses.replace(own, index=dataclasses.replace(own.index, capacity=case.sizes[3]))
     return on_mesh(case, make, (case.of_cache(bare),), case.of_cache(own))
 
 

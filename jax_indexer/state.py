@@ -123,7 +123,7 @@ class Sealing:
 
 def sealing_for(
     capacity: int,
-    config: IndexerConfig,
+    config: IndexerConfig | Sealing,
     *,
     smallest_segment: int = SMALLEST_SEGMENT,
     smallest_block: int = SMALLEST_BLOCK,
