@@ -287,6 +287,7 @@ STAGES = {
         ("cells select, rerank, rest", r"cells_pool_kernel"),
         ("rerank, rest", r"attend_pool_kernel|weigh_tokens_kernel"),
         ("attention", r"listed_kernel|merge_kernel|always_kernel|shared_kernel"),
+        ("exchange", r"listed_ranks_kernel|keep_best_kernel|nccl"),
         ("sparse index", r"count_kernel|verify_cut_kernel|sparse_index_kernel"),
         ("k-means", r"centroid_sums_kernel|add_parts_kernel"),
         ("top-k", r"sort|top_?k|radix|raft|select_k"),

@@ -108,7 +108,7 @@ class Case:
     def of_cache(self, cache: Any) -> Any:
         """How a cache is."""
         rows, heads, tokens = self.axes
-        return partition_specs(cache, rows=rows, heads=heads, sequence=tokens)
+        return partition_specs(cache, self.mesh(), rows=rows, heads=heads, sequence=tokens)
 
 
 def cases_of(rows: int, tokens: int, devices: int) -> list[Case]:
@@ -146,9 +146,7 @@ def cells_made(case: Case, config: IndexerConfig) -> Callable[[DecodeCache], Dec
         return dataclasses.replace(cache, index=index)
 
     bare = shapes_of(case, config)
-    B, _, K, S = (
-        x // y for x, y in zip(case.sizes, (case.split[0], 1, *case.split[1:]), strict=True)
-    )
+    B, _, K, S = case.sizes
     own = jax.eval_shape(lambda: empty_cache(config, B, S, K, DIMENSIONS))
     return on_mesh(case, make, (case.of_cache(bare),), case.of_cache(own))
 
@@ -209,7 +207,7 @@ def drawn(case: Case, config: IndexerConfig, room: int) -> tuple[DecodeCache, ja
         M, C = config.num_subspaces, config.num_centroids
         codebooks = jax.random.normal(keys[0], (B, K, M, C, DIMENSIONS // M))
         codes = jax.random.randint(keys[1], (B, K, M, S), 0, C, jnp.int32).astype(jnp.uint8)
-        index = PQIndex(codebooks, codes, jnp.full(B, S - room, jnp.int32))
+        index = PQIndex(codebooks, codes, jnp.full(B, S - room, jnp.int32), capacity=S)
         of_cache = B, S, K, DIMENSIONS
         cache = DecodeCache(normal(2, *of_cache), normal(3, *of_cache), index)
         return cache, normal(4, B, 1, N, DIMENSIONS), normal(5, B, 1, K, DIMENSIONS)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import frontier
+from benchmarks import devices, frontier
 from benchmarks.frontier import Evaluation
 from benchmarks.results import ROOT, Results, Row, command_of, framework_of, is_indexer, load
 from parity.inputs import WORKLOADS
@@ -104,6 +104,14 @@ ABOUT_DETAILS = (
     "one (*cold*), of programs compiled without command buffers, in which CUPTI misnames kernels; "
     "wall-clock times of a *call* with its wait, and *amortised* over calls in a row, of programs "
     "as a user gets them. In brackets p20 to p80. What is slow was called fewer times."
+)
+
+
+ABOUT_DEVICES = (
+    "A whole layer's decode step in a scan, its rows, heads or tokens split over devices, beside "
+    "one device with all of it and with one device's share: microseconds a step by the wall clock, "
+    "with CUDA graphs and without, and those of kernels and of NCCL's, a device, without. Lists "
+    "were held to those of one device first."
 )
 
 
@@ -782,6 +790,9 @@ def document(
         for one in of_kind(results, kind):
             blocks += [f"## {title}", about, markdown(make(one["rows"])), provenance(one)]
             blocks += [commands(one, one["rows"])]
+    for one in of_kind(results, "devices"):
+        blocks += ["## Several devices", ABOUT_DEVICES, markdown(devices_table(one["rows"]))]
+        blocks += [provenance(one)]
     for one in of_kind(results, "quality"):
         blocks += ["## Quality of lists", ABOUT_QUALITY, provenance(one)]
         for name, found in quality_tables(one["rows"]).items():
@@ -823,6 +834,9 @@ def pictures(results: Sequence[Results]) -> Pictures:
                 draw = functools.partial(draw_sweep, rows, one["workloads"], sweep)
                 what = "a whole layer" if sweep == "layer" else "a step"
                 found[f"{file}.png"] = f"Time of {what} against {label}", draw
+        if one["kind"] == "devices":
+            draw = functools.partial(devices.draw, one["rows"])
+            found[devices.PICTURE] = "Time of a whole layer against devices", draw
     return found
 
 

@@ -270,61 +270,89 @@ def check_layer(layer: Any) -> Array | None:
 
 
 def check_sequence_axis(
-    axis: Any, whole: Mapping[str, Any], parts: Mapping[str, Any], *, config: Any = None
+    axis: Any, whole: Mapping[str, Any], parts: Mapping[str, Any], *, without: Mapping[str, Any]
 ) -> int:
     """Checks over which axis of a mesh S is split, by what is whole there and what is a part.
 
     Under a `shard_map` with `check_vma=True` types say which arrays differ among the devices along
-    an axis; with `check_vma=False` they say nothing.
+    an axis. With `check_vma=False` they say nothing, but an index may know for what S it was made.
 
     Args:
       axis: the name, or None where S is not split.
-      whole: by name, what is the same on all devices that share a row.
-      parts: by name, states and caches of which a device has its own positions.
-      config: what of it cannot be had of parts is refused.
+      whole: by name, what is the same on all devices that share a row; nothing where types alone
+        do not say whether S is split.
+      parts: by name, indexes and caches of which a device has its own positions.
+      without: by the name of an option, what it needs that is not there where S is split.
 
     Returns:
       How many devices share a row.
     """
-    of_whole = frozenset().union(*map(_varying, whole.values()))
-    mesh = jax.sharding.get_abstract_mesh()
+    mesh, devices = jax.sharding.get_abstract_mesh(), 1
     if axis is None:
-        for name, part in parts.items() if whole else ():
-            for other in sorted(_varying(part) - of_whole):
-                if mesh.shape[other] == 1:
-                    continue
+        _check_not_split(whole, parts, mesh.shape)
+    else:
+        devices = _devices_along(axis, mesh)
+        for name, x in whole.items():
+            if axis in _varying(x):
                 raise ValueError(
-                    f"{name}: expected arrays that differ over no other axes of the mesh than "
-                    f"{' and '.join(whole)} may, got one that differs over {other!r}; "
-                    f"pass sequence_axis={other!r} if its tokens are split over that"
+                    f"{name}: expected the same on all devices along sequence_axis={axis!r}, got "
+                    f"one that differs over it; leave {axis!r} out of its in_specs"
                 )
-        return 1
-    manual = [
-        name
-        for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
-        if kind == AxisType.Manual
-    ]
+        for name, missing in without.items():
+            raise NotImplementedError(
+                f"sequence_axis: {name} needs {missing}, which is not there yet; do without "
+                f"{name.partition('=')[0]}, or split batch or heads"
+            )
+    for name, index in parts.items():
+        if not isinstance(index, PQIndex) or index.capacity is None:
+            continue
+        size = index.codes.shape[-1]
+        if index.capacity != size * devices:
+            fix = "use dataclasses.replace(index, capacity=None) if it was cut or grown by hand"
+            if devices == 1 and AxisType.Manual in mesh.axis_types:
+                fix = f"pass sequence_axis=... if S is split over devices, or {fix}"
+            raise ValueError(
+                f"{name}.codes: expected S={index.capacity}{f'/{devices}' if devices > 1 else ''} "
+                f"tokens, as the index was made for, got S={size}; {fix}"
+            )
+    return devices
+
+
+def _devices_along(axis: Any, mesh: Any) -> int:
+    """How many devices there are along an axis of the shard_map around a call."""
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    manual = [name for name, kind in kinds if kind == AxisType.Manual]
     if not isinstance(axis, str) or axis not in manual:
-        fix = "call it inside a jax.shard_map over that axis" if not manual else "use one of these"
+        fix = "use one of these" if manual else "call it inside a jax.shard_map over that axis"
         raise ValueError(
-            f"sequence_axis: expected None or an axis of the shard_map around the call, of which "
+            "sequence_axis: expected None or an axis of the shard_map around the call, of which "
             f"there are {manual}, got {axis!r}; {fix}"
         )
-    if axis in of_whole:
-        names = [name for name, x in whole.items() if axis in _varying(x)]
-        raise ValueError(
-            f"{names[0]}: expected the same on all devices along sequence_axis={axis!r}, got one "
-            f"that differs over it; give it no {axis!r} in the in_specs of shard_map"
-        )
-    if config is not None and (config.rerank > 1 or config.estimate_rest):
-        name, missing = "rerank", "an exchange of true logits"
-        if config.estimate_rest:
-            name, missing = "estimate_rest", "sums of values over the axis"
-        raise NotImplementedError(
-            f"sequence_axis: config.{name}={getattr(config, name)!r} needs {missing}, which is not "
-            f"there yet; leave {name} out, or split batch or heads"
-        )
     return mesh.shape[axis]
+
+
+def _check_not_split(
+    whole: Mapping[str, Any], parts: Mapping[str, Any], sizes: Mapping[str, int]
+) -> None:
+    """Checks by types that parts differ among devices along no other axes than all else does."""
+    of_whole = frozenset().union(*map(_varying, whole.values()))
+    for name, part in parts.items() if whole else ():
+        is_index = isinstance(part, PQIndex)
+        for other in sorted(_varying(part.codes if is_index else part) - of_whole):
+            if sizes[other] > 1:
+                raise ValueError(
+                    f"{name}{'.codes' if is_index else ''}: expected arrays that differ over no "
+                    f"other axes of the mesh than {' and '.join(whole)} may, got one that differs "
+                    f"over {other!r}; pass sequence_axis={other!r} if its tokens are split over "
+                    "that"
+                )
+
+
+def sums_needed(config: IndexerConfig) -> dict[str, str]:
+    """What `estimate_rest` needs where S is split, for `check_sequence_axis`."""
+    if not config.estimate_rest:
+        return {}
+    return {f"estimate_rest={config.estimate_rest!r}": "sums of values over the axis"}
 
 
 def _varying(tree: Any) -> frozenset[str]:
@@ -521,7 +549,8 @@ def check_append(
     check_subspaces("key_new", config, sizes)
     check_index(index, config, sizes)
     whole = {"key_new": key_new, "counts": counts}
-    devices = check_sequence_axis(sequence_axis, whole, {"index.codes": index.codes}, config=config)
+    without = sums_needed(config)
+    devices = check_sequence_axis(sequence_axis, whole, {"index": index}, without=without)
     check_counts(counts, "t", sizes, devices)
     check_phi(index, config)
     check_value(value, config, kv_layout, sizes)
@@ -562,7 +591,7 @@ def check_select(
         check_array("counts", counts, NUMBERS, sizes)
     check_choice("return_weights", return_weights, (True, False))
     whole = {"query": query, "counts": counts}
-    check_sequence_axis(sequence_axis, whole, {"index.codes": index.codes}, config=config)
+    check_sequence_axis(sequence_axis, whole, {"index": index}, without=sums_needed(config))
     check_selector(selector, config, sizes["T"], implementation, query, index)
 
 
@@ -685,9 +714,12 @@ def check_decode(
     parts = {
         "cache.key": cache.key,
         "cache.value": cache.value,
-        "cache.index.codes": cache.index.codes,
+        "cache.index": cache.index,
     }
-    devices = check_sequence_axis(sequence_axis, whole, parts, config=config)
+    without = sums_needed(config)
+    if config.rerank > 1:
+        without |= {f"rerank={config.rerank}": "an exchange of true logits"}
+    devices = check_sequence_axis(sequence_axis, whole, parts, without=without)
     check_counts(counts, "T", sizes, devices)
     check_selector(selector, config.pool, sizes["T"], implementation, query, cache)
 

@@ -89,8 +89,8 @@ def sparse_attention(
     _arguments.check_implementation(implementation, query, key, value)
     # Who asks for the logarithm may merge parts on his own.
     parts = {} if return_lse and sequence_axis is None else {"key": key, "value": value}
-    its_config = config if rest is not None else None
-    _arguments.check_sequence_axis(sequence_axis, {"query": query}, parts, config=its_config)
+    without = {} if rest is None else {"rest": "sums of what devices left out"}
+    _arguments.check_sequence_axis(sequence_axis, {"query": query}, parts, without=without)
     found = _attend(
         query,
         key,

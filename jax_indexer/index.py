@@ -88,7 +88,7 @@ def build_index(
     _arguments.check_key("key", key, "S", kv_layout, sizes, stacked=alone)
     _arguments.check_subspaces("key", config, sizes)
     ahead = check_look_ahead(rope, look_ahead, copies, sizes["H"])
-    devices = check_split_training(sequence_axis, lengths, config, ahead)
+    devices = check_split_training(sequence_axis, {"lengths": lengths}, config, ahead)
     if sizes["K"] > sizes["S"] * devices:  # nothing else here would tell that the axes are swapped
         raise ValueError(
             f"key: expected at most as many kv heads K as tokens S, got K={sizes['K']}, "
@@ -171,7 +171,7 @@ def rebuild(
     _arguments.check_seed(seed)
     ahead = check_look_ahead(rope, look_ahead, copies, sizes["H"])
     whole = {"lengths": lengths, "rows": rows}
-    check_split_training(sequence_axis, whole, config, ahead)
+    check_split_training(sequence_axis, whole, config, ahead, index)
     check_training(implementation, config, sizes, key, index)
     return _rebuild(
         index,
@@ -241,7 +241,7 @@ def rebuild_gain(
     """
     sizes = _arguments.check_with_cache(index, key, config, kv_layout, layer)
     ahead = check_look_ahead(rope, look_ahead, copies, sizes["H"])
-    check_split_training(sequence_axis, index.lengths, config, ahead)
+    check_split_training(sequence_axis, {"index.lengths": index.lengths}, config, ahead, index)
     check_training(implementation, config, sizes, key, index)
     return _rebuild_gain(
         index,
@@ -290,7 +290,8 @@ def reset(
         _arguments.check_cells(index.cells, sizes)
     if index.values is not None:
         _arguments.check_fields("index.values", index.values, sizes)
-    _arguments.check_sequence_axis(sequence_axis, {"rows": rows} if sequence_axis else {}, {})
+    whole = {"rows": rows} if sequence_axis is not None else {}
+    _arguments.check_sequence_axis(sequence_axis, whole, {"index": index}, without={})
     return _reset(index, rows, _arguments.check_layer(layer))
 
 
@@ -343,7 +344,7 @@ def with_cells(
     _arguments.check_quantizer(dataclasses.replace(index, cells=None), config, sizes)
     if layer is not None:
         _arguments.check_index(index, config, sizes)
-    _arguments.check_sequence_axis(sequence_axis, {}, {})
+    _arguments.check_sequence_axis(sequence_axis, {}, {"index": index}, without={})
     return _with_cells(
         index, _arguments.check_layer(layer), config=config, sequence_axis=sequence_axis
     )
@@ -415,18 +416,18 @@ def check_training(implementation, config, sizes, *operands) -> None:
 
 
 def check_split_training(
-    sequence_axis: Any, lengths: Any, config: IndexerConfig, ahead: LookAhead | None
+    sequence_axis: Any,
+    whole: dict[str, Any],
+    config: IndexerConfig,
+    ahead: LookAhead | None,
+    index: PQIndex | None = None,
 ) -> int:
     """Checks that codebooks can be trained where S is split; over how many devices it is."""
-    whole = lengths if isinstance(lengths, dict) else {"lengths": lengths}
+    without = _arguments.sums_needed(config)
+    if ahead is not None:
+        without |= {"rope": "positions that are not known when the program is compiled"}
     whole = whole if sequence_axis is not None else {}
-    devices = _arguments.check_sequence_axis(sequence_axis, whole, {}, config=config)
-    if sequence_axis is not None and ahead is not None:
-        raise NotImplementedError(
-            "rope: with sequence_axis copies of keys need positions that are not known when the "
-            "program is compiled, which is not there yet; leave rope out, or split batch or heads"
-        )
-    return devices
+    return _arguments.check_sequence_axis(sequence_axis, whole, {"index": index}, without=without)
 
 
 @functools.partial(backend.jit, static_argnames=())
@@ -479,8 +480,12 @@ def empty_index(
     kv_heads: int,
     head_dim: int,
     value_head_dim: int,
+    devices: int = 1,
 ) -> PQIndex:
-    """An index of rows without tokens; its codebooks are zeros, float32."""
+    """An index of rows without tokens; its codebooks are zeros, float32.
+
+    Its arrays are those of one of the devices that share the rows.
+    """
     of_subspaces = (batch, kv_heads, config.num_subspaces)
     augmented = config.metric == "ip"
     size = head_dim // config.num_subspaces + augmented
@@ -493,6 +498,7 @@ def empty_index(
         values=(
             no_values(batch, kv_heads, value_head_dim, config) if config.estimate_rest else None
         ),
+        capacity=capacity * devices,
     )
 
 
@@ -513,7 +519,9 @@ def _build(
         batch, capacity = key.shape[0], key.shape[token_axis(kv_layout)]
         kv_heads = key.shape[head_axis(kv_layout)]
         sizes = [key.shape[-1], 0 if value is None else value.shape[-1]]
-        empty = empty_index(config, batch, capacity, kv_heads, *sizes)
+        span = Span.of(sequence_axis, capacity)
+        devices = span.devices if span else 1
+        empty = empty_index(config, batch, capacity, kv_heads, *sizes, devices=devices)
         every_row = jnp.ones(batch, bool)
         arguments = empty, key, value, lengths, every_row, seed
         return _rebuilt(shard, *arguments, config, ahead, kv_layout, implementation, sequence_axis)

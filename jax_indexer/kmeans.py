@@ -44,6 +44,8 @@ class TrainingSet(NamedTuple):
       number: where S is split over devices, which of a row's keys to train on, of all devices, the
         first one in `key` is; it may be one before the first. Else None.
       span: which positions the device has, likewise.
+      counted: how many keys there are to train on, and how many of them are on devices before this
+        one, likewise.
     """
 
     key: Float[Array, "B _ _ H"]
@@ -56,6 +58,14 @@ class TrainingSet(NamedTuple):
     ahead: LookAhead | None
     number: Int32[Array, "B"] | None = None
     span: Span | None = None
+    counted: tuple[Int32[Array, "B K M"], Int32[Array, "B K M"]] | None = None
+
+    @property
+    def num_trainable(self) -> Int32[Array, "B K M"]:
+        """How many keys there are to train on."""
+        if self.counted is not None:
+            return self.counted[0]
+        return jnp.sum(self.trainable, axis=-1, dtype=jnp.int32)
 
 
 class StepErrors(NamedTuple):
@@ -147,7 +157,9 @@ def training_set(
     phi = phi if augmented else None
     if phi is not None and span is not None:
         phi = lax.pmax(phi, span.axis)
-    return TrainingSet(key, trainable, stop, stride, phi, begin, distance, ahead, number, span)
+    counted = None if span is None else _counted(trainable, span)
+    places = begin, distance, ahead, number, span, counted
+    return TrainingSet(key, trainable, stop, stride, phi, *places)
 
 
 def copies_of(
@@ -205,7 +217,7 @@ def train(
       float32 centroids, augmented for the inner-product metric.
     """
     num_centroids = config.num_centroids
-    count = _counted(keys)[0]  # [B, K, M]
+    count = keys.num_trainable  # [B, K, M]
     rank = _draw_ranks(count, lengths, seed, first_head, num_centroids)
     drawn = _at_ranks(keys, rank, config, kv_layout, _start_at)
     start = jnp.where((count > 0)[..., None, None], drawn, 0)
@@ -447,7 +459,7 @@ def _origin(
 
     It is where most keys are, wherever a few others may be.
     """
-    count = _counted(keys)[0][..., None]
+    count = keys.num_trainable[..., None]
     # Multiples of the golden ratio: no period of the keys agrees with them.
     fraction = np.arange(ORIGIN_KEYS) * (np.sqrt(5) - 1) / 2 % 1
     fraction = fraction.astype(np.float32)[None, None, None]
@@ -457,14 +469,14 @@ def _origin(
     return jnp.where(count > 0, jnp.sort(some, axis=-2)[..., ORIGIN_KEYS // 2, :], 0)
 
 
-def _counted(keys: TrainingSet) -> tuple[Int32[Array, "B K M"], Int32[Array, "B K M"]]:
-    """How many keys there are to train on, and how many of them are on devices before this one."""
-    count = jnp.sum(keys.trainable, axis=-1, dtype=jnp.int32)
-    if keys.span is None:
-        return count, jnp.zeros_like(count)
-    counts = lax.all_gather(count, keys.span.axis, to="invarying")
+def _counted(
+    trainable: Bool[Array, "B K M S"], span: Span
+) -> tuple[Int32[Array, "B K M"], Int32[Array, "B K M"]]:
+    """How many keys of all devices there are to train on, and how many on those before this one."""
+    own = jnp.sum(trainable, axis=-1, dtype=jnp.int32)
+    counts = lax.all_gather(own, span.axis, to="invarying")
     device = jnp.arange(len(counts), dtype=jnp.int32)[:, None, None, None]
-    before = jnp.sum(jnp.where(device < keys.span.number, counts, 0), axis=0)
+    before = jnp.sum(jnp.where(device < span.number, counts, 0), axis=0)
     return jnp.sum(counts, axis=0), before
 
 
@@ -476,10 +488,10 @@ def _at_ranks(
     read: Callable[..., Float[Array, "B K M R D_"]],
 ) -> Float[Array, "B K M R D_"]:
     """What `read` gives of the trainable keys of these ranks, wherever they are."""
-    if keys.span is None:
+    if keys.span is None or keys.counted is None:
         return read(keys, _nth_trainable(keys.trainable, rank), config, kv_layout)
     own = jnp.sum(keys.trainable, axis=-1, dtype=jnp.int32)[..., None]
-    place = rank - _counted(keys)[1][..., None]
+    place = rank - keys.counted[1][..., None]
     holds = (place >= 0) & (place < own)
     place = jnp.clip(place, 0, jnp.maximum(own - 1, 0))
     found = read(keys, _nth_trainable(keys.trainable, place), config, kv_layout)

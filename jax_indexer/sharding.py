@@ -27,7 +27,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jax_indexer._arguments import LAYERS, annotated_arrays
 from jax_indexer.layout import KVLayout, key_letters
-from jax_indexer.state import DecodeCache, PQIndex
+from jax_indexer.state import DecodeCache, PQIndex, sealing_for
 
 HEADS = ("K", "N")
 # Axes of the state of cells of which every device that shares a row has its own.
@@ -120,6 +120,7 @@ def _named(name: str, letters: str | None, value: Any) -> Iterator[Named]:
 
 def partition_specs(
     state: Any,
+    mesh: Any,
     *,
     rows: str | None = None,
     heads: str | None = None,
@@ -129,18 +130,21 @@ def partition_specs(
     """How the arrays of an index or a cache are split over the axes of a mesh, for `shard_map`.
 
     Args:
-      state: a PQIndex or a DecodeCache, with an axis of layers or without; arrays or their shapes.
+      state: a PQIndex or a DecodeCache of all rows, heads and tokens, with an axis of layers or
+        without: arrays or their shapes, as `jax.eval_shape` gives them.
+      mesh: the mesh.
       rows: the axis that rows are split over; None where they are not.
       heads: likewise, kv heads.
-      sequence: likewise, tokens. The state of "cells" is then of what `build_index` or `with_cells`
-        made with this `sequence_axis`: each device has its own, in the last axis of its arrays.
+      sequence: likewise, tokens. The state of "cells" is then what `build_index` or `with_cells`
+        makes with this `sequence_axis`: each device has its own, in the last axis of its arrays.
       kv_layout: order of the token and head axes of a cache's keys and values.
 
     Returns:
       The same structure, of PartitionSpecs.
 
     Raises:
-      ValueError: for anything but an index or a cache.
+      ValueError: for anything but an index or a cache, an axis that the mesh does not have, and
+        rows, heads or tokens that the devices cannot share evenly.
 
     Source: CONTRACT.md, section 6.
     """
@@ -149,16 +153,45 @@ def partition_specs(
             f"state: expected a PQIndex or a DecodeCache, got {type(state).__name__}; "
             "write the specs of other arrays by hand"
         )
-    axes = {"B": rows, "K": heads} | dict.fromkeys(("S", *OF_CELLS), sequence)
+    for name, axis in {"rows": rows, "heads": heads, "sequence": sequence}.items():
+        if axis is not None and axis not in mesh.axis_names:
+            raise ValueError(
+                f"{name}: expected None or one of the mesh's axes {mesh.axis_names}, got {axis!r}; "
+                "use one of these"
+            )
+    axes = {"B": rows, "K": heads, "S": sequence}
+    named = [
+        # Keys and values are in one of two layouts.
+        x._replace(letters=[*x.letters[:-4], *key_letters(kv_layout).split()])
+        if "_" in x.letters
+        else x
+        for x in _named("", None, state)
+    ]
+    for name, letters, array in named:
+        for letter, size in zip(letters, array.shape, strict=True):
+            axis = axes.get(letter)
+            if axis is not None and size % mesh.shape[axis]:
+                raise ValueError(
+                    f"state{name}: expected an axis {letter} that {mesh.shape[axis]} devices "
+                    f"({axis}) can share, got {letter}={size}; make it a multiple"
+                )
+    axes |= dict.fromkeys(OF_CELLS, sequence)
+    specs = [PartitionSpec(*(axes.get(letter) for letter in x.letters)) for x in named]
+    specs = jax.tree.unflatten(jax.tree.structure(state), specs)
+    if sequence is None:
+        return specs
+    index = state if isinstance(state, PQIndex) else state.index
+    if index.cells is None:
+        return specs
+    own = sealing_for(index.codes.shape[-1] // mesh.shape[sequence], index.cells.sealing)
 
-    def spec(x: Named) -> PartitionSpec:
-        letters = list(x.letters)
-        if "_" in letters:  # keys and values
-            letters[-4:] = key_letters(kv_layout).split()
-        return PartitionSpec(*(axes.get(letter) for letter in letters))
+    def sealed(specs: PQIndex) -> PQIndex:
+        assert specs.cells is not None
+        return dataclasses.replace(specs, cells=dataclasses.replace(specs.cells, sealing=own))
 
-    specs = [spec(x) for x in _named("", None, state)]
-    return jax.tree.unflatten(jax.tree.structure(state), specs)
+    if isinstance(specs, PQIndex):
+        return sealed(specs)
+    return dataclasses.replace(specs, index=sealed(specs.index))
 
 
 def _named_results(results: Any, letters: Sequence[str | None] | None) -> list[Named]:

@@ -123,7 +123,7 @@ class Sealing:
 
 def sealing_for(
     capacity: int,
-    config: IndexerConfig,
+    config: IndexerConfig | Sealing,
     *,
     smallest_segment: int = SMALLEST_SEGMENT,
     smallest_block: int = SMALLEST_BLOCK,
@@ -222,6 +222,8 @@ class PQIndex:
       phi: inner-product metric only, else None: the largest squared norm of a training subvector.
       cells: state of the "cells" selector with `config.cells`, else None.
       values: sums of values with `config.estimate_rest`, else None.
+      capacity: S of whole rows, static, by which a part of them is known for one; None where it is
+        not known, as in an index that was made by hand.
 
     Source: CONTRACT.md, section 4.
     """
@@ -232,6 +234,7 @@ class PQIndex:
     phi: Float[Array, "B K M"] | None = None
     cells: Cells | None = None
     values: ValueSums | None = None
+    capacity: int | None = dataclasses.field(default=None, metadata={"static": True})
 
 
 @jax.tree_util.register_dataclass

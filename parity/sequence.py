@@ -84,6 +84,10 @@ class Case:
     mesh: tuple[int, int, int] = (1, 1, 4)
     with_counts: bool = False
 
+    def devices(self) -> jax.sharding.Mesh:
+        devices = np.asarray(jax.devices()[: math.prod(self.mesh)]).reshape(self.mesh)
+        return jax.sharding.Mesh(devices, AXES, axis_types=(AxisType.Auto,) * 3)
+
     @property
     def layer(self) -> int | None:
         return None if self.layers is None else self.layers - 1
@@ -180,9 +184,8 @@ def specs(case: Case, x: dict[str, Any]) -> tuple[Any, Any]:
     """How arguments and results of `decode` are split."""
     rows, heads, tokens = AXES
     of_new = P(None, rows, None, heads) if case.kv_layout == "BSKH" else P(None, rows, heads)
-    cache = partition_specs(
-        x["cache"], rows=rows, heads=heads, sequence=tokens, kv_layout=case.kv_layout
-    )
+    by = {"rows": rows, "heads": heads, "sequence": tokens, "kv_layout": case.kv_layout}
+    cache = partition_specs(x["cache"], case.devices(), **by)
     ins = {
         "cache": cache,
         "query": P(None, rows, None, heads),
@@ -221,14 +224,11 @@ def check(case: Case, seed: int = 0, *, kernels: bool = False, **options: Any) -
 
 def on_devices(case: Case, x: dict[str, Any], kernels: bool, **options: Any) -> dict[str, Any]:
     """The same in a shard_map."""
-    number = int(np.prod(case.mesh))
-    devices = np.asarray(jax.devices()[:number]).reshape(case.mesh)
-    mesh = jax.sharding.Mesh(devices, AXES, axis_types=(AxisType.Auto,) * 3)
     in_specs, out_specs = specs(case, x)
     run = functools.partial(decode, case=case, axis="tokens", **options)
     # The interpreter knows nothing of what varies over which axes.
     mapped = jax.shard_map(
-        run, mesh=mesh, in_specs=(in_specs,), out_specs=out_specs, check_vma=not kernels
+        run, mesh=case.devices(), in_specs=(in_specs,), out_specs=out_specs, check_vma=not kernels
     )
     found = jax.jit(mapped)(x)
     if jax.process_count() > 1:
@@ -296,12 +296,12 @@ def check_life(steps: int = 400, *, kernels: bool = False) -> None:
 
     steps_of = {name: x[name] for name in ("key", "counts", "ended")}
     shapes = jax.eval_shape(lambda i: with_cells(i, config), index)
-    one = partition_specs(shapes, sequence="tokens")
+    one = partition_specs(shapes, mesh, sequence="tokens")
     one = dataclasses.replace(one, cells=dataclasses.replace(one.cells, sealing=sealing))
     outs = jax.tree.map(lambda spec: P(None, *spec), one)
     with backend.interpreted() if kernels else contextlib.nullcontext():
         mapped = jax.shard_map(
-            run, mesh=mesh, in_specs=(partition_specs(index, sequence="tokens"), P()),
+            run, mesh=mesh, in_specs=(partition_specs(index, mesh, sequence="tokens"), P()),
             out_specs=outs, check_vma=not kernels,
         )  # fmt: skip
         states = jax.device_get(jax.jit(mapped)(index, steps_of))
@@ -376,7 +376,8 @@ def check_training(split: tuple[int, int] = (2, 4), *, kernels: bool = False) ->
                     jax.jit(lambda key, config=config: train(key, config, None))(half)
                     for half in np.split(key, 2 if split[0] > 1 else 1, axis=2)
                 ]
-                of_index = partition_specs(want[0][0][0], heads="heads", sequence="tokens")
+                shapes = jax.eval_shape(lambda key, config=config: train(key, config, None), key)
+                of_index = partition_specs(shapes[0][0], mesh, heads="heads", sequence="tokens")
                 mapped = jax.shard_map(
                     functools.partial(train, config=config, axis="tokens"),
                     mesh=mesh,
@@ -450,7 +451,7 @@ def check_programs() -> None:
     case = Case(config=config, B=2, steps=1, mesh=(1, 1, 4))
     x, part = draw(case, 0), case.S // 4
     mesh = jax.make_mesh((4,), ("tokens",), axis_types=(AxisType.Auto,))
-    cache = partition_specs(x["cache"], sequence="tokens")
+    cache = partition_specs(x["cache"], mesh, sequence="tokens")
     queries, whole = case.B * case.K * case.G, P()
 
     def step(cache, query, key, value):
@@ -510,7 +511,7 @@ def check_messages() -> None:
     x = draw(case, 0)
     cache, query, key = x["cache"], x["query"][0], x["key"][0]
     mesh = jax.make_mesh((2, 4), ("rows", "tokens"), axis_types=(AxisType.Auto,) * 2)
-    specs_of_cache = partition_specs(cache, sequence="tokens")
+    specs_of_cache = partition_specs(cache, mesh, sequence="tokens")
     selection = select(query, dataclasses.replace(cache.index, codes=cache.index.codes[..., :32]),
                        config)  # fmt: skip
 
@@ -550,16 +551,40 @@ def check_messages() -> None:
                                sequence_axis="tokens"), ValueError, "lengths: expected the same"),
         # What is not there yet.
         (lambda c: decode_(c, "tokens", dataclasses.replace(config, rerank=2)), NotImplementedError,
-         "sequence_axis: config.rerank=2 needs an exchange of true logits"),
+         "sequence_axis: rerank=2 needs an exchange of true logits, .* do without rerank, or"),
     ):  # fmt: skip
         with pytest.raises(error, match=message):
             on(function)
     with pytest.raises(ValueError, match="call it inside a jax"):
         decode_(cache, "tokens")
     with pytest.raises(ValueError, match="state: expected a PQIndex"):
-        partition_specs(key)
-    # S that the devices cannot share is refused by shard_map itself.
+        partition_specs(key, mesh)
+    with pytest.raises(ValueError, match=r"sequence: .* axes \('rows', 'tokens'\), got 'heads'"):
+        partition_specs(cache, mesh, sequence="heads")
     uneven = dataclasses.replace(cache, key=cache.key[:, :126])
+    with pytest.raises(ValueError, match=r"state\.key: .* axis S that 4 devices \(tokens\) can"):
+        partition_specs(uneven, mesh, sequence="tokens")
+    # Without types an index that was made whole knows.
+    known = dataclasses.replace(cache, index=dataclasses.replace(cache.index, capacity=case.S))
+    specs_of_cache = partition_specs(known, mesh, sequence="tokens")
+    for function in (
+        lambda c: decode_(c, None),
+        lambda c: select(query, c.index, config),
+        lambda c: append(c.index, key, config),
+        lambda c: rebuild(c.index, c.key, config, np.ones(2, bool)),
+        lambda c: rebuild_gain(c.index, c.key, config),
+        lambda c: reset(c.index, np.ones(2, bool)),
+        lambda c: with_cells(c.index, cells),
+    ):
+        with pytest.raises(ValueError, match=r"codes: expected S=128 .* got S=32; pass sequence_a"):
+            jax.eval_shape(
+                jax.shard_map(
+                    function, mesh=mesh, in_specs=(specs_of_cache,), out_specs=P(), check_vma=False
+                ),
+                known,
+            )
+    specs_of_cache = partition_specs(cache, mesh, sequence="tokens")
+    # S that the devices cannot share is refused by shard_map itself too.
     with pytest.raises(ValueError, match="evenly divisible"):
         jax.shard_map(lambda c: c.key, mesh=mesh, in_specs=(specs_of_cache,),
                       out_specs=P(None, "tokens"))(uneven)  # fmt: skip

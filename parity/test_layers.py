@@ -79,6 +79,7 @@ def stacked_cache(config):
         codes=jnp.asarray(codes),
         lengths=jnp.asarray(LENGTHS),
         phi=jnp.full((LAYERS, B, K, 2), 40.0) if augmented else None,
+        capacity=S,
     )
     index = with_cells(index, config) if config.cells else index
     key, value = draw(LAYERS, B, S, K, H, seed=3), draw(LAYERS, B, S, K, VALUE_H, seed=4)
