@@ -20,7 +20,18 @@ from jax_indexer.config import (
 )
 from jax_indexer.kernels import backend
 from jax_indexer.layout import KVLayout, key_letters
-from jax_indexer.state import Cells, DecodeCache, PQIndex, Sealing, Selection, ValueSums
+from jax_indexer.memory import PINNED_HOST, is_on_host
+from jax_indexer.recent import recent_size
+from jax_indexer.state import (
+    MOST_NEW,
+    Cells,
+    DecodeCache,
+    PQIndex,
+    Recent,
+    Sealing,
+    Selection,
+    ValueSums,
+)
 from jax_indexer.values import sums_by
 
 # The axis in front of all arrays of a state or a cache of several layers.
@@ -110,6 +121,7 @@ def check_array(
     sizes: Sizes,
     fixes: Mapping[str, str] = MappingProxyType({}),
     kv_layout: KVLayout | None = None,
+    may_be_on_host: bool = False,
 ) -> None:
     """Checks one array against what is expected, and learns the sizes of axes that are new.
 
@@ -121,9 +133,10 @@ def check_array(
       fixes: what to do about a wrong size, by letter, or about a wrong number of axes, by all
         letters, where there is more to say than to mend it.
       kv_layout: what the order of the letters follows from, if from that.
+      may_be_on_host: whether it may lie in host memory.
 
     Raises:
-      ValueError: for anything but an array of that rank, shape and dtype.
+      ValueError: for anything but an array of that rank, shape and dtype, in memory that is right.
     """
     axes, dtypes, letters = expected.axes, expected.dtypes, expected.letters
     wanted = "/".join(d.name for d in dtypes)
@@ -153,6 +166,11 @@ def check_array(
         raise ValueError(f"{name}: expected {wanted}, got {got}; {fix}")
     if dtype not in dtypes:
         raise ValueError(f"{name}: expected {wanted}, got {got}; {_cast(dtype, dtypes)}")
+    if is_on_host(value) and not may_be_on_host:
+        raise ValueError(
+            f"{name}: expected an array on the device, got one in {PINNED_HOST} memory; move it "
+            "with jax.device_put(..., jax.memory.Space.Device)"
+        )
     if kv_layout is not None:
         sizes.understand(name, axes, shape, kv_layout)
     for axis, size in zip(axes, shape, strict=True):
@@ -231,6 +249,7 @@ def check_key(
     *,
     head: str = "H",
     stacked: str = STACKED,
+    may_be_on_host: bool = False,
 ) -> None:
     """Checks keys or values [B, tokens, K, head] in either layout; S tokens are a cache.
 
@@ -242,12 +261,57 @@ def check_key(
     if tokens == "S":
         fixes = {expected.letters: _unstacked(stacked, sizes)} if np.ndim(key) == 5 else {}
         expected = expected.of(sizes)
-    check_array(name, key, expected, sizes, fixes, kv_layout)
+    check_array(name, key, expected, sizes, fixes, kv_layout, may_be_on_host)
 
 
 def _unstacked(fix: str, sizes: Sizes) -> str:
     """What to do about an axis of layers that is not expected; a cache may have told so."""
     return f"take the layer that {sizes.source['S']} is of" if "S" in sizes else fix
+
+
+def check_memory_kind(memory_kind: Any) -> None:
+    """Checks where a cache is to lie, and that the default device has such memory."""
+    check_choice("memory_kind", memory_kind, (None, PINNED_HOST))
+    device = jax.devices()[0]
+    kinds = [memory.kind for memory in device.addressable_memories()]
+    if memory_kind is not None and memory_kind not in kinds:
+        raise ValueError(
+            f"memory_kind: expected a kind of memory that {device.device_kind} has, "
+            f"{', '.join(kinds)}, got {memory_kind!r}; use None"
+        )
+
+
+def check_same_memory(names: tuple[str, str], key: Any, value: Any) -> bool:
+    """Checks that keys and values are in one memory; whether it is that of the host."""
+    where = [f"{PINNED_HOST} memory" if is_on_host(x) else "the device" for x in (key, value)]
+    if where[0] != where[1]:
+        raise ValueError(
+            f"{names[1]}: expected it to lie where {names[0]} does, in {where[0]}, got it in "
+            f"{where[1]}; move one of them with jax.device_put"
+        )
+    return is_on_host(key)
+
+
+def check_recent(cache: DecodeCache, config: IndexerConfig, sizes: Sizes) -> None:
+    """Checks that what is recent is there for caches in host memory, and for no others."""
+    is_there = check_same_memory(("cache.key", "cache.value"), cache.key, cache.value)
+    if is_there != isinstance(cache.recent, Recent) or not is_there and cache.recent is not None:
+        wanted = "Recent" if is_there else "None"
+        raise ValueError(
+            f"cache.recent: expected {wanted} with keys {'in host memory' if is_there else 'on'}"
+            f"{'' if is_there else ' the device'}, got {type(cache.recent).__name__}; make the "
+            f'cache with empty_cache(..., memory_kind={PINNED_HOST!r})'
+        )
+    if cache.recent is None:
+        return
+    if cache.recent.key.dtype != cache.key.dtype or cache.recent.value.dtype != cache.value.dtype:
+        raise ValueError(
+            f"cache.recent: expected {cache.key.dtype.name} and {cache.value.dtype.name}, as the "
+            f"cache has, got {cache.recent.key.dtype.name} and {cache.recent.value.dtype.name}; "
+            "make the cache with empty_cache"
+        )
+    sizes.learn("config", R=recent_size(config))
+    check_fields("cache.recent", cache.recent, sizes)
 
 
 def check_layer(layer: Any) -> Array | None:
@@ -572,6 +636,11 @@ def check_decode(
     check_cache(cache, config, sizes, kv_layout, layer)
     check_dtypes({"key_new": key_new, "value_new": value_new}, cache)
     check_counts(counts, "T", sizes)
+    if cache.recent is not None and sizes["T"] > MOST_NEW:
+        raise NotImplementedError(
+            f"key_new: caches in host memory take up to {MOST_NEW} tokens a step, got "
+            f"T={sizes['T']}; use prefill or prefill_chunk for more"
+        )
     check_selector(selector, config.pool, sizes["T"], implementation, query, cache)
 
 
@@ -622,10 +691,11 @@ def check_cache(
             "make one with empty_cache or prefill"
         )
     sizes.stacked = layer is not None
-    check_key("cache.key", cache.key, "S", kv_layout, sizes)
-    check_key("cache.value", cache.value, "S", kv_layout, sizes, head="H'")
+    check_key("cache.key", cache.key, "S", kv_layout, sizes, may_be_on_host=True)
+    check_key("cache.value", cache.value, "S", kv_layout, sizes, head="H'", may_be_on_host=True)
     check_index(cache.index, config, sizes, "cache.index")
     check_phi(cache.index, config, "cache.index")
+    check_recent(cache, config, sizes)
 
 
 def check_dtypes(new: Mapping[str, Any], cache: DecodeCache) -> None:

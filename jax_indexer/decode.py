@@ -21,10 +21,12 @@ from jax_indexer.index import build_index, check_training, empty_index, rebuild
 from jax_indexer.kernels import backend, pipeline
 from jax_indexer.kernels.step import Step
 from jax_indexer.layout import KVLayout, key_letters, token_axis
+from jax_indexer.memory import PINNED_HOST, moved_to_device, moved_to_host, not_mapped
+from jax_indexer.recent import empty_recent, write_recent
 from jax_indexer.reference import Caches, Logits
 from jax_indexer.rope import COPIES, Rope, check_look_ahead
 from jax_indexer.sharding import Shard, by_shards
-from jax_indexer.state import DecodeCache, PQIndex
+from jax_indexer.state import DecodeCache, PQIndex, Recent, layer_of
 
 
 def decode_attention(
@@ -124,48 +126,69 @@ def _decode(
     kv_layout: KVLayout,
 ) -> tuple[Array, DecodeCache]:
     def on_shard(
-        shard: Shard, query, key_new, value_new, key, value, index, counts, scale, soft_cap, layer
-    ) -> tuple[Array, Array, Array, PQIndex]:
+        shard: Shard,
+        query,
+        key_new,
+        value_new,
+        key,
+        value,
+        index,
+        recent,
+        counts,
+        scale,
+        soft_cap,
+        layer,
+    ) -> tuple[Array, Array, Array, PQIndex, Recent | None]:
         del shard
         T, N = query.shape[1:3]
         step = Step.of(index, config, T=T, N=N, kv_layout=kv_layout)
         goes_on = config.rerank > 1 or bool(config.estimate_rest)
         chosen = selector or default_selector(config.pool, step.S, T, goes_on)
 
-        def xla(query, new, caches, index, counts, logits, layer):
-            return reference.decode(
-                query, new, caches, index, counts, logits, config, kv_layout, layer
+        def xla(query, new, caches, index, recent, counts, logits, layer):
+            before = layer_of(index.lengths, layer)
+            arguments = index, counts, logits, config, kv_layout, layer
+            out, written, index = reference.decode(
+                query, new, moved_to_device(caches), *arguments
             )
+            if recent is None:
+                return out, written, index, None
+            room, _ = reference.make_room(before, counts, T, step.S)
+            recent = write_recent(recent, new, room, config, kv_layout, layer)
+            return out, moved_to_host(written), index, recent
 
-        def triton(query, new, caches, index, counts, logits, layer):
+        def triton(query, new, caches, index, recent, counts, logits, layer):
             return pipeline.launch_decode(
-                step, query, new, caches, index, counts, logits, chosen, layer
+                step, query, new, caches, index, recent, counts, logits, chosen, layer
             )
 
         new, caches = Caches(key_new, value_new), Caches(key, value)
-        arguments = query, new, caches, index, counts, Logits(scale, soft_cap), layer
-        out, caches, index = backend.dispatch(
+        arguments = query, new, caches, index, recent, counts, Logits(scale, soft_cap), layer
+        if recent is not None:
+            arguments = not_mapped(arguments, "cache")
+        out, caches, index, recent = backend.dispatch(
             xla, triton, *arguments, implementation=implementation
         )
-        return out, *caches, index
+        return out, *caches, index, recent
 
     of_cache = key_letters(kv_layout), key_letters(kv_layout, head="H'")
     logits = jax.tree.map(lambda x: x.astype(jnp.float32), logits)
-    out, key, value, index = by_shards(
+    out, key, value, index, recent = by_shards(
         on_shard,
-        results=("B T N H'", *of_cache, None),
+        results=("B T N H'", *of_cache, None, None),
         query=("B T N H", query),
         key_new=(key_letters(kv_layout, "T"), key_new),
         value_new=(key_letters(kv_layout, "T", "H'"), value_new),
         key=(of_cache[0], cache.key),
         value=(of_cache[1], cache.value),
         index=(None, cache.index),
+        recent=(None, cache.recent),
         counts=("B", counts),
         scale=("", logits.scale),
         logits_soft_cap=("", logits.soft_cap),
         layer=("", layer),
     )
-    return out, DecodeCache(key, value, index)
+    return out, DecodeCache(key, value, index, recent)
 
 
 def empty_cache(
@@ -179,6 +202,7 @@ def empty_cache(
     dtype: Any = jnp.bfloat16,
     layers: int | None = None,
     kv_layout: KVLayout = "BSKH",
+    memory_kind: str | None = None,
 ) -> DecodeCache:
     """A cache without tokens, with all the state that the config needs; `prefill` puts prompts in.
 
@@ -196,12 +220,14 @@ def empty_cache(
       layers: how many layers share the arrays, along an axis in front of all of them; None for one
         layer without such an axis.
       kv_layout: order of the token and head axes of keys and values.
+      memory_kind: "pinned_host" for keys and values in host memory, which kernels read and write
+        over the bus; what of them is used most is on the device too. None for the device.
 
     Returns:
       A DecodeCache.
 
     Raises:
-      ValueError: for a size or dtype that is none.
+      ValueError: for a size or dtype that is none, and for a kind of memory that is not there.
 
     Source: CONTRACT.md, section 4.
     """
@@ -215,6 +241,7 @@ def empty_cache(
         value_head_dim=head_dim if value_head_dim is None else value_head_dim,
         layers=1 if layers is None else layers,
     )
+    _arguments.check_memory_kind(memory_kind)
     dtype = float_dtype("dtype", dtype, "use jnp.bfloat16")
     B, S, K, H, of_value = (
         sizes[name] for name in ("batch", "capacity", "kv_heads", "head_dim", "value_head_dim")
@@ -229,12 +256,18 @@ def empty_cache(
         shape = (B, S, K, head_dim) if kv_layout == "BSKH" else (B, K, S, head_dim)
         return jnp.zeros(shape, dtype)
 
-    def empty() -> DecodeCache:
-        index = empty_index(config, B, S, K, H, of_value)
-        one = DecodeCache(cache(H), cache(of_value), index)
+    def stacked(one: Any) -> Any:
         if layers is None:
             return one
         return jax.tree.map(lambda x: jnp.broadcast_to(x, (layers, *x.shape)), one)
+
+    def empty() -> DecodeCache:
+        index = empty_index(config, B, S, K, H, of_value)
+        if memory_kind is None:
+            return stacked(DecodeCache(cache(H), cache(of_value), index))
+        caches = moved_to_host(stacked(Caches(cache(H), cache(of_value))))
+        recent = empty_recent(B, S, K, H, of_value, config, dtype)
+        return DecodeCache(*caches, *stacked((index, recent)))
 
     return jax.jit(empty)()
 

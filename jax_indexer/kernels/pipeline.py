@@ -19,6 +19,7 @@ from jax_indexer.kernels.attend import (
     write_launch,
 )
 from jax_indexer.kernels.cells_select import attend_cells, select_cells
+from jax_indexer.kernels.keep import keep, kept_of
 from jax_indexer.kernels.lookup_table import Tables, tables_launch
 from jax_indexer.kernels.output import Lists, weights_launch
 from jax_indexer.kernels.pool import MOST_COUNTED, attend_pool, attend_pool_of_cells
@@ -29,7 +30,7 @@ from jax_indexer.kernels.top_k import select_top_k
 from jax_indexer.kernels.value_sums import sum_values_launch
 from jax_indexer.layout import by_query_head
 from jax_indexer.reference import Caches, Logits
-from jax_indexer.state import MOST_NEW, PQIndex, Selection, layer_of, put_layer
+from jax_indexer.state import MOST_NEW, PQIndex, Recent, Selection, layer_of, put_layer
 from jax_indexer.values import add_values
 
 
@@ -40,8 +41,12 @@ def append_launches(
     counts: Int32[Array, "B"] | None,
     layer: Array | None = None,
     value: Any = None,
+    is_recent: bool = False,
 ) -> dict[str, backend.Launch]:
-    """The launches that append: codes, and what falls due in cells and sums for a few tokens."""
+    """The launches that append: codes, and what falls due in cells and sums for a few tokens.
+
+    With `is_recent` the value is what is recent of a cache in host memory.
+    """
     launches = {"codes": append_launch(step, key_new, index, counts, layer)}
     before, codes = Lengths(index.lengths, counts), backend.OutputOf("codes", "codes")
     if step.T > MOST_NEW:
@@ -49,7 +54,9 @@ def append_launches(
     if index.cells is not None:
         launches["cells"] = seal_launch(step, index.cells, before, codes, layer)
     if index.values is not None:
-        launches["values"] = sum_values_launch(step, index.values, value, codes, before, layer)
+        launches["values"] = sum_values_launch(
+            step, index.values, value, codes, before, layer, is_recent
+        )
     return launches
 
 
@@ -166,39 +173,50 @@ def launch_decode(
     new: Caches,
     caches: Caches,
     index: PQIndex,
+    recent: Recent | None,
     counts: Int32[Array, "B"] | None,
     logits: Logits,
     selector: Selector,
     layer: Array | None = None,
-) -> tuple[Float[Array, "B T N H_"], Caches, PQIndex]:
+) -> tuple[Float[Array, "B T N H_"], Caches, PQIndex, Recent | None]:
     """What `reference.decode` does: the step's tokens into the caches, and attention over them.
 
-    What is always attended needs no selection: it goes beside what a selection begins with.
+    What is always attended needs no selection: it goes beside what a selection begins with. Of
+    caches in host memory, with `recent`, that is read on the device, and so is what is kept.
     """
     before = Lengths(index.lengths, counts)
-    written = Caches(*(backend.OutputOf("caches", field) for field in Caches._fields))
-    others = append_launches(step, new.key, index, counts, layer, written.value)
+    fields = ("recent_key", "recent_value") if recent is not None else Caches._fields
+    written = Caches(*(backend.OutputOf("caches", field) for field in fields))
+    is_recent = recent is not None
+    others = append_launches(step, new.key, index, counts, layer, written.value, is_recent)
     first = {
-        "caches": write_launch(step, new, caches, before, layer),
-        "always": always_launch(step, query, new, written, before, logits, layer),
+        "caches": write_launch(step, new, caches, before, layer, recent),
+        "always": always_launch(step, query, new, written, before, logits, layer, is_recent),
         "codes": others.pop("codes"),
     }
     of_query = query_launches(step, query, index, before, layer, plan_after)
     made = launched(step, first | of_query | others)
-    caches, always = made["caches"], made["always"]
+    into, always = made["caches"], made["always"]
+    caches = Caches(into.key, into.value)
+    if recent is not None:
+        places = {"slot_of": into.slot_of, "position_in": into.position_in}
+        recent = dataclasses.replace(
+            recent, key=into.recent_key, value=into.recent_value, **places
+        )
+    kept, indices, positions = kept_of(recent), None, None
     lengths = index.lengths
     index, after = appended(step, index, made, layer, caches.value)
     has_pool = step.config.rerank > 1 or step.config.estimate_rest
     known = step, made["tables"], index, after, query, caches
-    others = logits, always, lengths, layer
+    others = logits, always, lengths, layer, kept
     if has_pool and selector == "cells" and step.S <= MOST_COUNTED:
-        ended = attend_pool_of_cells(*known, *others)
+        ended, positions = attend_pool_of_cells(*known, *others)
     elif has_pool:
-        of_pool = selected(step.of_pool, made, index, after, selector, layer)
-        ended = attend_pool(*known, of_pool.indices, *others)
+        indices = selected(step.of_pool, made, index, after, selector, layer).indices
+        ended = attend_pool(*known, indices, *others)
     elif selector == "cells" and step.num_middle <= step.tuning.attended_at_once:
         assert index.cells is not None
-        ended = attend_cells(*known, *others)
+        ended, positions = attend_cells(*known, *others)
     else:
         indices = selected(step, made, index, after, selector, layer).indices
         ended = launch_listed(
@@ -208,10 +226,14 @@ def launch_decode(
             logits,
             layer,
             step.kv_layout,
-            middle=Middle(step, after, always, lengths),
+            middle=Middle(step, after, always, lengths, kept),
             tuning=step.tuning,
         )
-    return ended.output.out, caches, dataclasses.replace(index, lengths=ended.lengths)
+    if recent is not None:
+        listed = {"lists": indices, "positions": positions}
+        recent = keep(step.of_pool, after, caches, recent, layer, **listed)
+    index = dataclasses.replace(index, lengths=ended.lengths)
+    return ended.output.out, caches, index, recent
 
 
 def selected(
