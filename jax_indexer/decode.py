@@ -5,7 +5,9 @@ from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
+from jax.sharding import SingleDeviceSharding
 from jaxtyping import Bool, Float, Int32
 
 from jax_indexer import _arguments, reference
@@ -21,7 +23,7 @@ from jax_indexer.index import build_index, check_training, empty_index, rebuild
 from jax_indexer.kernels import backend, pipeline
 from jax_indexer.kernels.step import Step
 from jax_indexer.layout import KVLayout, key_letters, token_axis
-from jax_indexer.memory import PINNED_HOST, moved_to_device, moved_to_host, not_mapped
+from jax_indexer.memory import moved_to_device, moved_to_host, not_mapped
 from jax_indexer.recent import empty_recent, write_recent
 from jax_indexer.reference import Caches, Logits
 from jax_indexer.rope import COPIES, Rope, check_look_ahead
@@ -221,7 +223,8 @@ def empty_cache(
         layer without such an axis.
       kv_layout: order of the token and head axes of keys and values.
       memory_kind: "pinned_host" for keys and values in host memory, which kernels read and write
-        over the bus; what of them is used most is on the device too. None for the device.
+        over the bus; what of them is used most is on the device too. Call it outside of `jit`
+        then. None for the device.
 
     Returns:
       A DecodeCache.
@@ -263,13 +266,21 @@ def empty_cache(
 
     def empty() -> DecodeCache:
         index = empty_index(config, B, S, K, H, of_value)
-        if memory_kind is None:
-            return stacked(DecodeCache(cache(H), cache(of_value), index))
-        caches = moved_to_host(stacked(Caches(cache(H), cache(of_value))))
-        recent = empty_recent(B, S, K, H, of_value, config, dtype)
-        return DecodeCache(*caches, *stacked((index, recent)))
+        return stacked(DecodeCache(cache(H), cache(of_value), index))
 
-    return jax.jit(empty)()
+    def empty_on_device() -> tuple[PQIndex, Recent]:
+        index = empty_index(config, B, S, K, H, of_value)
+        return stacked((index, empty_recent(B, S, K, H, of_value, config, dtype)))
+
+    if memory_kind is None:
+        return jax.jit(empty)()
+    shapes = jax.eval_shape(empty)
+    # Zeros that are made on the device would need all of its memory.
+    on_host = SingleDeviceSharding(jax.devices()[0], memory_kind=memory_kind)
+    key, value = (
+        jax.device_put(np.zeros(x.shape, x.dtype), on_host) for x in (shapes.key, shapes.value)
+    )
+    return DecodeCache(key, value, *jax.jit(empty_on_device)())
 
 
 def prefill(

@@ -442,12 +442,13 @@ def merge_kernel(program, inputs: MergeInputs, outputs: Ended):
 
 
 class Written(NamedTuple):
-    """Caches, and of those in host memory what is recent too, in the memory of those before."""
+    """Keys and values, in the memory of those before: of caches, or what is recent of these.
+
+    Of the latter also which rows hold which positions, as in `Recent`; else None.
+    """
 
     key: Any
     value: Any
-    recent_key: Any = None
-    recent_value: Any = None
     slot_of: Any = None
     position_in: Any = None
 
@@ -460,38 +461,31 @@ class WriteInputs(NamedTuple):
     value_new: Any
     key: Any
     value: Any
-    recent_key: Any = None
-    recent_value: Any = None
-    slot_of: Any = None
-    position_in: Any = None
+    slot_of: Any
+    position_in: Any
 
 
-def write_kernel(program, inputs: WriteInputs, outputs: Written, *, step: Step):
+def write_kernel(program, inputs: WriteInputs, outputs: Written, *, step: Step, is_recent: bool):
     """One new token of one kv head goes into the caches, if its row takes it."""
     token, kv_head = program % step.T, program // step.T % step.K
     row = program // (step.T * step.K)
     room = room_in(step, inputs.before, row)[0]
-    position = room.start + token
 
     @pl.when(token < room.taken)
     def _():
-        for new, cache, recent in (
-            (inputs.key_new, outputs.key, outputs.recent_key),
-            (inputs.value_new, outputs.value, outputs.recent_value),
-        ):
+        for new, cache in ((inputs.key_new, outputs.key), (inputs.value_new, outputs.value)):
             size = cache.shape[3]
             d = jnp.arange(power_of_2_from(size), dtype=jnp.int32)
             of_new, of_cache = (
                 (x, kv_head) if step.kv_layout == "BSKH" else (kv_head, x)
-                for x in (token, position)
+                for x in (token, room.start + token)
             )
+            if is_recent:
+                of_cache = place_of(room.start + token, step.config), kv_head
             found = backend.load(new.at[(row, *of_new, d)], mask=d < size, other=0)
             backend.store(cache.at[(row, *of_cache, d)], found, mask=d < size)
-            if recent is not None:
-                near = row, place_of(position, step.config), kv_head, d
-                backend.store(recent.at[near], found, mask=d < size)
-        if outputs.slot_of is not None:
-            forget(outputs, row, kv_head, position)
+        if is_recent:
+            forget(outputs, row, kv_head, room.start + token)
 
 
 def forget(outputs: Any, row: Array, kv_head: Array, position: Array) -> None:
@@ -595,21 +589,20 @@ def shapes_of_end(
 def write_launch(
     step: Step,
     new: Caches,
-    caches: Caches,
+    into: Caches | Recent,
     before: Lengths,
     layer: Array | None,
-    recent: Recent | None = None,
 ) -> backend.Launch:
     """The launch that writes the keys and values that each row takes into the caches.
 
-    With `recent`, of caches in host memory, there too.
+    Or, of caches in host memory, into what is recent of them: a launch of its own, since XLA takes
+    all that a launch writes in place for host memory where it takes one array of it for such.
     """
-    into = Written(*caches)
-    if recent is not None:
-        places = recent.slot_of, recent.position_in
-        into = Written(*caches, recent.key, recent.value, *places)
+    is_recent = isinstance(into, Recent)
+    places = (into.slot_of, into.position_in) if is_recent else ()
+    into = Written(into.key, into.value, *places)
     return backend.Launch(
-        functools.partial(write_kernel, step=step),
+        functools.partial(write_kernel, step=step, is_recent=is_recent),
         WriteInputs(before, *new, *into),
         jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), into),
         programs=step.B * step.K * step.T,

@@ -184,25 +184,24 @@ def launch_decode(
     What is always attended needs no selection: it goes beside what a selection begins with. Of
     caches in host memory, with `recent`, that is read on the device, and so is what is kept.
     """
-    before = Lengths(index.lengths, counts)
-    fields = ("recent_key", "recent_value") if recent is not None else Caches._fields
-    written = Caches(*(backend.OutputOf("caches", field) for field in fields))
-    is_recent = recent is not None
+    before, is_recent = Lengths(index.lengths, counts), recent is not None
+    written = Caches(*(backend.OutputOf("caches", field) for field in Caches._fields))
     others = append_launches(step, new.key, index, counts, layer, written.value, is_recent)
     first = {
-        "caches": write_launch(step, new, caches, before, layer, recent),
+        "caches": write_launch(step, new, recent or caches, before, layer),
         "always": always_launch(step, query, new, written, before, logits, layer, is_recent),
         "codes": others.pop("codes"),
     }
     of_query = query_launches(step, query, index, before, layer, plan_after)
     made = launched(step, first | of_query | others)
     into, always = made["caches"], made["always"]
-    caches = Caches(into.key, into.value)
-    if recent is not None:
-        places = {"slot_of": into.slot_of, "position_in": into.position_in}
-        recent = dataclasses.replace(
-            recent, key=into.recent_key, value=into.recent_value, **places
-        )
+    if recent is None:
+        caches = Caches(into.key, into.value)
+    else:
+        recent = dataclasses.replace(recent, **into._asdict())
+        to_host = write_launch(step, new, caches, before, layer)
+        into = backend.launch(to_host, num_warps=step.tuning.written_warps)
+        caches = Caches(into.key, into.value)
     kept, indices, positions = kept_of(recent), None, None
     lengths = index.lengths
     index, after = appended(step, index, made, layer, caches.value)

@@ -102,6 +102,7 @@ class Tuning:
     sums_block: int = 1024
     kept_tile: int = 8192
     kept_warps: int = 4
+    written_warps: int = 1
 
     def of_scores(self, num_subspaces: int) -> ScoreTuning:
         """For a pass over the codes of so many subspaces."""
