@@ -498,6 +498,30 @@ def decode_table(rows: Sequence[Row]) -> Table:
     return table(lines)
 
 
+def host_table(rows: Sequence[Row]) -> Table:
+    """Caches in host memory and beside them, in microseconds."""
+    lines = []
+    for row in rows:
+        lines.append(
+            {
+                "of": row["workload"],
+                "what": row["implementation"],
+                "a query keeps": f"{row['keeps']:g}" if "keeps" in row else None,
+                "a step": us(median(row, "call")),
+                "its attention": us(row.get("attention_us")),
+                "new rows a step": f"{row['new_rows']:.0f}" if "new_rows" in row else None,
+                "temporaries, MB": megabytes(row.get("temp_bytes")),
+                "device's peak, GB": megabytes(row.get("device_peak_bytes"), 1e9),
+            }
+        )
+    return table(lines)
+
+
+def megabytes(value: float | None, unit: float = 1e6) -> str | None:
+    """A number of bytes, or None."""
+    return None if value is None else f"{value / unit:.1f}"
+
+
 def frontier_table(results: Sequence[Results], evaluations: Sequence[Evaluation]) -> Table:
     """A line a config: its times, and what a model says on each text."""
     times = frontier.times_of(results)
@@ -616,6 +640,8 @@ def all_tables(results: Sequence[Results]) -> dict[str, Table]:
         tables["build_index, milliseconds"] = build_table(one["rows"])
     for one in of_kind(results, "decode"):
         tables["a decode, microseconds"] = decode_table(one["rows"])
+    for one in of_kind(results, "host"):
+        tables["caches in host memory, microseconds"] = host_table(one["rows"])
     for one in of_kind(results, "quality"):
         tables |= quality_tables(one["rows"])
     return tables
@@ -761,6 +787,9 @@ def document(
         for one in of_kind(results, kind):
             blocks += [f"## {title}", about, markdown(make(one["rows"])), provenance(one)]
             blocks += [commands(one, one["rows"])]
+    for one in of_kind(results, "host"):
+        blocks += ["## Caches in host memory", ABOUT_HOST, markdown(host_table(one["rows"]))]
+        blocks += [provenance(one)]
     for one in of_kind(results, "quality"):
         blocks += ["## Quality of lists", ABOUT_QUALITY, provenance(one)]
         for name, found in quality_tables(one["rows"]).items():

@@ -2,7 +2,7 @@
 
 from jax_indexer.attend import sparse_attention
 from jax_indexer.config import IndexerConfig
-from jax_indexer.decode import decode_attention, empty_cache, prefill
+from jax_indexer.decode import decode_attention, empty_cache, prefill, prefill_chunk
 from jax_indexer.index import (
     append,
     build_index,
@@ -13,12 +13,13 @@ from jax_indexer.index import (
 )
 from jax_indexer.rope import Rope
 from jax_indexer.select import indexer_next, select
-from jax_indexer.state import DecodeCache, PQIndex, Selection
+from jax_indexer.state import DecodeCache, PQIndex, Recent, Selection
 
 __all__ = [
     "DecodeCache",
     "IndexerConfig",
     "PQIndex",
+    "Recent",
     "Rope",
     "Selection",
     "append",
@@ -27,6 +28,7 @@ __all__ = [
     "empty_cache",
     "indexer_next",
     "prefill",
+    "prefill_chunk",
     "rebuild",
     "rebuild_gain",
     "reset",

@@ -272,13 +272,18 @@ def _unstacked(fix: str, sizes: Sizes) -> str:
 def check_memory_kind(memory_kind: Any) -> None:
     """Checks where a cache is to lie, and that the default device has such memory."""
     check_choice("memory_kind", memory_kind, (None, PINNED_HOST))
-    device = jax.devices()[0]
-    kinds = [memory.kind for memory in device.addressable_memories()]
+    device, kinds = kinds_of_memory()
     if memory_kind is not None and memory_kind not in kinds:
         raise ValueError(
-            f"memory_kind: expected a kind of memory that {device.device_kind} has, "
+            f"memory_kind: expected a kind of memory that {device} has, "
             f"{', '.join(kinds)}, got {memory_kind!r}; use None"
         )
+
+
+def kinds_of_memory() -> tuple[str, list[str]]:
+    """What the default device is, and the kinds of memory that it has."""
+    device = jax.devices()[0]
+    return device.device_kind, [memory.kind for memory in device.addressable_memories()]
 
 
 def check_same_memory(names: tuple[str, str], key: Any, value: Any) -> bool:
@@ -290,6 +295,17 @@ def check_same_memory(names: tuple[str, str], key: Any, value: Any) -> bool:
             f"{where[1]}; move one of them with jax.device_put"
         )
     return is_on_host(key)
+
+
+def check_streamed(key: Any, value: Any, config: IndexerConfig) -> None:
+    """Checks that keys that an index is trained on in host memory are a sample of them."""
+    if value is not None:
+        check_same_memory(("key", "value"), key, value)
+    if is_on_host(key) and config.train_tokens is None:
+        raise ValueError(
+            "config.train_tokens: expected a number of keys to train on where they are in "
+            f"{PINNED_HOST} memory, got None; use train_tokens=65536 or so"
+        )
 
 
 def check_recent(cache: DecodeCache, config: IndexerConfig, sizes: Sizes) -> None:
@@ -423,7 +439,13 @@ def check_values(index: PQIndex, config: IndexerConfig, sizes: Sizes, name: str)
 
 
 def check_value(
-    value: Any, config: IndexerConfig, kv_layout: Any, sizes: Sizes, *, stacked: str = STACKED
+    value: Any,
+    config: IndexerConfig,
+    kv_layout: Any,
+    sizes: Sizes,
+    *,
+    stacked: str = STACKED,
+    may_be_on_host: bool = False,
 ) -> None:
     """Checks the cache of values, which is needed if sums of them are kept."""
     if config.estimate_rest and value is None:
@@ -437,7 +459,8 @@ def check_value(
             'leave it out, or use estimate_rest="codes" or "mean"'
         )
     if value is not None:
-        check_key("value", value, "S", kv_layout, sizes, head="H'", stacked=stacked)
+        options = {"stacked": stacked, "may_be_on_host": may_be_on_host}
+        check_key("value", value, "S", kv_layout, sizes, head="H'", **options)
 
 
 def check_cells(cells: Any, sizes: Sizes, name: str = "index") -> None:
@@ -490,11 +513,19 @@ def check_seed(seed: Any) -> None:
         )
 
 
-def check_with_cache(index: Any, key: Any, config: Any, kv_layout: Any, layer: Any) -> Sizes:
+def check_with_cache(
+    index: Any,
+    key: Any,
+    config: Any,
+    kv_layout: Any,
+    layer: Any,
+    *,
+    may_be_on_host: bool = False,
+) -> Sizes:
     """Checks an index and the cache it is of; returns the sizes of the axes."""
     check_config(config)
     sizes = Sizes(stacked=layer is not None)
-    check_key("key", key, "S", kv_layout, sizes)
+    check_key("key", key, "S", kv_layout, sizes, may_be_on_host=may_be_on_host)
     check_subspaces("key", config, sizes)
     check_index(index, config, sizes)
     check_phi(index, config)
@@ -672,6 +703,7 @@ def check_prefill(
     if rows is not None:
         check_array("rows", rows, ROWS, sizes)
     check_cache(cache, config, sizes, kv_layout, layer)
+    check_streamed(cache.key, None, config)
     check_dtypes({"key": key, "value": value}, cache)
     if sizes["s"] > sizes["S"]:
         raise ValueError(
@@ -679,6 +711,31 @@ def check_prefill(
             f"s={sizes['s']}; make a larger cache{sizes.understood('key')}"
         )
     return sizes
+
+
+def check_chunk(
+    key: Any,
+    value: Any,
+    start: Any,
+    cache: Any,
+    config: Any,
+    counts: Any,
+    layer: Any,
+    kv_layout: Any,
+    implementation: Any,
+) -> None:
+    """Checks a chunk of prompts, and the cache that it goes into."""
+    check_config(config)
+    sizes = Sizes()
+    check_key("key", key, "s", kv_layout, sizes)
+    check_subspaces("key", config, sizes)
+    check_key("value", value, "s", kv_layout, sizes, head="H'")
+    check_array("start", start, NUMBERS, sizes)
+    if counts is not None:
+        check_array("counts", counts, NUMBERS, sizes)
+    check_cache(cache, config, sizes, kv_layout, layer)
+    check_dtypes({"key": key, "value": value}, cache)
+    check_implementation(implementation, key, cache)
 
 
 def check_cache(

@@ -1,5 +1,6 @@
 """decode_attention: a whole attention layer's decode step, and the life of its cache."""
 
+import dataclasses
 import functools
 from typing import Any, get_args
 
@@ -21,6 +22,7 @@ from jax_indexer.config import (
 )
 from jax_indexer.index import build_index, check_training, empty_index, rebuild
 from jax_indexer.kernels import backend, pipeline
+from jax_indexer.kernels.chunks import put
 from jax_indexer.kernels.step import Step
 from jax_indexer.layout import KVLayout, key_letters, token_axis
 from jax_indexer.memory import moved_to_device, moved_to_host, not_mapped
@@ -317,7 +319,8 @@ def prefill(
       rows: bool[B], the rows that get a prompt; the others keep what they have. None for all.
       layer: which layer of the cache, clipped to those there are, where its arrays have an axis of
         layers in front; None where they have none.
-      seed: of the random numbers of training.
+      seed: of the random numbers of training. With a cache in host memory `config.train_tokens`
+        says how many keys that is.
       rope, look_ahead, copies: as in `build_index`: how the keys were turned, and how many tokens
         are expected to be decoded, for codebooks that fit these too.
       kv_layout: order of the token and head axes of keys and values.
@@ -345,6 +348,17 @@ def prefill(
     _arguments.check_seed(seed)
     check_training(implementation, config, sizes, key, cache)
     layer = _arguments.check_layer(layer)
+    if cache.recent is not None:
+        lengths = jnp.clip(lengths, 0, sizes["s"])
+        rows = jnp.ones_like(lengths, bool) if rows is None else rows
+        counts = jnp.where(rows, lengths, 0)
+        of_chunk = {"kv_layout": kv_layout, "implementation": implementation}
+        start = jnp.zeros_like(lengths)
+        cache = _put_chunk(key, value, start, cache, counts, layer, config=config, **of_chunk)
+        of_value = cache.value if config.estimate_rest else None
+        grown = {"value": of_value, "lengths": lengths, "layer": layer}
+        index = rebuild(cache.index, cache.key, config, rows, **grown, **options)
+        return dataclasses.replace(cache, index=index)
     caches, prompt_lengths, prompt_rows = _put_prompts(
         Caches(cache.key, cache.value),
         Caches(key, value),
@@ -364,6 +378,115 @@ def prefill(
         **options,
     )
     return DecodeCache(caches.key, caches.value, index)
+
+
+def prefill_chunk(
+    key: Float[Array, "B _ _ H"],
+    value: Float[Array, "B _ _ H'"],
+    start: Int32[Array, "B"],
+    cache: DecodeCache,
+    config: IndexerConfig,
+    *,
+    counts: Int32[Array, "B"] | None = None,
+    layer: int | Int32[Array, ""] | None = None,
+    kv_layout: KVLayout = "BSKH",
+    implementation: Implementation | None = None,
+) -> DecodeCache:
+    """Puts a part of prompts into a cache, whose index knows nothing of it yet.
+
+    For prompts that are never whole on the device: call it for one chunk after another, in the
+    order of their positions, then `rebuild` with the cache's keys and the lengths of the prompts.
+
+    Args:
+      key: [B, s, K, H] ("BSKH") or [B, K, s, H] ("BKSH"), keys of s tokens, in the cache's dtype.
+      value: likewise, their values.
+      start: int32[B], the position of each row's first one; clipped to 0..S.
+      cache: what they go into; donate it to have it updated in place.
+      config: what the cache was made with.
+      counts: int32[B], how many of the s tokens each row takes, clipped to 0..s; None for s. A row
+        that would pass the capacity takes none.
+      layer: which layer of the cache, clipped to those there are, where its arrays have an axis of
+        layers in front; None where they have none.
+      kv_layout: order of the token and head axes of keys and values.
+      implementation: "triton", "xla", or None: Triton on an NVIDIA GPU where it supports the
+        case, else XLA.
+
+    Returns:
+      The cache with these tokens.
+
+    Raises:
+      ValueError: for arguments of wrong type, shape or dtype, before anything is updated.
+      NotImplementedError: for an implementation that is not there.
+
+    Source: CONTRACT.md, section 4.
+    """
+    _arguments.check_chunk(
+        key, value, start, cache, config, counts, layer, kv_layout, implementation
+    )
+    layer, of_chunk = _arguments.check_layer(layer), (key, value, start, cache, counts)
+    options = {"kv_layout": kv_layout, "implementation": implementation}
+    return _put_chunk(*of_chunk, layer, config=config, **options)
+
+
+@functools.partial(backend.jit, static_argnames=("config", "kv_layout", "implementation"))
+def _put_chunk(
+    key: Array,
+    value: Array,
+    start: Array,
+    cache: DecodeCache,
+    counts: Array | None,
+    layer: Array | None,
+    *,
+    config: IndexerConfig,
+    kv_layout: KVLayout,
+    implementation: Implementation | None,
+) -> DecodeCache:
+    def on_shard(shard: Shard, key, value, start, counts, old_key, old_value, recent, layer):
+        del shard
+        new, caches = Caches(key, value), Caches(old_key, old_value)
+        tokens = key.shape[token_axis(kv_layout)]
+        capacity = old_key.shape[token_axis(kv_layout) - 4]
+        room, _ = reference.make_room(start, counts, tokens, capacity)
+
+        def xla(new, room, caches, recent, layer):
+            axis = token_axis(kv_layout) - 4
+            on_device = moved_to_device(caches)
+            written = Caches(
+                *(
+                    reference.write_tokens(cache, x, room, cache.ndim + axis, layer)
+                    for cache, x in zip(on_device, new, strict=True)
+                )
+            )
+            if recent is None:
+                return written, None
+            recent = write_recent(recent, new, room, config, kv_layout, layer)
+            return moved_to_host(written), recent
+
+        def triton(new, room, caches, recent, layer):
+            options = config, kv_layout, layer
+            recent = None if recent is None else put(new, room, recent, *options)
+            return put(new, room, caches, *options), recent
+
+        arguments = new, room, caches, recent, layer
+        if recent is not None:
+            arguments = not_mapped(arguments, "cache")
+        caches, recent = backend.dispatch(xla, triton, *arguments, implementation=implementation)
+        return *caches, recent
+
+    of_cache = key_letters(kv_layout), key_letters(kv_layout, head="H'")
+    key, value, recent = by_shards(
+        on_shard,
+        results=(*of_cache, None),
+        key=(key_letters(kv_layout, "s"), key),
+        value=(key_letters(kv_layout, "s", "H'"), value),
+        start=("B", start),
+        counts=("B", counts),
+        cached_key=(of_cache[0], cache.key),
+        cached_value=(of_cache[1], cache.value),
+        recent=(None, cache.recent),
+        layer=("", layer),
+    )
+    return dataclasses.replace(cache, key=key, value=value, recent=recent)
 
 
 @functools.partial(backend.jit, static_argnames=("kv_layout",))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -13,12 +14,17 @@ from jax_indexer import _arguments, kmeans, reference
 from jax_indexer.cells import empty_rows, no_cells, seal
 from jax_indexer.config import Implementation, IndexerConfig
 from jax_indexer.kernels import backend, centroid_sums, pipeline
+from jax_indexer.kernels.chunks import take
 from jax_indexer.kernels.step import Step
 from jax_indexer.layout import KVLayout, head_axis, key_letters, token_axis
+from jax_indexer.memory import is_on_host, moved_to_device, not_mapped
 from jax_indexer.rope import COPIES, LookAhead, Rope, check_look_ahead
 from jax_indexer.sharding import Shard, by_shards
-from jax_indexer.state import PQIndex, layer_of, put_layer
-from jax_indexer.values import empty_values, no_values
+from jax_indexer.state import PQIndex, layer_of, put_layer, summed_until
+from jax_indexer.values import add_chunk_of_values, empty_values, no_values
+
+# Tokens of a cache in host memory that are read at once, and encoded.
+ENCODED_AT_ONCE = 8192
 
 
 def build_index(
@@ -117,6 +123,9 @@ def rebuild(
 ) -> PQIndex:
     """Trains new codebooks for some rows and encodes their tokens again; nothing else changes.
 
+    Keys and values in host memory are read over the bus chunk by chunk, twice a key that is trained
+    on; `config.train_tokens` must say how many these are.
+
     For between decode steps: when a short prompt has grown, when the keys have drifted away from
     the codebooks (`rebuild_gain` tells), or, with `lengths`, to put a new prompt into a row. A row
     so built equals what `build_index` makes of it, bit for bit with float32 codebooks.
@@ -147,9 +156,12 @@ def rebuild(
 
     Source: CONTRACT.md, section 4.
     """
-    sizes = _arguments.check_with_cache(index, key, config, kv_layout, layer)
+    sizes = _arguments.check_with_cache(
+        index, key, config, kv_layout, layer, may_be_on_host=True
+    )
     _arguments.check_array("rows", rows, _arguments.ROWS, sizes)
-    _arguments.check_value(value, config, kv_layout, sizes)
+    _arguments.check_value(value, config, kv_layout, sizes, may_be_on_host=True)
+    _arguments.check_streamed(key, value, config)
     if lengths is not None:
         _arguments.check_array("lengths", lengths, _arguments.NUMBERS, sizes)
     _arguments.check_seed(seed)
@@ -456,7 +468,7 @@ def _build(
         sizes = [key.shape[-1], 0 if value is None else value.shape[-1]]
         empty = empty_index(config, batch, capacity, kv_heads, *sizes)
         every_row = jnp.ones(batch, bool)
-        arguments = empty, key, value, lengths, every_row, seed
+        arguments = empty, key, value, lengths, every_row, seed, None
         return _rebuilt(shard, *arguments, config, ahead, kv_layout, implementation)
 
     return by_shards(
@@ -483,8 +495,12 @@ def _rebuild(
     kv_layout: KVLayout,
     implementation: Implementation | None,
 ) -> PQIndex:
-    one, key, value = layer_of((index, key, value), layer)
+    one, of_cache = layer_of(index, layer), (layer,)
     lengths = one.lengths if lengths is None else lengths
+    if is_on_host(key):
+        key, value = not_mapped((key, value), "key")
+    else:
+        (key, value), of_cache = layer_of((key, value), layer), (None,)
     rebuilt = by_shards(
         functools.partial(
             _rebuilt,
@@ -499,6 +515,7 @@ def _rebuild(
         lengths=("B", lengths),
         rows=("B", rows),
         seed=("", seed),
+        layer=("", *of_cache),
     )
     return put_layer(index, rebuilt, layer)
 
@@ -511,6 +528,7 @@ def _rebuilt(
     lengths: Array,
     rows: Array,
     seed: Array,
+    layer: Array | None,
     config: IndexerConfig,
     ahead: LookAhead | None,
     kv_layout: KVLayout,
@@ -518,7 +536,14 @@ def _rebuilt(
 ) -> PQIndex:
     # The other rows have no token to train on and none to encode.
     lengths = jnp.where(rows, jnp.clip(lengths, 0, index.codes.shape[-1]), 0)
-    keys = kmeans.training_set(key, lengths, config, kv_layout, ahead)
+    if is_on_host(key):
+        read = functools.partial(
+            _taken, kv_layout=kv_layout, layer=layer, implementation=implementation
+        )
+        of_keys = functools.partial(read, key)
+        keys = kmeans.training_set(key, lengths, config, kv_layout, ahead, of_keys)
+    else:
+        read, keys = None, kmeans.training_set(key, lengths, config, kv_layout, ahead)
     first_head = shard.first_head(index.codes.shape[1])
     trained = kmeans.train(keys, lengths, seed, first_head, config, kv_layout, implementation)
 
@@ -531,7 +556,73 @@ def _rebuilt(
     if phi is not None and keys.phi is not None:
         phi = jnp.where(jnp.expand_dims(rows, (1, 2)), keys.phi, phi)
     started = dataclasses.replace(_emptied(index, rows), codebooks=codebooks, phi=phi)
-    return _appended(started, key, value, lengths, config, kv_layout, implementation)
+    arguments = started, key, value, lengths, config, kv_layout, implementation
+    return _appended(*arguments) if read is None else _appended_in_chunks(*arguments, read)
+
+
+def _taken(
+    cache: Array,
+    position: Array,
+    *,
+    kv_layout: KVLayout,
+    layer: Array | None,
+    implementation: Implementation | None,
+) -> Array:
+    """Tokens of a cache in host memory at int32[B, n] positions of each row, on the device."""
+
+    def xla(cache, position, layer):
+        cache = layer_of(moved_to_device(cache), layer)
+        place = position[:, :, None, None]
+        place = place if kv_layout == "BSKH" else place.swapaxes(1, 2)
+        return jnp.take_along_axis(cache, place, axis=token_axis(kv_layout))
+
+    def triton(cache, position, layer):
+        return take(cache, position, kv_layout, layer)
+
+    return backend.dispatch(xla, triton, cache, position, layer, implementation=implementation)
+
+
+def _appended_in_chunks(
+    index: PQIndex,
+    key: Array,
+    value: Array | None,
+    lengths: Array,
+    config: IndexerConfig,
+    kv_layout: KVLayout,
+    implementation: Implementation | None,
+    read: Callable[[Array, Array], Array],
+) -> PQIndex:
+    """Encodes keys in host memory, of rows without tokens or of none, a chunk at a time."""
+    capacity = index.codes.shape[-1]
+    chunk = min(ENCODED_AT_ONCE, capacity)
+    number = np.arange(chunk, dtype=np.int32)[None]
+
+    def add(i, state):
+        bare, values = state
+        first = i * chunk
+        position = jnp.minimum(jnp.zeros_like(lengths)[:, None] + first + number, capacity - 1)
+        counts = jnp.clip(lengths - first, 0, chunk)
+        keys = read(key, position)
+        bare = _appended(bare, keys, None, counts, config, kv_layout, implementation)
+        if values is not None:
+            codes = jnp.take_along_axis(bare.codes, position[:, None, None], axis=3)
+            until = summed_until(lengths, config)
+            begin, end = (
+                jnp.clip(x - first, 0, chunk) for x in (config.first_candidate, until)
+            )
+            begin = jnp.broadcast_to(begin, end.shape)
+            end = jnp.where(counts > 0, end, begin)
+            of_chunk = read(value, position), codes, begin, end
+            values = add_chunk_of_values(values, *of_chunk, config, kv_layout)
+        return bare, values
+
+    bare = dataclasses.replace(index, cells=None, values=None)
+    chunks = lax.div(jnp.max(lengths) + (chunk - 1), jnp.int32(chunk))
+    bare, values = lax.fori_loop(0, chunks, add, (bare, index.values))
+    cells = index.cells
+    if cells is not None:
+        cells = seal(cells, bare.codes, bare.lengths, lengths > 0, config)
+    return dataclasses.replace(bare, cells=cells, values=values)
 
 
 @functools.partial(backend.jit, static_argnames=("config", "ahead", "kv_layout", "implementation"))

@@ -68,30 +68,35 @@ class StepErrors(NamedTuple):
 
 
 def training_set(
-    key: Float[Array, "B _ _ H"],
+    key: Float[Array, "*layers B _ _ H"],
     lengths: Int32[Array, "B"],
     config: IndexerConfig,
     kv_layout: KVLayout,
     ahead: LookAhead | None,
+    read: Callable[[Int32[Array, "B n"]], Float[Array, "B _ _ H"]] | None = None,
 ) -> TrainingSet:
     """Which keys to train on: those in [init_offset, lengths[b]), or a strided sample of them.
 
     Args:
-      key: [B, S, K, H] ("BSKH") or [B, K, S, H] ("BKSH").
+      key: [B, S, K, H] ("BSKH") or [B, K, S, H] ("BKSH"); where it is not on the device, of several
+        layers or of one.
       lengths: tokens in each row, in 0..S.
       config: `init_offset`, `train_tokens` and `metric` count.
       kv_layout: of `key`.
       ahead: which copies of the keys to train on too.
+      read: of keys that are not on the device, those at some positions of each row.
 
     Returns:
       A TrainingSet.
     """
     axis, first, augmented = token_axis(kv_layout), config.first_trained, config.metric == "ip"
-    sample = config.train_tokens
-    if sample is None or sample >= key.shape[axis] - first:
-        position = jnp.arange(key.shape[axis], dtype=jnp.int32)[None]
+    sample, capacity = config.train_tokens, key.shape[axis - 4]
+    if sample is None or sample >= capacity - first:
+        position = jnp.arange(capacity, dtype=jnp.int32)[None]
         exists = (position >= first) & (position < lengths[:, None])
         stop, stride, begin = lengths, jnp.ones_like(lengths), first
+        if read is not None:
+            key = read(jnp.broadcast_to(position, (len(lengths), capacity)))
     else:
         count = jnp.maximum(lengths - first, 0)
         stride = jnp.maximum((count + sample - 1) // sample, 1)
@@ -99,8 +104,11 @@ def training_set(
         position = jnp.arange(sample, dtype=jnp.int32)[None]
         exists = position < stop[:, None]
         taken = jnp.where(exists, first + position * stride[:, None], 0)
-        taken = taken[:, :, None, None] if kv_layout == "BSKH" else taken[:, None, :, None]
-        key = jnp.take_along_axis(key, taken, axis=axis)
+        if read is None:
+            taken = taken[:, :, None, None] if kv_layout == "BSKH" else taken[:, None, :, None]
+            key = jnp.take_along_axis(key, taken, axis=axis)
+        else:
+            key = read(taken)
 
     distance = lengths - first
     ahead = ahead and dataclasses.replace(ahead, begin=begin)

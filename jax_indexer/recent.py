@@ -38,6 +38,11 @@ def place_of(position: Array, config: IndexerConfig) -> Array:
     return jnp.where(position < config.sink_size, position, in_ring)
 
 
+def is_last_in_place(position: Array, length: Array, config: IndexerConfig) -> Array:
+    """Of positions before a row's length: which are the last ones of their places."""
+    return (position < config.sink_size) | (position >= length - ring_size(config))
+
+
 def kept_size(config: IndexerConfig, capacity: int) -> int:
     """n: rows that are kept for each kv head."""
     return min(max(KEPT_LISTS * config.pool.heavy_size, 1), capacity)
@@ -84,10 +89,8 @@ def write_recent(
     one = layer_of(recent, layer)
     tokens = new.key.shape[token_axis(kv_layout)]
     token = np.arange(tokens, dtype=np.int32)[None]
-    position = room.start[:, None] + token
-    # Of tokens that share a place in the ring the last one is there.
-    is_last = token >= room.taken[:, None] - ring_size(config)
-    is_there = (token < room.taken[:, None]) & (is_last | (position < config.sink_size))
+    position, length = room.start[:, None] + token, (room.start + room.taken)[:, None]
+    is_there = (token < room.taken[:, None]) & is_last_in_place(position, length, config)
     place = jnp.where(is_there, place_of(position, config), np.int32(recent_size(config)))
     row = np.arange(place.shape[0], dtype=np.int32)[:, None]
 

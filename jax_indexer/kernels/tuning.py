@@ -103,6 +103,8 @@ class Tuning:
     kept_tile: int = 8192
     kept_warps: int = 4
     written_warps: int = 1
+    copied_tile: int = 8192
+    copied_warps: int = 4
 
     def of_scores(self, num_subspaces: int) -> ScoreTuning:
         """For a pass over the codes of so many subspaces."""

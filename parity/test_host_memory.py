@@ -1,0 +1,548 @@
+"""Keys and values in host memory: the same outputs and state as on the device, bit by bit.
+
+On a CPU "xla" moves them to the device and back, and kernels run in Pallas's interpreter. On a GPU
+kernels read and write host memory itself: tests marked `gpu` read what the compiler says of it.
+"""
+
+import contextlib
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+from jax_indexer import (
+    IndexerConfig,
+    append,
+    build_index,
+    decode_attention,
+    empty_cache,
+    prefill,
+    prefill_chunk,
+    rebuild,
+    rebuild_gain,
+    reset,
+    select,
+    sparse_attention,
+)
+from jax_indexer.kernels import backend
+from jax_indexer.recent import place_of, ring_size
+
+HOST, DEVICE = jax.memory.Space.Host, jax.memory.Space.Device
+LAYERS, B, N, K, H, VALUE_H, S = 3, 2, 4, 2, 16, 8, 200
+SIZES: dict[str, Any] = {
+    "num_bits": 3,
+    "heavy_size": 6,
+    "sink_size": 3,
+    "window_size": 5,
+    "kmeans_iters": 2,
+    "train_tokens": 64,
+}
+PLAIN = IndexerConfig(**SIZES)
+CELLS = IndexerConfig(cells=True, **SIZES)
+ALL = IndexerConfig(cells=True, rerank=3, estimate_rest="codes", **SIZES)
+MEAN = IndexerConfig(rerank=3, estimate_rest="mean", **SIZES)
+NO_WINDOW = IndexerConfig(**SIZES | {"window_size": 0, "sink_size": 0})
+LENGTHS = np.array([100, 40], np.int32)
+
+
+class Case(NamedTuple):
+    """What runs."""
+
+    implementation: str
+    config: IndexerConfig
+    kv_layout: str = "BSKH"
+    layer: int | None = None
+    T: int = 1
+
+    def runs(self):
+        """Inside, "triton" is there, in the interpreter unless there is a GPU."""
+        interpreted = self.implementation == "triton" and jax.default_backend() == "cpu"
+        return backend.interpreted() if interpreted else contextlib.nullcontext()
+
+    @property
+    def options(self):
+        return {"kv_layout": self.kv_layout, "implementation": self.implementation}
+
+
+CASES = {
+    "xla": Case("xla", PLAIN),
+    "xla, layers, all, head-major": Case("xla", ALL, "BKSH", 1),
+    "threshold": Case("triton", PLAIN),
+    "threshold, layers, several tokens, head-major": Case("triton", PLAIN, "BKSH", 1, 2),
+    "cells": Case("triton", CELLS),
+    "cells, layers": Case("triton", CELLS, layer=2),
+    "pool of cells, the rest": Case("triton", ALL),
+    "pool, the rest, several tokens": Case("triton", MEAN, T=2),
+    "nothing is always attended": Case("triton", NO_WINDOW, T=3),
+}
+
+
+def draw(seed, *shape):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+def tokens(case, seed, number, size=H):
+    """Keys or values of some tokens."""
+    x = draw(seed, B, number, K, size)
+    return x if case.kv_layout == "BSKH" else x.swapaxes(1, 2)
+
+
+def prompts(case, seed, number):
+    """Keys and values of prompts, zeros behind them: a prefill on the device writes these too."""
+    exists = (np.arange(number) < LENGTHS[:, None])[:, :, None, None]
+    exists = exists if case.kv_layout == "BSKH" else exists.swapaxes(1, 2)
+    found = tokens(case, (seed, 1), number), tokens(case, (seed, 2), number, VALUE_H)
+    return [jnp.where(exists, x, 0) for x in found]
+
+
+def caches(case, capacity=S):
+    """A cache on the device, and one in host memory."""
+    layers = None if case.layer is None else LAYERS
+    sizes = {"value_head_dim": VALUE_H, "dtype": jnp.float32, "layers": layers}
+    make = functools.partial(empty_cache, case.config, B, capacity, K, H, **sizes)
+    return [
+        make(kv_layout=case.kv_layout, memory_kind=kind) for kind in (None, "pinned_host")
+    ]
+
+
+def filled(case, number=120):
+    """Both with the same prompts."""
+    key, value = prompts(case, 1, number)
+    return [
+        prefill(
+            key, value, jnp.asarray(LENGTHS), case.config, cache=x, layer=case.layer, **case.options
+        )
+        for x in caches(case)
+    ]
+
+
+def assert_equal(one, other):
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+
+
+def without_recent(cache):
+    return dataclasses.replace(cache, recent=None)
+
+
+def assert_recent(case, cache):
+    """What is recent is what the host's copy holds, and maps of what is kept agree."""
+    recent, key, value, lengths = (
+        jax.tree.map(np.asarray, x)
+        for x in (cache.recent, cache.key, cache.value, cache.index.lengths)
+    )
+    if case.layer is not None:
+        take = lambda x: x[case.layer]  # noqa: E731
+        recent, key, value, lengths = (jax.tree.map(take, x) for x in (recent, key, value, lengths))
+    if case.kv_layout == "BKSH":
+        key, value = key.swapaxes(1, 2), value.swapaxes(1, 2)
+    for row in range(B):
+        always = np.arange(lengths[row])
+        ring, sink = ring_size(case.config), case.config.sink_size
+        always = always[(always < sink) | (always >= lengths[row] - ring)]
+        place = np.asarray(place_of(jnp.asarray(always, jnp.int32), case.config))
+        np.testing.assert_array_equal(recent.key[row, place], key[row, always])
+        np.testing.assert_array_equal(recent.value[row, place], value[row, always])
+        for head in range(K):
+            slot_of, position_in = recent.slot_of[row, head], recent.position_in[row, head]
+            position = np.flatnonzero(slot_of >= 0)
+            position = position[position < lengths[row]]
+            np.testing.assert_array_equal(position_in[slot_of[position]], position)
+            slot = slot_of[position]
+            np.testing.assert_array_equal(recent.kept_key[row, slot, head], key[row, position, head])
+            np.testing.assert_array_equal(
+                recent.kept_value[row, slot, head], value[row, position, head]
+            )
+            held = np.flatnonzero(position_in >= 0)
+            np.testing.assert_array_equal(slot_of[position_in[held]], held)
+    return recent
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_steps_are_those_of_caches_on_the_device_bit_by_bit(name):
+    case = CASES[name]
+    step = jax.jit(
+        functools.partial(decode_attention, config=case.config, layer=case.layer, **case.options)
+    )
+    with case.runs():
+        on_device, on_host = filled(case)
+        query = draw(3, B, case.T, N, H)
+        for i in range(12):
+            # Queries that change slowly list what they listed; now and then there are others.
+            query = draw(4 + i, B, case.T, N, H) if i == 7 else query + draw(5 + i, *query.shape) / 9
+            new = (tokens(case, 30 + i, case.T), tokens(case, 60 + i, case.T, VALUE_H))
+            expected, on_device = step(query, *new, on_device)
+            out, on_host = step(query, *new, on_host)
+            assert jax.typeof(on_host.key).memory_space == HOST
+            assert jax.typeof(on_host.value).memory_space == HOST
+            np.testing.assert_array_equal(np.asarray(out), np.asarray(expected))
+            assert_equal(without_recent(on_host), on_device)
+            recent = assert_recent(case, on_host)
+    if case.implementation == "triton":
+        assert (recent.slot_of >= 0).any()
+
+
+@pytest.mark.parametrize("name", ["xla, layers, all, head-major", "pool of cells, the rest"])
+def test_chunks_and_a_rebuild_make_what_a_prefill_makes(name):
+    case = CASES[name]
+    with case.runs():
+        on_device, whole = filled(case)
+        assert_equal(without_recent(whole), on_device)
+        assert_recent(case, whole)
+        cache = caches(case)[1]
+        key, value = prompts(case, 1, 120)
+        axis = case.kv_layout.index("S")
+        for first in range(0, 120, 40):
+            cut = functools.partial(lax.slice_in_dim, start_index=first, limit_index=first + 40)
+            cache = prefill_chunk(
+                cut(key, axis=axis),
+                cut(value, axis=axis),
+                jnp.full(B, first, jnp.int32),
+                cache,
+                case.config,
+                counts=jnp.clip(jnp.asarray(LENGTHS) - first, 0, 40),
+                layer=case.layer,
+                **case.options,
+            )
+        index = rebuild(
+            cache.index,
+            cache.key,
+            case.config,
+            jnp.ones(B, bool),
+            value=cache.value if case.config.estimate_rest else None,
+            lengths=jnp.asarray(LENGTHS),
+            layer=case.layer,
+            **case.options,
+        )
+        assert_equal(without_recent(dataclasses.replace(cache, index=index)), on_device)
+        assert_equal((cache.recent.key, cache.recent.value), (whole.recent.key, whole.recent.value))
+
+
+@pytest.mark.parametrize("name", ["xla", "threshold"])
+def test_a_chunk_may_go_into_a_cache_on_the_device(name):
+    case = CASES[name]
+    with case.runs():
+        cache = caches(case)[0]
+        key, value = tokens(case, 1, 30), tokens(case, 2, 30, VALUE_H)
+        cache = prefill_chunk(
+            key, value, jnp.array([5, 190], jnp.int32), cache, case.config, **case.options
+        )
+    expected = np.zeros((B, S, K, H), np.float32)
+    expected[0, 5:35] = key[0]  # the other row would pass the capacity
+    np.testing.assert_array_equal(np.asarray(cache.key), expected)
+
+
+@pytest.mark.parametrize("name", ["xla", "threshold, layers, several tokens, head-major"])
+def test_lists_are_read_over_the_bus_by_sparse_attention(name):
+    case = CASES[name]
+    with case.runs():
+        on_device, on_host = filled(case)
+        query = draw(3, B, 1, N, H)
+        selected = select(query, on_device.index, case.config, layer=case.layer)
+        for config in (None, case.config):
+            attend = functools.partial(
+                sparse_attention, config=config, layer=case.layer, return_lse=True, **case.options
+            )
+            expected = attend(query, on_device.key, on_device.value, selected)
+            found = jax.jit(attend)(query, on_host.key, on_host.value, selected)
+            assert_equal(found, expected)
+
+
+def test_gradients_flow_to_queries_past_caches_in_host_memory():
+    case = CASES["xla"]
+    on_device, on_host = filled(case)
+    query = draw(3, B, 1, N, H)
+    selected = select(query, on_device.index, case.config)
+
+    def loss(query, cache):
+        return jnp.sum(sparse_attention(query, cache.key, cache.value, selected) ** 2)
+
+    expected = jax.grad(loss)(query, on_device)
+    np.testing.assert_array_equal(jax.grad(loss)(query, on_host), expected)
+
+
+def test_a_scan_carries_them_and_donation_leaves_one():
+    case = CASES["xla"]
+    on_device, on_host = filled(case)
+
+    def steps(cache, queries):
+        def one(cache, query):
+            new = query[:, :, :K], query[:, :, :K, :VALUE_H]
+            out, cache = decode_attention(query, *new, cache, case.config)
+            return cache, out
+
+        return lax.scan(one, cache, queries)
+
+    queries = draw(3, 5, B, 1, N, H)
+    expected, out_of_device = jax.jit(steps)(on_device, queries)
+    cache, out = jax.jit(steps, donate_argnums=0)(on_host, queries)
+    assert on_host.key.is_deleted()
+    assert jax.typeof(cache.key).memory_space == HOST
+    assert_equal((without_recent(cache), out), (expected, out_of_device))
+
+
+def life(case, steps, seed=0):
+    """(out, expected) of many steps of both caches, rows restarting, and the caches."""
+    step = jax.jit(
+        functools.partial(decode_attention, config=case.config, layer=case.layer, **case.options),
+        donate_argnums=3,
+    )
+    restart = jax.jit(functools.partial(reset, layer=case.layer))
+    rng = np.random.default_rng(seed)
+    pair = filled(case)
+    for i in range(steps):
+        query = draw((seed, i // 5), B, case.T, N, H)
+        new = tokens(case, (seed, i, 1), case.T), tokens(case, (seed, i, 2), case.T, VALUE_H)
+        counts = jnp.asarray(rng.integers(0, case.T + 1, B), jnp.int32)
+        outs = []
+        for which, cache in enumerate(pair):
+            out, pair[which] = step(query, *new, cache, counts=counts)
+            outs.append(np.asarray(out))
+        np.testing.assert_array_equal(*outs, err_msg=f"step {i}")
+        if rng.random() < 0.05:
+            rows = jnp.asarray(rng.random(B) < 0.5)
+            pair = [dataclasses.replace(x, index=restart(x.index, rows)) for x in pair]
+        elif rng.random() < 0.02:
+            rows, number = jnp.asarray(rng.random(B) < 0.5), jnp.asarray(LENGTHS)
+            key, value = prompts(case, i + 2, 100)
+            options = {"rows": rows, "layer": case.layer, **case.options}
+            pair = [prefill(key, value, number, case.config, cache=x, **options) for x in pair]
+        yield i, pair
+
+
+@pytest.mark.parametrize("name", ["cells, layers", "threshold, layers, several tokens, head-major"])
+def test_rows_that_restart_see_nothing_of_what_was_kept(name):
+    case = CASES[name]
+    with case.runs():
+        for i, (on_device, on_host) in life(case, 60):
+            if i % 20 == 19:
+                assert_equal(without_recent(on_host), on_device)
+                assert_recent(case, on_host)
+
+
+# Bad input
+
+
+def an_index_and_caches():
+    case = CASES["xla"]
+    on_device, on_host = filled(case)
+    return case, on_device, on_host
+
+
+def test_bad_input_is_refused_before_anything_compiles():
+    case, on_device, on_host = an_index_and_caches()
+    query, config = draw(3, B, 1, N, H), case.config
+    new = tokens(case, 4, 1), tokens(case, 5, 1, VALUE_H)
+    decode = functools.partial(decode_attention, query, *new, config=config)
+    half = dataclasses.replace(on_host, value=on_device.value)
+    with pytest.raises(ValueError, match=r"cache\.value: expected it to lie where cache\.key does"):
+        decode(half)
+    with pytest.raises(ValueError, match=r"cache\.recent: expected Recent"):
+        decode(dataclasses.replace(on_host, recent=None))
+    with pytest.raises(ValueError, match=r"cache\.recent: expected None"):
+        decode(dataclasses.replace(on_device, recent=on_host.recent))
+    with pytest.raises(ValueError, match="query: expected an array on the device"):
+        decode_attention(jax.device_put(query, HOST), *new, on_host, config)
+    with pytest.raises(ValueError, match="value: expected it to lie where key does"):
+        selected = select(query, on_device.index, config)
+        sparse_attention(query, on_host.key, on_device.value, selected)
+    with pytest.raises(NotImplementedError, match="up to 8 tokens a step"):
+        many = tokens(case, 4, 9), tokens(case, 5, 9, VALUE_H)
+        decode_attention(draw(3, B, 9, N, H), *many, on_host, config)
+    every, number = jnp.ones(B, bool), jnp.asarray(LENGTHS)
+    with pytest.raises(ValueError, match="key: expected an array on the device"):
+        build_index(on_host.key, number, config)
+    with pytest.raises(ValueError, match="key: expected an array on the device"):
+        rebuild_gain(on_host.index, on_host.key, config)
+    with pytest.raises(ValueError, match=r"config\.train_tokens: expected a number"):
+        rebuild(on_host.index, on_host.key, dataclasses.replace(config, train_tokens=None), every)
+    with pytest.raises(ValueError, match="key: expected an array on the device"):
+        prefill(on_host.key, on_host.value, number, config)
+    rest = IndexerConfig(estimate_rest="mean", **SIZES)
+    with pytest.raises(ValueError, match="value: expected an array on the device"):
+        index = empty_cache(rest, B, S, K, H, value_head_dim=VALUE_H).index
+        append(index, new[0], rest, value=on_host.value)
+
+
+@pytest.mark.parametrize("implementation", ["xla", None])
+def test_vmap_over_them_is_refused(implementation):
+    case, _, on_host = an_index_and_caches()
+    new = tokens(case, 4, 1), tokens(case, 5, 1, VALUE_H)
+
+    def one(query):
+        return decode_attention(query, *new, on_host, case.config, implementation=implementation)[0]
+
+    with pytest.raises(ValueError, match=r"cache: expected no axis of jax\.vmap"):
+        jax.jit(jax.vmap(one))(draw(3, 4, B, 1, N, H))
+
+
+def test_a_device_without_pinned_memory_is_told(monkeypatch):
+    monkeypatch.setattr("jax_indexer._arguments.kinds_of_memory", lambda: ("gpu", ["device"]))
+    with pytest.raises(ValueError, match="memory_kind: expected a kind of memory that gpu has"):
+        empty_cache(PLAIN, B, S, K, H, memory_kind="pinned_host")
+    with pytest.raises(ValueError, match="memory_kind: expected one of"):
+        empty_cache(PLAIN, B, S, K, H, memory_kind="unpinned_host")
+
+
+# On a GPU
+
+KERNELS = [name for name, case in CASES.items() if case.implementation == "triton"]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", KERNELS)
+def test_a_gpus_steps_are_those_of_caches_on_the_device_bit_by_bit(name):
+    test_steps_are_those_of_caches_on_the_device_bit_by_bit(name)
+
+
+@pytest.mark.gpu
+def test_a_gpu_fills_reads_and_restarts_them():
+    for name in ("pool of cells, the rest", "threshold, layers, several tokens, head-major"):
+        test_chunks_and_a_rebuild_make_what_a_prefill_makes(name)
+        test_lists_are_read_over_the_bus_by_sparse_attention(name)
+        test_rows_that_restart_see_nothing_of_what_was_kept(name)
+
+
+@pytest.mark.gpu
+def test_a_gpu_refuses_vmap_over_them():
+    test_vmap_over_them_is_refused(None)
+
+
+LLAMA = {"N": 32, "K": 8, "H": 128}
+LARGE = {
+    "cells": (IndexerConfig(cells=True, train_tokens=8192), None),
+    "threshold": (IndexerConfig(train_tokens=8192), "threshold"),
+    "pool, the rest": (
+        IndexerConfig(cells=True, rerank=4, estimate_rest="codes", train_tokens=8192),
+        None,
+    ),
+}
+
+
+def random_tokens(seed, number, dtype=jnp.bfloat16, heads=LLAMA["K"]):
+    return jax.random.normal(jax.random.key(seed), (1, number, heads, LLAMA["H"]), dtype)
+
+
+def decoder(config, selector, layers=None):
+    """Decodes with random tokens, and queries that change slowly: through all layers, if any."""
+
+    def step(cache, number, layer=None):
+        draw = lambda i, heads: jax.random.normal(  # noqa: E731
+            jax.random.fold_in(jax.random.key(i), number), (1, 1, heads, LLAMA["H"])
+        )
+        slow = jax.random.normal(
+            jax.random.fold_in(jax.random.key(9), number // 8), (1, 1, LLAMA["N"], LLAMA["H"])
+        )
+        query = (slow + draw(0, LLAMA["N"]) / 4).astype(jnp.bfloat16)
+        new = (draw(i, LLAMA["K"]).astype(jnp.bfloat16) for i in (1, 2))
+        out, cache = decode_attention(query, *new, cache, config, selector=selector, layer=layer)
+        return cache, out
+
+    def steps(cache, first, *, number):
+        if layers is None:
+            return lax.scan(step, cache, first + jnp.arange(number, dtype=jnp.int32))
+
+        def of_all(cache, number):
+            one = lambda cache, layer: step(cache, number, layer)  # noqa: E731
+            return lax.scan(one, cache, jnp.arange(layers, dtype=jnp.int32))
+
+        return lax.scan(of_all, cache, first + jnp.arange(number, dtype=jnp.int32))
+
+    return steps
+
+
+def large_caches(config, length, capacity, **options):
+    """Of a Llama-3-8B's layer, with random tokens: on the device, and in host memory."""
+    pair = []
+    for kind in (None, "pinned_host"):
+        cache = empty_cache(
+            config, 1, capacity, LLAMA["K"], LLAMA["H"], memory_kind=kind, **options
+        )
+        put = jax.jit(functools.partial(prefill_chunk, config=config), donate_argnums=3)
+        for first in range(0, length, 8192):
+            number = min(8192, length - first)
+            chunk = random_tokens(first, number), random_tokens(first + 1, number)
+            cache = put(*chunk, jnp.array([first], jnp.int32), cache)
+        options_of_rebuild = {
+            "value": cache.value if config.estimate_rest else None,
+            "lengths": jnp.array([length], jnp.int32),
+        }
+        rows = jnp.ones(1, bool)
+        index = rebuild(cache.index, cache.key, config, rows, **options_of_rebuild)
+        pair.append(dataclasses.replace(cache, index=index))
+    return pair
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", LARGE)
+def test_at_128k_tokens_a_gpus_outputs_are_those_of_caches_on_the_device(name):
+    config, selector = LARGE[name]
+    on_device, on_host = large_caches(config, 2**17 - 64, 2**17)
+    # The sums that the rest begins with are added up in chunks of another size.
+    on_device = dataclasses.replace(on_device, index=on_host.index)
+    steps = jax.jit(functools.partial(decoder(config, selector), number=48))
+    on_device, expected = steps(on_device, jnp.int32(0))
+    on_host, out = steps(on_host, jnp.int32(0))
+    assert_equal(without_recent(on_host), on_device)
+    np.testing.assert_array_equal(np.asarray(out, np.float32), np.asarray(expected, np.float32))
+    assert (np.asarray(on_host.recent.slot_of) >= 0).sum() > 1000
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", LARGE)
+def test_a_gpu_makes_nothing_of_the_caches_size(name):
+    config, selector = LARGE[name]
+    layers, capacity = 4, 2**17
+    cache = empty_cache(
+        config, 1, capacity, LLAMA["K"], LLAMA["H"], layers=layers, memory_kind="pinned_host"
+    )
+    size = cache.key.nbytes
+    steps = jax.jit(
+        functools.partial(decoder(config, selector, layers), number=4), donate_argnums=0
+    )
+    compiled = steps.lower(cache, jnp.int32(0)).compile()
+    memory = compiled.memory_analysis()
+    assert memory.temp_size_in_bytes < size / 20, memory
+    assert memory.host_temp_size_in_bytes < 2**20, memory
+    assert memory.host_alias_size_in_bytes == 2 * size, memory
+    before = cache.key.unsafe_buffer_pointer(), cache.value.unsafe_buffer_pointer()
+    cache, _ = compiled(cache, jnp.int32(0))
+    assert (cache.key.unsafe_buffer_pointer(), cache.value.unsafe_buffer_pointer()) == before
+    assert cache.key.sharding.memory_kind == "pinned_host"
+    chunk = random_tokens(0, 4096), random_tokens(1, 4096)
+    put = jax.jit(functools.partial(prefill_chunk, config=config), donate_argnums=3)
+    arguments = *chunk, jnp.zeros(1, jnp.int32), cache
+    memory = put.lower(*arguments, layer=jnp.int32(1)).compile().memory_analysis()
+    assert memory.temp_size_in_bytes + memory.host_temp_size_in_bytes < 2**20, memory
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", LARGE)
+def test_ten_thousand_steps_on_a_gpu_leave_what_was_written(name):
+    config, selector = LARGE[name]
+    pair = large_caches(config, 1000, 4096)
+    pair[0] = dataclasses.replace(pair[0], index=pair[1].index)
+    steps = jax.jit(
+        functools.partial(decoder(config, selector), number=500), donate_argnums=0
+    )
+    for i in range(20):
+        outs = []
+        for which, cache in enumerate(pair):
+            pair[which], out = steps(cache, jnp.int32(500 * i))
+            outs.append(np.asarray(out, np.float32))
+        np.testing.assert_array_equal(*outs, err_msg=f"before step {500 * (i + 1)}")
+        assert_equal(without_recent(pair[1]), pair[0])
+        if int(pair[0].index.lengths[0]) > 3500 or i % 5 == 4:
+            rows = jnp.ones(1, bool)
+            pair = [dataclasses.replace(x, index=reset(x.index, rows)) for x in pair]
+        elif i % 5 == 2:
+            new, number = (random_tokens(i, 3000), random_tokens(100 + i, 3000)), jnp.array([2900])
+            pair = [prefill(*new, number, config, cache=x) for x in pair]
+            pair[0] = dataclasses.replace(pair[0], index=pair[1].index)
+            pair[0] = dataclasses.replace(pair[0], key=jnp.asarray(np.asarray(pair[1].key)))
+            pair[0] = dataclasses.replace(pair[0], value=jnp.asarray(np.asarray(pair[1].value)))
