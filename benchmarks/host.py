@@ -200,7 +200,7 @@ def model_rows(device: Any) -> Iterator[dict[str, Any]]:
         run = jax.jit(functools.partial(model_steps, config, attends), donate_argnums=2)
         compiled = run.lower(of_model, tokens, cache).compile()
         memory = compiled.memory_analysis()
-        call = lambda cache: compiled(of_model, tokens, cache)  # noqa: E731
+        call = functools.partial(compiled, of_model, tokens)
         found[attends], cache, _ = timed(call, cache, steps)
         yield {
             "workload": "model",

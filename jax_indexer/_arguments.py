@@ -311,12 +311,12 @@ def check_streamed(key: Any, value: Any, config: IndexerConfig) -> None:
 def check_recent(cache: DecodeCache, config: IndexerConfig, sizes: Sizes) -> None:
     """Checks that what is recent is there for caches in host memory, and for no others."""
     is_there = check_same_memory(("cache.key", "cache.value"), cache.key, cache.value)
-    if is_there != isinstance(cache.recent, Recent) or not is_there and cache.recent is not None:
-        wanted = "Recent" if is_there else "None"
+    if not isinstance(cache.recent, Recent if is_there else type(None)):
+        wanted, where = ("Recent", "in host memory") if is_there else ("None", "on the device")
         raise ValueError(
-            f"cache.recent: expected {wanted} with keys {'in host memory' if is_there else 'on'}"
-            f"{'' if is_there else ' the device'}, got {type(cache.recent).__name__}; make the "
-            f'cache with empty_cache(..., memory_kind={PINNED_HOST!r})'
+            f"cache.recent: expected {wanted} with keys {where}, got "
+            f"{type(cache.recent).__name__}; make the cache with "
+            f"empty_cache(..., memory_kind={PINNED_HOST!r})"
         )
     if cache.recent is None:
         return

@@ -152,9 +152,7 @@ def _decode(
         def xla(query, new, caches, index, recent, counts, logits, layer):
             before = layer_of(index.lengths, layer)
             arguments = index, counts, logits, config, kv_layout, layer
-            out, written, index = reference.decode(
-                query, new, moved_to_device(caches), *arguments
-            )
+            out, written, index = reference.decode(query, new, moved_to_device(caches), *arguments)
             if recent is None:
                 return out, written, index, None
             room, _ = reference.make_room(before, counts, T, step.S)
@@ -354,11 +352,11 @@ def prefill(
         counts = jnp.where(rows, lengths, 0)
         of_chunk = {"kv_layout": kv_layout, "implementation": implementation}
         start = jnp.zeros_like(lengths)
-        cache = _put_chunk(key, value, start, cache, counts, layer, config=config, **of_chunk)
-        of_value = cache.value if config.estimate_rest else None
+        filled = _put_chunk(key, value, start, cache, counts, layer, config=config, **of_chunk)
+        of_value = filled.value if config.estimate_rest else None
         grown = {"value": of_value, "lengths": lengths, "layer": layer}
-        index = rebuild(cache.index, cache.key, config, rows, **grown, **options)
-        return dataclasses.replace(cache, index=index)
+        index = rebuild(filled.index, filled.key, config, rows, **grown, **options)
+        return dataclasses.replace(filled, index=index)
     caches, prompt_lengths, prompt_rows = _put_prompts(
         Caches(cache.key, cache.value),
         Caches(key, value),

@@ -156,9 +156,7 @@ def rebuild(
 
     Source: CONTRACT.md, section 4.
     """
-    sizes = _arguments.check_with_cache(
-        index, key, config, kv_layout, layer, may_be_on_host=True
-    )
+    sizes = _arguments.check_with_cache(index, key, config, kv_layout, layer, may_be_on_host=True)
     _arguments.check_array("rows", rows, _arguments.ROWS, sizes)
     _arguments.check_value(value, config, kv_layout, sizes, may_be_on_host=True)
     _arguments.check_streamed(key, value, config)
@@ -495,12 +493,12 @@ def _rebuild(
     kv_layout: KVLayout,
     implementation: Implementation | None,
 ) -> PQIndex:
-    one, of_cache = layer_of(index, layer), (layer,)
+    one, of_cache = layer_of(index, layer), layer
     lengths = one.lengths if lengths is None else lengths
     if is_on_host(key):
         key, value = not_mapped((key, value), "key")
     else:
-        (key, value), of_cache = layer_of((key, value), layer), (None,)
+        (key, value), of_cache = layer_of((key, value), layer), None
     rebuilt = by_shards(
         functools.partial(
             _rebuilt,
@@ -515,7 +513,7 @@ def _rebuild(
         lengths=("B", lengths),
         rows=("B", rows),
         seed=("", seed),
-        layer=("", *of_cache),
+        layer=("", of_cache),
     )
     return put_layer(index, rebuilt, layer)
 
@@ -605,11 +603,10 @@ def _appended_in_chunks(
         keys = read(key, position)
         bare = _appended(bare, keys, None, counts, config, kv_layout, implementation)
         if values is not None:
+            assert value is not None
             codes = jnp.take_along_axis(bare.codes, position[:, None, None], axis=3)
             until = summed_until(lengths, config)
-            begin, end = (
-                jnp.clip(x - first, 0, chunk) for x in (config.first_candidate, until)
-            )
+            begin, end = (jnp.clip(x - first, 0, chunk) for x in (config.first_candidate, until))
             begin = jnp.broadcast_to(begin, end.shape)
             end = jnp.where(counts > 0, end, begin)
             of_chunk = read(value, position), codes, begin, end

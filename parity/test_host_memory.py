@@ -7,6 +7,7 @@ kernels read and write host memory itself: tests marked `gpu` read what the comp
 import contextlib
 import dataclasses
 import functools
+import re
 from typing import Any, NamedTuple
 
 import jax
@@ -16,6 +17,7 @@ import pytest
 from jax import lax
 
 from jax_indexer import (
+    DecodeCache,
     IndexerConfig,
     append,
     build_index,
@@ -30,7 +32,17 @@ from jax_indexer import (
     sparse_attention,
 )
 from jax_indexer.kernels import backend
-from jax_indexer.recent import place_of, ring_size
+from jax_indexer.kernels.chunks import put, take
+from jax_indexer.kernels.keep import keep
+from jax_indexer.kernels.step import Lengths, Step
+from jax_indexer.kernels.tuning import H100
+from jax_indexer.layout import head_major, token_axis
+from jax_indexer.memory import in_host_memory
+from jax_indexer.recent import empty_recent, place_of, ring_size, write_recent
+from jax_indexer.reference import Caches, Room, write_tokens
+from jax_indexer.state import layer_of
+from parity.checked_memory import checked
+from parity.lowering import an_h100, lowered
 
 HOST, DEVICE = jax.memory.Space.Host, jax.memory.Space.Device
 LAYERS, B, N, K, H, VALUE_H, S = 3, 2, 4, 2, 16, 8, 200
@@ -44,10 +56,19 @@ SIZES: dict[str, Any] = {
 }
 PLAIN = IndexerConfig(**SIZES)
 CELLS = IndexerConfig(cells=True, **SIZES)
+MANY = IndexerConfig(cells=True, **SIZES | {"heavy_size": 300})
 ALL = IndexerConfig(cells=True, rerank=3, estimate_rest="codes", **SIZES)
 MEAN = IndexerConfig(rerank=3, estimate_rest="mean", **SIZES)
 NO_WINDOW = IndexerConfig(**SIZES | {"window_size": 0, "sink_size": 0})
 LENGTHS = np.array([100, 40], np.int32)
+LARGE_PLAIN, LARGE_CELLS = (IndexerConfig(cells=x, train_tokens=8192) for x in (False, True))
+LARGE_POOL = dataclasses.replace(LARGE_CELLS, rerank=4, estimate_rest="codes")
+LOWERED = {
+    "lists": (LARGE_PLAIN, "BKSH", 3, 2),
+    "cells": (LARGE_CELLS, "BSKH", 3, 1),
+    "pool of cells": (LARGE_POOL, "BSKH", None, 1),
+    "pool": (LARGE_POOL, "BSKH", 3, 2),
+}
 
 
 class Case(NamedTuple):
@@ -58,11 +79,17 @@ class Case(NamedTuple):
     kv_layout: str = "BSKH"
     layer: int | None = None
     T: int = 1
+    selector: str | None = None
 
     def runs(self):
         """Inside, "triton" is there, in the interpreter unless there is a GPU."""
         interpreted = self.implementation == "triton" and jax.default_backend() == "cpu"
         return backend.interpreted() if interpreted else contextlib.nullcontext()
+
+    def decode(self, *arguments, **options):
+        """A step."""
+        options |= self.options | {"layer": self.layer, "selector": self.selector}
+        return decode_attention(*arguments, self.config, **options)
 
     @property
     def options(self):
@@ -74,8 +101,9 @@ CASES = {
     "xla, layers, all, head-major": Case("xla", ALL, "BKSH", 1),
     "threshold": Case("triton", PLAIN),
     "threshold, layers, several tokens, head-major": Case("triton", PLAIN, "BKSH", 1, 2),
-    "cells": Case("triton", CELLS),
-    "cells, layers": Case("triton", CELLS, layer=2),
+    "cells": Case("triton", CELLS, selector="cells"),
+    "cells, layers": Case("triton", CELLS, layer=2, selector="cells"),
+    "cells, lists": Case("triton", MANY, selector="cells"),
     "pool of cells, the rest": Case("triton", ALL),
     "pool, the rest, several tokens": Case("triton", MEAN, T=2),
     "nothing is always attended": Case("triton", NO_WINDOW, T=3),
@@ -105,9 +133,7 @@ def caches(case, capacity=S):
     layers = None if case.layer is None else LAYERS
     sizes = {"value_head_dim": VALUE_H, "dtype": jnp.float32, "layers": layers}
     make = functools.partial(empty_cache, case.config, B, capacity, K, H, **sizes)
-    return [
-        make(kv_layout=case.kv_layout, memory_kind=kind) for kind in (None, "pinned_host")
-    ]
+    return [make(kv_layout=case.kv_layout, memory_kind=kind) for kind in (None, "pinned_host")]
 
 
 def filled(case, number=120):
@@ -154,7 +180,9 @@ def assert_recent(case, cache):
             position = position[position < lengths[row]]
             np.testing.assert_array_equal(position_in[slot_of[position]], position)
             slot = slot_of[position]
-            np.testing.assert_array_equal(recent.kept_key[row, slot, head], key[row, position, head])
+            np.testing.assert_array_equal(
+                recent.kept_key[row, slot, head], key[row, position, head]
+            )
             np.testing.assert_array_equal(
                 recent.kept_value[row, slot, head], value[row, position, head]
             )
@@ -166,15 +194,15 @@ def assert_recent(case, cache):
 @pytest.mark.parametrize("name", CASES)
 def test_steps_are_those_of_caches_on_the_device_bit_by_bit(name):
     case = CASES[name]
-    step = jax.jit(
-        functools.partial(decode_attention, config=case.config, layer=case.layer, **case.options)
-    )
+    step = jax.jit(case.decode)
     with case.runs():
         on_device, on_host = filled(case)
         query = draw(3, B, case.T, N, H)
         for i in range(12):
             # Queries that change slowly list what they listed; now and then there are others.
-            query = draw(4 + i, B, case.T, N, H) if i == 7 else query + draw(5 + i, *query.shape) / 9
+            query = (
+                draw(4 + i, B, case.T, N, H) if i == 7 else query + draw(5 + i, *query.shape) / 9
+            )
             new = (tokens(case, 30 + i, case.T), tokens(case, 60 + i, case.T, VALUE_H))
             expected, on_device = step(query, *new, on_device)
             out, on_host = step(query, *new, on_host)
@@ -288,10 +316,7 @@ def test_a_scan_carries_them_and_donation_leaves_one():
 
 def life(case, steps, seed=0):
     """(out, expected) of many steps of both caches, rows restarting, and the caches."""
-    step = jax.jit(
-        functools.partial(decode_attention, config=case.config, layer=case.layer, **case.options),
-        donate_argnums=3,
-    )
+    step = jax.jit(case.decode, donate_argnums=3)
     restart = jax.jit(functools.partial(reset, layer=case.layer))
     rng = np.random.default_rng(seed)
     pair = filled(case)
@@ -325,6 +350,150 @@ def test_rows_that_restart_see_nothing_of_what_was_kept(name):
                 assert_recent(case, on_host)
 
 
+# Kernels
+
+
+def kept_by_an_oracle(recent, lists, key, value):
+    """Rows kept after a step that listed these heavy tokens, [Q, n] of one kv head."""
+    slot_of, position_in, kept_key, kept_value, begin = recent
+    number = len(position_in)
+    fresh = list(dict.fromkeys(p for each in lists for p in each if slot_of[p] < 0))[:number]
+    for i, position in enumerate(fresh):
+        slot = (begin + i) % number
+        if position_in[slot] >= 0 and slot_of[position_in[slot]] == slot:
+            slot_of[position_in[slot]] = -1
+        slot_of[position], position_in[slot] = slot, position
+        kept_key[slot], kept_value[slot] = key[position], value[position]
+    return (begin + len(fresh)) % number
+
+
+@pytest.mark.parametrize("runner", ["interpreter", "checked memory"])
+@pytest.mark.parametrize("number", [7, 16])
+def test_rows_are_kept_as_an_oracle_keeps_them(runner, number):
+    kv_heads, capacity, group = 2, 40, 3
+    config = IndexerConfig(**SIZES)
+    step = Step(config=config, B=1, K=kv_heads, S=capacity, N=kv_heads * group)
+    full = np.full((1,), capacity, np.int32)
+    key, value = draw(1, 1, capacity, kv_heads, H), draw(2, 1, capacity, kv_heads, VALUE_H)
+    recent = empty_recent(1, capacity, kv_heads, H, VALUE_H, config, np.float32)
+    recent = dataclasses.replace(
+        recent,
+        kept_key=recent.kept_key[:, :number],
+        kept_value=recent.kept_value[:, :number],
+        position_in=recent.position_in[:, :, :number],
+    )
+    want = [
+        [np.array(x[0, k]) for x in (recent.slot_of, recent.position_in)]
+        + [np.array(x[0, :, k]) for x in (recent.kept_key, recent.kept_value)]
+        + [0]
+        for k in range(kv_heads)
+    ]
+    rng = np.random.default_rng(number)
+    before = range(config.sink_size, capacity - config.window_size)
+    for i in range(6):
+        # The first steps list few tokens, of which several heads have some in common.
+        among = before[: 8 + 6 * i]
+        heavy = [np.sort(rng.choice(among, config.heavy_size, replace=False)) for _ in range(6)]
+        lists = np.full((1, 1, step.N, step.P), -1, np.int32)
+        lists[0, 0, :, config.sink_size : config.sink_size + config.heavy_size] = heavy
+        arguments = Lengths(jnp.asarray(full), None), Caches(key, value), recent, None
+        with checked(i) if runner == "checked memory" else backend.interpreted():
+            recent = keep(step, *arguments, lists=jnp.asarray(lists))
+        for k in range(kv_heads):
+            own = heavy[k * group : (k + 1) * group]
+            want[k][4] = kept_by_an_oracle(want[k], own, key[0, :, k], value[0, :, k])
+            slot_of, position_in, kept_key, kept_value, begin = want[k]
+            np.testing.assert_array_equal(recent.slot_of[0, k], slot_of)
+            np.testing.assert_array_equal(recent.position_in[0, k], position_in)
+            np.testing.assert_array_equal(recent.kept_key[0, :, k], kept_key)
+            np.testing.assert_array_equal(recent.kept_value[0, :, k], kept_value)
+            assert recent.next_slot[0, k] == begin
+
+
+@pytest.mark.parametrize("name", ["threshold", "threshold, layers, several tokens, head-major"])
+def test_kernels_that_copy_tokens_run_on_checked_memory(name):
+    case = CASES[name]
+    layer = None if case.layer is None else jnp.int32(case.layer)
+    config, kv_layout = case.config, case.kv_layout
+    cache = caches(case, 60)[1]
+    old = Caches(*(jax.device_put(x, DEVICE) for x in (cache.key, cache.value)))
+    # Of what is kept, some is written over.
+    kept = jnp.arange(30, dtype=jnp.int32) % cache.recent.position_in.shape[-1]
+    recent = dataclasses.replace(
+        cache.recent,
+        slot_of=cache.recent.slot_of.at[..., :30].set(kept),
+        position_in=cache.recent.position_in.at[..., :30].set(jnp.arange(30, dtype=jnp.int32)),
+    )
+    new = Caches(tokens(case, 1, 45), tokens(case, 2, 45, VALUE_H))
+    room = Room(jnp.array([10, 3], jnp.int32), jnp.array([45, 20], jnp.int32))
+    tuning = dataclasses.replace(H100, copied_tile=128)
+    arguments = config, kv_layout, layer, tuning
+    with checked(0):
+        written, recent_after = put(new, room, old, *arguments), put(new, room, recent, *arguments)
+        position = jnp.array([[12, 3, 54, 9], [0, 4, 22, 21]], jnp.int32)
+        taken = take(written.key, position, kv_layout, layer, tuning)
+    axis = token_axis(kv_layout) - 4
+    expected = Caches(
+        *(write_tokens(x, y, room, x.ndim + axis, layer) for x, y in zip(old, new, strict=True))
+    )
+    assert_equal(written, expected)
+    want = write_recent(recent, new, room, config, kv_layout, layer)
+    assert_equal((recent_after.key, recent_after.value), (want.key, want.value))
+    one = layer_of(recent_after, layer)
+    for row, (start, count) in enumerate(zip(*room, strict=True)):
+        gone = np.arange(start, start + count)
+        stays = np.setdiff1d(np.arange(30), gone)
+        assert (np.asarray(one.slot_of)[row, :, gone] == -1).all()
+        np.testing.assert_array_equal(one.slot_of[row, 0, stays], stays)
+        held = np.asarray(one.position_in)[row, 0, :30]
+        np.testing.assert_array_equal(np.flatnonzero(held >= 0), stays)
+    key = head_major(layer_of(expected.key, layer), kv_layout)
+    for row in range(B):
+        found = head_major(taken, kv_layout)[row]
+        np.testing.assert_array_equal(found, key[row][:, position[row]])
+
+
+@pytest.mark.parametrize("name", LOWERED)
+def test_kernels_over_host_memory_lower_for_cuda(name):
+    config, kv_layout, layers, T = LOWERED[name]
+    make = functools.partial(empty_cache, config, 1, 40000, 2, 64, layers=layers)
+    cache = jax.eval_shape(functools.partial(make, kv_layout=kv_layout))
+    recent = jax.eval_shape(lambda: empty_recent(1, 40000, 2, 64, 64, config, jnp.bfloat16))
+    if layers is not None:
+        stack = lambda x: jax.ShapeDtypeStruct((layers, *x.shape), x.dtype)  # noqa: E731
+        recent = jax.tree.map(stack, recent)
+    shape = lambda *sizes: jax.ShapeDtypeStruct(sizes, jnp.bfloat16)  # noqa: E731
+    new = lambda t: shape(1, t, 2, 64) if kv_layout == "BSKH" else shape(1, 2, t, 64)  # noqa: E731
+    options = {"kv_layout": kv_layout, "implementation": "triton"}
+    options["layer"] = None if layers is None else jnp.int32(1)
+
+    def on_host(cache, recent):
+        caches = (in_host_memory(x) for x in (cache.key, cache.value))
+        return DecodeCache(*caches, cache.index, recent)
+
+    def step(query, new, *cache):
+        return decode_attention(query, new, new, on_host(*cache), config, **options)[0]
+
+    def fill(new, *cache):
+        start = jnp.zeros(1, jnp.int32)
+        return prefill_chunk(new, new, start, on_host(*cache), config, **options).recent
+
+    def again(*cache):
+        cache = on_host(*cache)
+        value = cache.value if config.estimate_rest else None
+        return rebuild(cache.index, cache.key, config, jnp.ones(1, bool), value=value, **options)
+
+    for function, arguments, kernels in (
+        (step, (shape(1, T, 8, 64), new(T)), ("keep_kernel", "write_kernel")),
+        (fill, (new(300),), ("put_kernel",)),
+        (again, (), ("take_kernel", "append_kernel")),
+    ):
+        with an_h100():
+            text = lowered(function, *arguments, cache, recent)
+        for kernel in kernels:
+            assert re.search(rf'name = \\?"{kernel}', text), kernel
+
+
 # Bad input
 
 
@@ -348,11 +517,11 @@ def test_bad_input_is_refused_before_anything_compiles():
         decode(dataclasses.replace(on_device, recent=on_host.recent))
     with pytest.raises(ValueError, match="query: expected an array on the device"):
         decode_attention(jax.device_put(query, HOST), *new, on_host, config)
+    selected = select(query, on_device.index, config)
     with pytest.raises(ValueError, match="value: expected it to lie where key does"):
-        selected = select(query, on_device.index, config)
         sparse_attention(query, on_host.key, on_device.value, selected)
+    many = tokens(case, 4, 9), tokens(case, 5, 9, VALUE_H)
     with pytest.raises(NotImplementedError, match="up to 8 tokens a step"):
-        many = tokens(case, 4, 9), tokens(case, 5, 9, VALUE_H)
         decode_attention(draw(3, B, 9, N, H), *many, on_host, config)
     every, number = jnp.ones(B, bool), jnp.asarray(LENGTHS)
     with pytest.raises(ValueError, match="key: expected an array on the device"):
@@ -364,8 +533,8 @@ def test_bad_input_is_refused_before_anything_compiles():
     with pytest.raises(ValueError, match="key: expected an array on the device"):
         prefill(on_host.key, on_host.value, number, config)
     rest = IndexerConfig(estimate_rest="mean", **SIZES)
+    index = empty_cache(rest, B, S, K, H, value_head_dim=VALUE_H).index
     with pytest.raises(ValueError, match="value: expected an array on the device"):
-        index = empty_cache(rest, B, S, K, H, value_head_dim=VALUE_H).index
         append(index, new[0], rest, value=on_host.value)
 
 
@@ -415,12 +584,9 @@ def test_a_gpu_refuses_vmap_over_them():
 
 LLAMA = {"N": 32, "K": 8, "H": 128}
 LARGE = {
-    "cells": (IndexerConfig(cells=True, train_tokens=8192), None),
-    "threshold": (IndexerConfig(train_tokens=8192), "threshold"),
-    "pool, the rest": (
-        IndexerConfig(cells=True, rerank=4, estimate_rest="codes", train_tokens=8192),
-        None,
-    ),
+    "cells": (LARGE_CELLS, "cells"),
+    "threshold": (LARGE_PLAIN, "threshold"),
+    "pool, the rest": (LARGE_POOL, "cells"),
 }
 
 
@@ -527,9 +693,7 @@ def test_ten_thousand_steps_on_a_gpu_leave_what_was_written(name):
     config, selector = LARGE[name]
     pair = large_caches(config, 1000, 4096)
     pair[0] = dataclasses.replace(pair[0], index=pair[1].index)
-    steps = jax.jit(
-        functools.partial(decoder(config, selector), number=500), donate_argnums=0
-    )
+    steps = jax.jit(functools.partial(decoder(config, selector), number=500), donate_argnums=0)
     for i in range(20):
         outs = []
         for which, cache in enumerate(pair):

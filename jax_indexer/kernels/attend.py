@@ -600,11 +600,11 @@ def write_launch(
     """
     is_recent = isinstance(into, Recent)
     places = (into.slot_of, into.position_in) if is_recent else ()
-    into = Written(into.key, into.value, *places)
+    old = Written(into.key, into.value, *places)
     return backend.Launch(
         functools.partial(write_kernel, step=step, is_recent=is_recent),
-        WriteInputs(before, *new, *into),
-        jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), into),
+        WriteInputs(before, *new, old.key, old.value, old.slot_of, old.position_in),
+        jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), old),
         programs=step.B * step.K * step.T,
         in_place=Written._fields,
         state=("before.lengths", *Written._fields),

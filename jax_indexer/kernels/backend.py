@@ -220,9 +220,9 @@ def _varying_axes(x: jax.Array) -> frozenset:
 def launch(what: Launch, *, num_warps: int) -> Any:
     """Runs the programs of a kernel.
 
-    Inputs may lie in host memory, and what is in place stays there. Look-ups go anywhere in an array, and a block that reaches past its end is not masked by itself
+    Look-ups go anywhere in an array, and a block that reaches past its end is not masked by itself
     on a GPU, so every reference is a whole array. The grid has one axis, since a launch has three
-    at the most and every `vmap` adds one.
+    at the most and every `vmap` adds one. Inputs may lie in host memory; what is in place stays.
 
     Args:
       what: the launch.

@@ -67,15 +67,15 @@ def keep_kernel(program, inputs: KeepInputs, outputs: KeepOutputs, *, step: Step
         return jnp.where(slot >= number_kept, slot - number_kept, slot)
 
     def add(query, count):
-        plan = plan_query(step, inputs.after, program, query // step.G)
+        token, head = lax.div(query, jnp.int32(step.G)), lax.rem(query, jnp.int32(step.G))
+        plan = plan_query(step, inputs.after, program, token)
         exists = entry < plan.between(step.config)
         first = step.config.sink_size
         if inputs.lists is None:
             found = inputs.positions.at[program, query, jnp.where(exists, entry, 0)]
         else:
-            head = kv_head * step.G + query % step.G
             place = jnp.where(exists, first + entry, 0)
-            found = inputs.lists.at[row, query // step.G, head, place]
+            found = inputs.lists.at[row, token, kv_head * step.G + head, place]
         position = backend.load(found, mask=exists & (plan.num_heavy > 0), other=0)
         # Of a short context there is no heavy token: all of it is listed.
         position = jnp.where(plan.num_heavy > 0, position, first + entry)
@@ -152,9 +152,7 @@ def keep(
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), own)
     fresh = jax.ShapeDtypeStruct((batch, kv_heads, number_kept + 1), np.int32)
     what = backend.Launch(
-        functools.partial(
-            keep_kernel, step=step, block=max(step.tuning.kept_tile // size, 1)
-        ),
+        functools.partial(keep_kernel, step=step, block=max(step.tuning.kept_tile // size, 1)),
         KeepInputs(after, lists, positions, *caches, **own),
         KeepOutputs(**shapes, fresh=fresh),
         programs=step.R,
