@@ -26,7 +26,7 @@ from jax_indexer.kernels.chunks import put
 from jax_indexer.kernels.step import Step
 from jax_indexer.layout import KVLayout, key_letters, token_axis
 from jax_indexer.memory import moved_to_device, moved_to_host, not_mapped
-from jax_indexer.recent import empty_recent, write_recent
+from jax_indexer.recent import empty_recent, kept_size, write_recent
 from jax_indexer.reference import Caches, Logits
 from jax_indexer.rope import COPIES, Rope, check_look_ahead
 from jax_indexer.sharding import Shard, by_shards
@@ -205,6 +205,7 @@ def empty_cache(
     layers: int | None = None,
     kv_layout: KVLayout = "BSKH",
     memory_kind: str | None = None,
+    kept_rows: int | None = None,
 ) -> DecodeCache:
     """A cache without tokens, with all the state that the config needs; `prefill` puts prompts in.
 
@@ -225,6 +226,8 @@ def empty_cache(
       memory_kind: "pinned_host" for keys and values in host memory, which kernels read and write
         over the bus; what of them is used most is on the device too. Call it outside of `jit`
         then. None for the device.
+      kept_rows: with it, how many tokens' keys and values of each kv head stay on the device once
+        they were listed; None for 16 times the `heavy_size` (`rerank` counted) of a query head.
 
     Returns:
       A DecodeCache.
@@ -243,8 +246,15 @@ def empty_cache(
         head_dim=head_dim,
         value_head_dim=head_dim if value_head_dim is None else value_head_dim,
         layers=1 if layers is None else layers,
+        kept_rows=kept_size(config) if kept_rows is None else kept_rows,
     )
     _arguments.check_memory_kind(memory_kind)
+    if memory_kind is None and kept_rows is not None:
+        raise ValueError(
+            f"kept_rows: expected None for a cache on the device, got {kept_rows!r}; leave it out, "
+            'or use memory_kind="pinned_host"'
+        )
+    kept = min(sizes["kept_rows"], sizes["capacity"])
     dtype = float_dtype("dtype", dtype, "use jnp.bfloat16")
     B, S, K, H, of_value = (
         sizes[name] for name in ("batch", "capacity", "kv_heads", "head_dim", "value_head_dim")
@@ -270,7 +280,7 @@ def empty_cache(
 
     def empty_on_device() -> tuple[PQIndex, Recent]:
         index = empty_index(config, B, S, K, H, of_value)
-        return stacked((index, empty_recent(B, S, K, H, of_value, config, dtype)))
+        return stacked((index, empty_recent(B, S, K, H, of_value, config, dtype, kept)))
 
     if memory_kind is None:
         return jax.jit(empty)()

@@ -14,8 +14,8 @@ from jax_indexer.layout import KVLayout, token_axis
 from jax_indexer.reference import Caches, Room
 from jax_indexer.state import MOST_NEW, NOT_SUMMED, Recent, layer_of, put_layer
 
-# Lists of one query head that have room among the rows that are kept for a kv head.
-KEPT_LISTS = 8
+# Lists of one query head that have room among the rows that are kept for a kv head, unless said.
+KEPT_LISTS = 16
 
 
 def ring_size(config: IndexerConfig) -> int:
@@ -43,9 +43,9 @@ def is_last_in_place(position: Array, length: Array, config: IndexerConfig) -> A
     return (position < config.sink_size) | (position >= length - ring_size(config))
 
 
-def kept_size(config: IndexerConfig, capacity: int) -> int:
-    """n: rows that are kept for each kv head."""
-    return min(max(KEPT_LISTS * config.pool.heavy_size, 1), capacity)
+def kept_size(config: IndexerConfig) -> int:
+    """n: rows that are kept for each kv head, unless said."""
+    return max(KEPT_LISTS * config.pool.heavy_size, 1)
 
 
 def empty_recent(
@@ -56,9 +56,9 @@ def empty_recent(
     value_head_dim: int,
     config: IndexerConfig,
     dtype: np.dtype,
+    kept: int,
 ) -> Recent:
-    """Nothing is recent in rows without tokens."""
-    kept = kept_size(config, capacity)
+    """Nothing is recent in rows without tokens; there is room for so many rows that are kept."""
 
     def rows(number: int, size: int) -> Float[Array, "B _ K H"]:
         return jnp.zeros((batch, number, kv_heads, size), dtype)

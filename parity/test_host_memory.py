@@ -132,8 +132,10 @@ def caches(case, capacity=S):
     """A cache on the device, and one in host memory."""
     layers = None if case.layer is None else LAYERS
     sizes = {"value_head_dim": VALUE_H, "dtype": jnp.float32, "layers": layers}
+    sizes |= {"kv_layout": case.kv_layout}
     make = functools.partial(empty_cache, case.config, B, capacity, K, H, **sizes)
-    return [make(kv_layout=case.kv_layout, memory_kind=kind) for kind in (None, "pinned_host")]
+    # Few rows are kept, so that some must go.
+    return [make(), make(memory_kind="pinned_host", kept_rows=21)]
 
 
 def filled(case, number=120):
@@ -375,13 +377,7 @@ def test_rows_are_kept_as_an_oracle_keeps_them(runner, number):
     step = Step(config=config, B=1, K=kv_heads, S=capacity, N=kv_heads * group)
     full = np.full((1,), capacity, np.int32)
     key, value = draw(1, 1, capacity, kv_heads, H), draw(2, 1, capacity, kv_heads, VALUE_H)
-    recent = empty_recent(1, capacity, kv_heads, H, VALUE_H, config, np.float32)
-    recent = dataclasses.replace(
-        recent,
-        kept_key=recent.kept_key[:, :number],
-        kept_value=recent.kept_value[:, :number],
-        position_in=recent.position_in[:, :, :number],
-    )
+    recent = empty_recent(1, capacity, kv_heads, H, VALUE_H, config, np.float32, number)
     want = [
         [np.array(x[0, k]) for x in (recent.slot_of, recent.position_in)]
         + [np.array(x[0, :, k]) for x in (recent.kept_key, recent.kept_value)]
@@ -458,7 +454,7 @@ def test_kernels_over_host_memory_lower_for_cuda(name):
     config, kv_layout, layers, T = LOWERED[name]
     make = functools.partial(empty_cache, config, 1, 40000, 2, 64, layers=layers)
     cache = jax.eval_shape(functools.partial(make, kv_layout=kv_layout))
-    recent = jax.eval_shape(lambda: empty_recent(1, 40000, 2, 64, 64, config, jnp.bfloat16))
+    recent = jax.eval_shape(lambda: empty_recent(1, 40000, 2, 64, 64, config, jnp.bfloat16, 99))
     if layers is not None:
         stack = lambda x: jax.ShapeDtypeStruct((layers, *x.shape), x.dtype)  # noqa: E731
         recent = jax.tree.map(stack, recent)
@@ -554,6 +550,10 @@ def test_a_device_without_pinned_memory_is_told(monkeypatch):
     monkeypatch.setattr("jax_indexer._arguments.kinds_of_memory", lambda: ("gpu", ["device"]))
     with pytest.raises(ValueError, match="memory_kind: expected a kind of memory that gpu has"):
         empty_cache(PLAIN, B, S, K, H, memory_kind="pinned_host")
+    with pytest.raises(ValueError, match="kept_rows: expected None for a cache on the device"):
+        empty_cache(PLAIN, B, S, K, H, kept_rows=8)
+    with pytest.raises(ValueError, match="kept_rows: expected an integer of at least 1"):
+        empty_cache(PLAIN, B, S, K, H, memory_kind="pinned_host", kept_rows=0)
     with pytest.raises(ValueError, match="memory_kind: expected one of"):
         empty_cache(PLAIN, B, S, K, H, memory_kind="unpinned_host")
 

@@ -463,6 +463,7 @@ class WriteInputs(NamedTuple):
     value: Any
     slot_of: Any
     position_in: Any
+    behind: Any  # not read: made by what comes first
 
 
 def write_kernel(program, inputs: WriteInputs, outputs: Written, *, step: Step, is_recent: bool):
@@ -592,18 +593,20 @@ def write_launch(
     into: Caches | Recent,
     before: Lengths,
     layer: Array | None,
+    behind: Array | None = None,
 ) -> backend.Launch:
     """The launch that writes the keys and values that each row takes into the caches.
 
-    Or, of caches in host memory, into what is recent of them: a launch of its own, since XLA takes
-    all that a launch writes in place for host memory where it takes one array of it for such.
+    Or, of caches in host memory, into what is recent of them. Into these themselves goes a launch
+    of its own, since XLA may take all that a launch writes in place for what one array of it is;
+    and it waits for `behind`, since XLA copies a cache that others may still read.
     """
     is_recent = isinstance(into, Recent)
     places = (into.slot_of, into.position_in) if is_recent else ()
     old = Written(into.key, into.value, *places)
     return backend.Launch(
         functools.partial(write_kernel, step=step, is_recent=is_recent),
-        WriteInputs(before, *new, old.key, old.value, old.slot_of, old.position_in),
+        WriteInputs(before, *new, old.key, old.value, old.slot_of, old.position_in, behind),
         jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), old),
         programs=step.B * step.K * step.T,
         in_place=Written._fields,

@@ -199,7 +199,10 @@ def launch_decode(
         caches = Caches(into.key, into.value)
     else:
         recent = dataclasses.replace(recent, **into._asdict())
-        to_host = write_launch(step, new, caches, before, layer)
+        # Earlier steps read the caches until what they keep is written, which this one's first
+        # launch goes on with.
+        behind = made["codes"].after.lengths
+        to_host = write_launch(step, new, caches, before, layer, behind)
         into = backend.launch(to_host, num_warps=step.tuning.written_warps)
         caches = Caches(into.key, into.value)
     kept, indices, positions = kept_of(recent), None, None
