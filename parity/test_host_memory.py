@@ -7,7 +7,10 @@ kernels read and write host memory itself: tests marked `gpu` read what the comp
 import contextlib
 import dataclasses
 import functools
+import os
 import re
+import subprocess
+import sys
 from typing import Any, NamedTuple
 
 import jax
@@ -350,6 +353,64 @@ def test_rows_that_restart_see_nothing_of_what_was_kept(name):
             if i % 20 == 19:
                 assert_equal(without_recent(on_host), on_device)
                 assert_recent(case, on_host)
+
+
+MESHES = """
+import jax, numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax_indexer import decode_attention
+from jax_indexer.sharding import _named, _spec
+from parity import test_host_memory as here
+
+case = here.CASES["xla"]
+_, cache = here.filled(case)
+query = here.draw(3, here.B, 1, here.N, here.H)
+key, value = here.tokens(case, 4, 1), here.tokens(case, 5, 1, here.VALUE_H)
+step = jax.jit(lambda *arguments: decode_attention(*arguments, case.config))
+expected, after = step(query, key, value, cache)
+for rows, heads in ((("x",), ()), ((), ("x",))):
+    for kind in (AxisType.Explicit, AxisType.Auto):
+        mesh = jax.make_mesh((2,), ("x",), axis_types=(kind,))
+
+        def split(letters, state):
+            def put(x):
+                on_host = jax.typeof(x.array).memory_space == here.HOST
+                spec = _spec(x.letters, rows, heads)
+                where = "pinned_host" if on_host else "device"
+                return jax.device_put(x.array, NamedSharding(mesh, spec, memory_kind=where))
+            leaves, structure = jax.tree.flatten(state)
+            return jax.tree.unflatten(structure, [put(x) for x in _named("", letters, state)])
+
+        parts = type(cache)(
+            split("B S K H", cache.key), split("B S K H'", cache.value),
+            split(None, cache.index), split(None, cache.recent),
+        )
+        arguments = split("B T N H", query), split("B T K H", key), split("B T K H'", value), parts
+        if kind == AxisType.Auto:
+            try:
+                step(*arguments)
+            except NotImplementedError as error:
+                assert "in host memory are split over Explicit axes" in str(error)
+                continue
+            raise AssertionError("Auto axes were not refused")
+        out, parts = step(*arguments)
+        np.testing.assert_array_equal(np.asarray(out), np.asarray(expected))
+        assert parts.key.sharding.memory_kind == "pinned_host"
+        assert len(parts.key.addressable_shards) == 2
+        here.assert_equal(parts, after)
+print("split")
+"""
+
+
+def test_rows_and_heads_are_split_over_explicit_axes():
+    done = subprocess.run(
+        [sys.executable, "-c", MESHES],
+        env=os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout == "split\n", done.stderr[-3000:]
 
 
 # Kernels
