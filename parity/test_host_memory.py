@@ -131,14 +131,14 @@ def prompts(case, seed, number):
     return [jnp.where(exists, x, 0) for x in found]
 
 
-def caches(case, capacity=S):
+def caches(case, capacity=S, kept_rows=21):
     """A cache on the device, and one in host memory."""
     layers = None if case.layer is None else LAYERS
     sizes = {"value_head_dim": VALUE_H, "dtype": jnp.float32, "layers": layers}
     sizes |= {"kv_layout": case.kv_layout}
     make = functools.partial(empty_cache, case.config, B, capacity, K, H, **sizes)
     # Few rows are kept, so that some must go.
-    return [make(), make(memory_kind="pinned_host", kept_rows=21)]
+    return [make(), make(memory_kind="pinned_host", kept_rows=kept_rows)]
 
 
 def filled(case, number=120):
@@ -286,6 +286,25 @@ def test_lists_are_read_over_the_bus_by_sparse_attention(name):
             assert_equal(found, expected)
 
 
+@pytest.mark.parametrize("name", ["xla, layers, all, head-major", "pool, the rest, several tokens"])
+def test_a_rest_is_added_to_lists_that_are_read_over_the_bus(name):
+    case = CASES[name]
+    with case.runs():
+        on_device, on_host = filled(case)
+        query, options = draw(3, B, 1, N, H), {"layer": case.layer}
+        choose = functools.partial(select, config=case.config, return_rest=True, **options)
+        selected = choose(query, on_host.index, implementation=case.implementation)
+        assert np.isfinite(np.asarray(selected.rest.log_mass)).all()
+        attend = functools.partial(
+            sparse_attention, config=case.config, return_lse=True, **options, **case.options
+        )
+        expected = attend(query, on_device.key, on_device.value, selected, rest=selected.rest)
+        without = attend(query, on_device.key, on_device.value, selected)
+        found = jax.jit(attend)(query, on_host.key, on_host.value, selected, rest=selected.rest)
+        assert_equal(found, expected)
+        assert (np.asarray(found[1]) != np.asarray(without[1])).all()
+
+
 def test_gradients_flow_to_queries_past_caches_in_host_memory():
     case = CASES["xla"]
     on_device, on_host = filled(case)
@@ -413,6 +432,86 @@ def test_rows_and_heads_are_split_over_explicit_axes():
     assert done.stdout == "split\n", done.stderr[-3000:]
 
 
+TOKENS = r"""
+import contextlib
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from jax_indexer import (
+    build_index, decode_attention, partition_specs, prefill_chunk, rebuild, select,
+    sparse_attention,
+)
+from jax_indexer.kernels import backend
+import parity.test_host_memory as here
+
+case, part, axis = here.CASES["xla"], P(None, "tokens"), {"sequence_axis": "tokens"}
+config, mesh = case.config, jax.make_mesh((2,), ("tokens",), axis_types=(AxisType.Auto,))
+where = NamedSharding(mesh, part)
+key, value = here.tokens(case, 1, here.S), here.tokens(case, 2, here.S, here.VALUE_H)
+query, lengths = here.draw(3, here.B, 1, here.N, here.H), jnp.array([180, 40], jnp.int32)
+index = build_index(key, lengths, config)
+selected = select(query, index, config)
+expected = sparse_attention(query, key, value, selected, return_lse=True)
+split = partition_specs(index, mesh, sequence="tokens")
+
+# Lists of a device's own positions, of caches in the one memory and in the other.
+for kernels in (False, True):
+    by = axis | {"implementation": "triton" if kernels else "xla"}
+
+    def attend(query, key, value, index):
+        own = select(query, index, config, **by)
+        return sparse_attention(query, key, value, own, return_lse=True, **by)
+
+    specs = {"in_specs": (P(), part, part, split), "out_specs": P()}
+    attend = jax.jit(jax.shard_map(attend, mesh=mesh, check_vma=not kernels, **specs))
+    with backend.interpreted() if kernels else contextlib.nullcontext():
+        of_device, of_host = (
+            attend(query, *jax.device_put((key, value), where.with_memory_kind(kind)), index)
+            for kind in ("device", "pinned_host")
+        )
+    here.assert_equal(of_host, of_device)
+    for one, other in zip(of_host, expected):
+        np.testing.assert_allclose(np.asarray(one), np.asarray(other), rtol=2e-5, atol=2e-5)
+
+# What is not there yet is refused, before anything compiles.
+_, cache = here.filled(case)
+new = here.tokens(case, 4, 1), here.tokens(case, 5, 1, here.VALUE_H)
+rows = jnp.ones(here.B, bool)
+missing = 'sequence_axis: memory_kind="pinned_host" needs'
+for function, error, message in (
+    (lambda c: decode_attention(query, *new, c, config, **axis), NotImplementedError, missing),
+    (lambda c: rebuild(c.index, c.key, config, rows, **axis), NotImplementedError, missing),
+):
+    try:
+        jax.jit(jax.shard_map(function, mesh=mesh, in_specs=P(), out_specs=P())).trace(cache)
+    except error as refused:
+        assert message in str(refused), refused
+    else:
+        raise AssertionError(message)
+try:
+    partition_specs(cache, mesh, sequence="tokens")
+except NotImplementedError as refused:
+    assert "sequence: memory_kind=" in str(refused)
+else:
+    raise AssertionError("tokens of a cache in host memory were split")
+specs = partition_specs(cache, mesh, rows="tokens")
+assert specs.key == P("tokens", None, None, None) and specs.recent.next_slot == P("tokens", None)
+print("split")
+"""
+
+
+def test_tokens_are_split_for_sparse_attention_alone():
+    done = subprocess.run(
+        [sys.executable, "-c", TOKENS],
+        env=os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout == "split\n", done.stderr[-3000:]
+
+
 # Kernels
 
 
@@ -472,14 +571,14 @@ def test_kernels_that_copy_tokens_run_on_checked_memory(name):
     case = CASES[name]
     layer = None if case.layer is None else jnp.int32(case.layer)
     config, kv_layout = case.config, case.kv_layout
-    cache = caches(case, 60)[1]
+    cache = caches(case, 60, kept_rows=30)[1]
     old = Caches(*(jax.device_put(x, DEVICE) for x in (cache.key, cache.value)))
     # Of what is kept, some is written over.
-    kept = jnp.arange(30, dtype=jnp.int32) % cache.recent.position_in.shape[-1]
+    kept = jnp.arange(30, dtype=jnp.int32)
     recent = dataclasses.replace(
         cache.recent,
         slot_of=cache.recent.slot_of.at[..., :30].set(kept),
-        position_in=cache.recent.position_in.at[..., :30].set(jnp.arange(30, dtype=jnp.int32)),
+        position_in=cache.recent.position_in.at[..., :30].set(kept),
     )
     new = Caches(tokens(case, 1, 45), tokens(case, 2, 45, VALUE_H))
     room = Room(jnp.array([10, 3], jnp.int32), jnp.array([45, 20], jnp.int32))
