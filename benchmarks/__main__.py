@@ -12,7 +12,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks import build, decode, devices, layer, quality, report, results, run
+from benchmarks import build, decode, devices, host, layer, quality, report, results, run
 from benchmarks.measure import say
 
 COMMANDS = {
@@ -21,6 +21,7 @@ COMMANDS = {
     "build": build,
     "decode": decode,
     "devices": devices,
+    "host": host,
     "quality": quality,
     "report": report,
 }
@@ -48,7 +49,7 @@ def make_parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--commit", help="for a machine without the history; may end in -dirty"
         )
-        if module is not decode:  # A segment has its steps.
+        if module not in (decode, host):  # A segment has its steps, and so has a walk.
             command.add_argument("--quick", action="store_true", help="few repetitions")
     return parser
 

@@ -20,7 +20,7 @@ from parity.inputs import Workload
 
 ROOT = Path(__file__).parent.parent
 LOCAL = Path(__file__).parent / "local"  # not committed
-KINDS = ("named", "sweep", "layer", "build", "decode", "devices", "quality")
+KINDS = ("named", "sweep", "layer", "build", "decode", "devices", "host", "quality")
 KEYS = {"time", "command", "commit", "dirty", "machine", "quick", "seconds", "rows"}
 
 Results = dict[str, Any]  # one file

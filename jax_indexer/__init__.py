@@ -2,7 +2,7 @@
 
 from jax_indexer.attend import sparse_attention
 from jax_indexer.config import IndexerConfig
-from jax_indexer.decode import decode_attention, empty_cache, prefill
+from jax_indexer.decode import decode_attention, empty_cache, prefill, prefill_chunk
 from jax_indexer.index import (
     append,
     build_index,
@@ -14,12 +14,13 @@ from jax_indexer.index import (
 from jax_indexer.rope import Rope
 from jax_indexer.select import indexer_next, select
 from jax_indexer.sharding import partition_specs
-from jax_indexer.state import DecodeCache, PQIndex, Rest, Selection
+from jax_indexer.state import DecodeCache, PQIndex, Recent, Rest, Selection
 
 __all__ = [
     "DecodeCache",
     "IndexerConfig",
     "PQIndex",
+    "Recent",
     "Rest",
     "Rope",
     "Selection",
@@ -30,6 +31,7 @@ __all__ = [
     "indexer_next",
     "partition_specs",
     "prefill",
+    "prefill_chunk",
     "rebuild",
     "rebuild_gain",
     "reset",

@@ -21,7 +21,19 @@ from jax_indexer.config import (
 )
 from jax_indexer.kernels import backend
 from jax_indexer.layout import KVLayout, key_letters
-from jax_indexer.state import Cells, DecodeCache, PQIndex, Rest, Sealing, Selection, ValueSums
+from jax_indexer.memory import PINNED_HOST, is_on_host
+from jax_indexer.recent import recent_size
+from jax_indexer.state import (
+    MOST_NEW,
+    Cells,
+    DecodeCache,
+    PQIndex,
+    Recent,
+    Rest,
+    Sealing,
+    Selection,
+    ValueSums,
+)
 from jax_indexer.values import sums_by
 
 # The axis in front of all arrays of a state or a cache of several layers.
@@ -29,6 +41,8 @@ LAYERS = "layers"
 NOT_STACKED = "leave layer= out for what has no axis of layers"
 STACKED = "of several layers say which with layer=..."
 STACKED_ALONE = "of several layers take one, or map over them with jax.vmap"
+# How a cache in host memory is asked for.
+IN_HOST_MEMORY = f'memory_kind="{PINNED_HOST}"'
 
 
 class Expected(NamedTuple):
@@ -111,6 +125,7 @@ def check_array(
     sizes: Sizes,
     fixes: Mapping[str, str] = MappingProxyType({}),
     kv_layout: KVLayout | None = None,
+    may_be_on_host: bool = False,
 ) -> None:
     """Checks one array against what is expected, and learns the sizes of axes that are new.
 
@@ -122,9 +137,10 @@ def check_array(
       fixes: what to do about a wrong size, by letter, or about a wrong number of axes, by all
         letters, where there is more to say than to mend it.
       kv_layout: what the order of the letters follows from, if from that.
+      may_be_on_host: whether it may lie in host memory.
 
     Raises:
-      ValueError: for anything but an array of that rank, shape and dtype.
+      ValueError: for anything but an array of that rank, shape and dtype, in memory that is right.
     """
     axes, dtypes, letters = expected.axes, expected.dtypes, expected.letters
     wanted = "/".join(d.name for d in dtypes)
@@ -154,6 +170,11 @@ def check_array(
         raise ValueError(f"{name}: expected {wanted}, got {got}; {fix}")
     if dtype not in dtypes:
         raise ValueError(f"{name}: expected {wanted}, got {got}; {_cast(dtype, dtypes)}")
+    if is_on_host(value) and not may_be_on_host:
+        raise ValueError(
+            f"{name}: expected an array on the device, got one in {PINNED_HOST} memory; move it "
+            "with jax.device_put(..., jax.memory.Space.Device)"
+        )
     if kv_layout is not None:
         sizes.understand(name, axes, shape, kv_layout)
     for axis, size in zip(axes, shape, strict=True):
@@ -232,6 +253,7 @@ def check_key(
     *,
     head: str = "H",
     stacked: str = STACKED,
+    may_be_on_host: bool = False,
 ) -> None:
     """Checks keys or values [B, tokens, K, head] in either layout; S tokens are a cache.
 
@@ -243,12 +265,73 @@ def check_key(
     if tokens == "S":
         fixes = {expected.letters: _unstacked(stacked, sizes)} if np.ndim(key) == 5 else {}
         expected = expected.of(sizes)
-    check_array(name, key, expected, sizes, fixes, kv_layout)
+    check_array(name, key, expected, sizes, fixes, kv_layout, may_be_on_host)
 
 
 def _unstacked(fix: str, sizes: Sizes) -> str:
     """What to do about an axis of layers that is not expected; a cache may have told so."""
     return f"take the layer that {sizes.source['S']} is of" if "S" in sizes else fix
+
+
+def check_memory_kind(memory_kind: Any) -> None:
+    """Checks where a cache is to lie, and that the default device has such memory."""
+    check_choice("memory_kind", memory_kind, (None, PINNED_HOST))
+    device, kinds = kinds_of_memory()
+    if memory_kind is not None and memory_kind not in kinds:
+        raise ValueError(
+            f"memory_kind: expected a kind of memory that {device} has, "
+            f"{', '.join(kinds)}, got {memory_kind!r}; use None"
+        )
+
+
+def kinds_of_memory() -> tuple[str, list[str]]:
+    """What the default device is, and the kinds of memory that it has."""
+    device = jax.devices()[0]
+    return device.device_kind, [memory.kind for memory in device.addressable_memories()]
+
+
+def check_same_memory(names: tuple[str, str], key: Any, value: Any) -> bool:
+    """Checks that keys and values are in one memory; whether it is that of the host."""
+    where = [f"{PINNED_HOST} memory" if is_on_host(x) else "the device" for x in (key, value)]
+    if where[0] != where[1]:
+        raise ValueError(
+            f"{names[1]}: expected it to lie where {names[0]} does, in {where[0]}, got it in "
+            f"{where[1]}; move one of them with jax.device_put"
+        )
+    return is_on_host(key)
+
+
+def check_streamed(key: Any, value: Any, config: IndexerConfig) -> None:
+    """Checks that keys that an index is trained on in host memory are a sample of them."""
+    if value is not None:
+        check_same_memory(("key", "value"), key, value)
+    if is_on_host(key) and config.train_tokens is None:
+        raise ValueError(
+            "config.train_tokens: expected a number of keys to train on where they are in "
+            f"{PINNED_HOST} memory, got None; use train_tokens=65536 or so"
+        )
+
+
+def check_recent(cache: DecodeCache, config: IndexerConfig, sizes: Sizes) -> None:
+    """Checks that what is recent is there for caches in host memory, and for no others."""
+    is_there = check_same_memory(("cache.key", "cache.value"), cache.key, cache.value)
+    if not isinstance(cache.recent, Recent if is_there else type(None)):
+        wanted, where = ("Recent", "in host memory") if is_there else ("None", "on the device")
+        raise ValueError(
+            f"cache.recent: expected {wanted} with keys {where}, got "
+            f"{type(cache.recent).__name__}; make the cache with "
+            f"empty_cache(..., memory_kind={PINNED_HOST!r})"
+        )
+    if cache.recent is None:
+        return
+    if cache.recent.key.dtype != cache.key.dtype or cache.recent.value.dtype != cache.value.dtype:
+        raise ValueError(
+            f"cache.recent: expected {cache.key.dtype.name} and {cache.value.dtype.name}, as the "
+            f"cache has, got {cache.recent.key.dtype.name} and {cache.recent.value.dtype.name}; "
+            "make the cache with empty_cache"
+        )
+    sizes.learn("config", R=recent_size(config))
+    check_fields("cache.recent", cache.recent, sizes)
 
 
 def check_layer(layer: Any) -> Array | None:
@@ -453,7 +536,13 @@ def check_values(index: PQIndex, config: IndexerConfig, sizes: Sizes, name: str)
 
 
 def check_value(
-    value: Any, config: IndexerConfig, kv_layout: Any, sizes: Sizes, *, stacked: str = STACKED
+    value: Any,
+    config: IndexerConfig,
+    kv_layout: Any,
+    sizes: Sizes,
+    *,
+    stacked: str = STACKED,
+    may_be_on_host: bool = False,
 ) -> None:
     """Checks the cache of values, which is needed if sums of them are kept."""
     if config.estimate_rest and value is None:
@@ -467,7 +556,8 @@ def check_value(
             'leave it out, or use estimate_rest="codes" or "mean"'
         )
     if value is not None:
-        check_key("value", value, "S", kv_layout, sizes, head="H'", stacked=stacked)
+        options = {"stacked": stacked, "may_be_on_host": may_be_on_host}
+        check_key("value", value, "S", kv_layout, sizes, head="H'", **options)
 
 
 def check_cells(cells: Any, sizes: Sizes, name: str = "index") -> None:
@@ -520,11 +610,19 @@ def check_seed(seed: Any) -> None:
         )
 
 
-def check_with_cache(index: Any, key: Any, config: Any, kv_layout: Any, layer: Any) -> Sizes:
+def check_with_cache(
+    index: Any,
+    key: Any,
+    config: Any,
+    kv_layout: Any,
+    layer: Any,
+    *,
+    may_be_on_host: bool = False,
+) -> Sizes:
     """Checks an index and the cache it is of; returns the sizes of the axes."""
     check_config(config)
     sizes = Sizes(stacked=layer is not None)
-    check_key("key", key, "S", kv_layout, sizes)
+    check_key("key", key, "S", kv_layout, sizes, may_be_on_host=may_be_on_host)
     check_subspaces("key", config, sizes)
     check_index(index, config, sizes)
     check_phi(index, config)
@@ -719,8 +817,15 @@ def check_decode(
     without = sums_needed(config)
     if config.rerank > 1:
         without |= {f"rerank={config.rerank}": "an exchange of true logits"}
+    if cache.recent is not None:
+        without |= {IN_HOST_MEMORY: "what is recent of a device's own positions"}
     devices = check_sequence_axis(sequence_axis, whole, parts, without=without)
     check_counts(counts, "T", sizes, devices)
+    if cache.recent is not None and sizes["T"] > MOST_NEW:
+        raise NotImplementedError(
+            f"key_new: caches in host memory take up to {MOST_NEW} tokens a step, got "
+            f"T={sizes['T']}; use prefill or prefill_chunk for more"
+        )
     check_selector(selector, config.pool, sizes["T"], implementation, query, cache)
 
 
@@ -752,6 +857,7 @@ def check_prefill(
     if rows is not None:
         check_array("rows", rows, ROWS, sizes)
     check_cache(cache, config, sizes, kv_layout, layer)
+    check_streamed(cache.key, None, config)
     check_dtypes({"key": key, "value": value}, cache)
     if sizes["s"] > sizes["S"]:
         raise ValueError(
@@ -759,6 +865,38 @@ def check_prefill(
             f"s={sizes['s']}; make a larger cache{sizes.understood('key')}"
         )
     return sizes
+
+
+def check_chunk(
+    key: Any,
+    value: Any,
+    start: Any,
+    cache: Any,
+    config: Any,
+    counts: Any,
+    layer: Any,
+    kv_layout: Any,
+    implementation: Any,
+) -> None:
+    """Checks a chunk of prompts, and the cache that it goes into."""
+    check_config(config)
+    sizes = Sizes()
+    check_key("key", key, "s", kv_layout, sizes)
+    check_subspaces("key", config, sizes)
+    check_key("value", value, "s", kv_layout, sizes, head="H'")
+    check_array("start", start, NUMBERS, sizes)
+    if counts is not None:
+        check_array("counts", counts, NUMBERS, sizes)
+    check_cache(cache, config, sizes, kv_layout, layer)
+    check_dtypes({"key": key, "value": value}, cache)
+    whole = {"key": key, "value": value, "start": start, "counts": counts}
+    parts = {
+        "cache.key": cache.key,
+        "cache.value": cache.value,
+        "cache.index": cache.index,
+    }
+    check_sequence_axis(None, whole, parts, without={})
+    check_implementation(implementation, key, cache)
 
 
 def check_cache(
@@ -771,10 +909,11 @@ def check_cache(
             "make one with empty_cache or prefill"
         )
     sizes.stacked = layer is not None
-    check_key("cache.key", cache.key, "S", kv_layout, sizes)
-    check_key("cache.value", cache.value, "S", kv_layout, sizes, head="H'")
+    check_key("cache.key", cache.key, "S", kv_layout, sizes, may_be_on_host=True)
+    check_key("cache.value", cache.value, "S", kv_layout, sizes, head="H'", may_be_on_host=True)
     check_index(cache.index, config, sizes, "cache.index")
     check_phi(cache.index, config, "cache.index")
+    check_recent(cache, config, sizes)
 
 
 def check_dtypes(new: Mapping[str, Any], cache: DecodeCache) -> None:

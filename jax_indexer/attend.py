@@ -17,6 +17,7 @@ from jax_indexer.config import Implementation, IndexerConfig
 from jax_indexer.kernels import backend
 from jax_indexer.kernels.attend import Entries, launch_listed
 from jax_indexer.layout import KVLayout, key_letters
+from jax_indexer.memory import is_on_host, moved_to_device, not_mapped
 from jax_indexer.reference import Caches, Logits
 from jax_indexer.sharding import by_shards
 from jax_indexer.state import Rest, Selection
@@ -44,7 +45,8 @@ def sparse_attention(
       query: [B, T, N, H], float32, bfloat16 or float16.
       key: [B, S, K, H] ("BSKH") or [B, K, S, H] ("BKSH"), the cache; with `layer` behind an axis
         of layers.
-      value: like `key`, but with a head dimension H' of its own.
+      value: like `key`, but with a head dimension H' of its own. Both may be in host memory: lists
+        are then read over the bus.
       selection: what `select` returned for an index of the cache's capacity S; only its indices
         are read.
       config: what `select` made the selection with. "triton" then reads sink and window, which
@@ -79,11 +81,13 @@ def sparse_attention(
     Source: CONTRACT.md, section 4.
     """
     sizes = _arguments.Sizes(stacked=layer is not None)
-    _arguments.check_key("key", key, "S", kv_layout, sizes)
+    _arguments.check_key("key", key, "S", kv_layout, sizes, may_be_on_host=True)
     _arguments.check_array("query", query, _arguments.QUERY, sizes)
     _arguments.check_groups(sizes)
     _arguments.check_selection(selection, config, sizes)
-    _arguments.check_key("value", value, "S", kv_layout, sizes, head="H'")
+    of_value = {"head": "H'", "may_be_on_host": True}
+    _arguments.check_key("value", value, "S", kv_layout, sizes, **of_value)
+    _arguments.check_same_memory(("key", "value"), key, value)
     _arguments.check_choice("return_lse", return_lse, (True, False))
     _arguments.check_rest(rest, config, sizes)
     _arguments.check_implementation(implementation, query, key, value)
@@ -148,7 +152,11 @@ def _attend(
     implementation: Implementation | None,
     dtype: np.dtype,
 ) -> reference.Attention:
+    if is_on_host(key):
+        key, value = not_mapped((key, value), "key")
+
     def xla(query, key, value, indices, logits, rest, layer):
+        key, value = moved_to_device((key, value))
         entry = np.arange(indices.shape[-1])
         heavy = None if own is None else (entry >= own.first) & (entry < own.last)
         return reference.attend(

@@ -1,11 +1,14 @@
 """decode_attention: a whole attention layer's decode step, and the life of its cache."""
 
+import dataclasses
 import functools
 from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
+from jax.sharding import SingleDeviceSharding
 from jaxtyping import Bool, Float, Int32
 
 from jax_indexer import _arguments, reference
@@ -19,12 +22,15 @@ from jax_indexer.config import (
 )
 from jax_indexer.index import build_index, check_training, empty_index, rebuild
 from jax_indexer.kernels import backend, pipeline
+from jax_indexer.kernels.chunks import put
 from jax_indexer.kernels.step import Step
 from jax_indexer.layout import KVLayout, key_letters, token_axis
+from jax_indexer.memory import moved_to_device, moved_to_host, not_mapped
+from jax_indexer.recent import empty_recent, kept_size, write_recent
 from jax_indexer.reference import Caches, Logits
 from jax_indexer.rope import COPIES, Rope, check_look_ahead
 from jax_indexer.sharding import Shard, by_shards
-from jax_indexer.state import DecodeCache, PQIndex, Span
+from jax_indexer.state import DecodeCache, PQIndex, Recent, Span, layer_of
 
 
 def decode_attention(
@@ -80,8 +86,9 @@ def decode_attention(
 
     Raises:
       ValueError: for arguments of wrong type, shape or dtype, before anything is updated.
-      NotImplementedError: for an implementation or a selector that is not there, and for `rerank`
-        or `estimate_rest` with `sequence_axis`.
+      NotImplementedError: for an implementation or a selector that is not there, for `rerank`,
+        `estimate_rest` or a cache in host memory with `sequence_axis`, and for more tokens than a
+        step takes into a cache in host memory.
 
     Source: CONTRACT.md, section 4.
     """
@@ -134,50 +141,68 @@ def _decode(
     sequence_axis: str | None,
 ) -> tuple[Array, DecodeCache]:
     def on_shard(
-        shard: Shard, query, key_new, value_new, key, value, index, counts, scale, soft_cap, layer
-    ) -> tuple[Array, Array, Array, PQIndex]:
+        shard: Shard,
+        query,
+        key_new,
+        value_new,
+        key,
+        value,
+        index,
+        recent,
+        counts,
+        scale,
+        soft_cap,
+        layer,
+    ) -> tuple[Array, Array, Array, PQIndex, Recent | None]:
         del shard
         T, N = query.shape[1:3]
         step = Step.of(index, config, T=T, N=N, kv_layout=kv_layout)
         goes_on = config.rerank > 1 or bool(config.estimate_rest)
         chosen = selector or default_selector(config.pool, step.S, T, goes_on)
 
-        def xla(query, new, caches, index, counts, logits, layer):
-            span = Span.of(sequence_axis, step.S)
-            return reference.decode(
-                query, new, caches, index, counts, logits, config, kv_layout, layer, span
-            )
+        def xla(query, new, caches, index, recent, counts, logits, layer):
+            before, span = layer_of(index.lengths, layer), Span.of(sequence_axis, step.S)
+            arguments = index, counts, logits, config, kv_layout, layer, span
+            out, written, index = reference.decode(query, new, moved_to_device(caches), *arguments)
+            if recent is None:
+                return out, written, index, None
+            room, _ = reference.make_room(before, counts, T, step.S)
+            recent = write_recent(recent, new, room, config, kv_layout, layer)
+            return out, moved_to_host(written), index, recent
 
-        def triton(query, new, caches, index, counts, logits, layer):
+        def triton(query, new, caches, index, recent, counts, logits, layer):
             span = Span.of(sequence_axis, step.S)
             return pipeline.launch_decode(
-                step, query, new, caches, index, counts, logits, chosen, layer, span
+                step, query, new, caches, index, recent, counts, logits, chosen, layer, span
             )
 
         new, caches = Caches(key_new, value_new), Caches(key, value)
-        arguments = query, new, caches, index, counts, Logits(scale, soft_cap), layer
-        out, caches, index = backend.dispatch(
+        arguments = query, new, caches, index, recent, counts, Logits(scale, soft_cap), layer
+        if recent is not None:
+            arguments = not_mapped(arguments, "cache")
+        out, caches, index, recent = backend.dispatch(
             xla, triton, *arguments, implementation=implementation
         )
-        return out, *caches, index
+        return out, *caches, index, recent
 
     of_cache = key_letters(kv_layout), key_letters(kv_layout, head="H'")
     logits = jax.tree.map(lambda x: x.astype(jnp.float32), logits)
-    out, key, value, index = by_shards(
+    out, key, value, index, recent = by_shards(
         on_shard,
-        results=("B T N H'", *of_cache, None),
+        results=("B T N H'", *of_cache, None, None),
         query=("B T N H", query),
         key_new=(key_letters(kv_layout, "T"), key_new),
         value_new=(key_letters(kv_layout, "T", "H'"), value_new),
         key=(of_cache[0], cache.key),
         value=(of_cache[1], cache.value),
         index=(None, cache.index),
+        recent=(None, cache.recent),
         counts=("B", counts),
         scale=("", logits.scale),
         logits_soft_cap=("", logits.soft_cap),
         layer=("", layer),
     )
-    return out, DecodeCache(key, value, index)
+    return out, DecodeCache(key, value, index, recent)
 
 
 def empty_cache(
@@ -191,6 +216,8 @@ def empty_cache(
     dtype: Any = jnp.bfloat16,
     layers: int | None = None,
     kv_layout: KVLayout = "BSKH",
+    memory_kind: str | None = None,
+    kept_rows: int | None = None,
 ) -> DecodeCache:
     """A cache without tokens, with all the state that the config needs; `prefill` puts prompts in.
 
@@ -208,12 +235,17 @@ def empty_cache(
       layers: how many layers share the arrays, along an axis in front of all of them; None for one
         layer without such an axis.
       kv_layout: order of the token and head axes of keys and values.
+      memory_kind: "pinned_host" for keys and values in host memory, which kernels read and write
+        over the bus; what of them is used most is on the device too. Call it outside of `jit`
+        then. None for the device.
+      kept_rows: with it, how many tokens' keys and values of each kv head stay on the device once
+        they were listed; None for 16 times the `heavy_size` (`rerank` counted) of a query head.
 
     Returns:
       A DecodeCache.
 
     Raises:
-      ValueError: for a size or dtype that is none.
+      ValueError: for a size or dtype that is none, and for a kind of memory that is not there.
 
     Source: CONTRACT.md, section 4.
     """
@@ -226,7 +258,15 @@ def empty_cache(
         head_dim=head_dim,
         value_head_dim=head_dim if value_head_dim is None else value_head_dim,
         layers=1 if layers is None else layers,
+        kept_rows=kept_size(config) if kept_rows is None else kept_rows,
     )
+    _arguments.check_memory_kind(memory_kind)
+    if memory_kind is None and kept_rows is not None:
+        raise ValueError(
+            f"kept_rows: expected None for a cache on the device, got {kept_rows!r}; leave it out, "
+            'or use memory_kind="pinned_host"'
+        )
+    kept = min(sizes["kept_rows"], sizes["capacity"])
     dtype = float_dtype("dtype", dtype, "use jnp.bfloat16")
     B, S, K, H, of_value = (
         sizes[name] for name in ("batch", "capacity", "kv_heads", "head_dim", "value_head_dim")
@@ -241,14 +281,28 @@ def empty_cache(
         shape = (B, S, K, head_dim) if kv_layout == "BSKH" else (B, K, S, head_dim)
         return jnp.zeros(shape, dtype)
 
-    def empty() -> DecodeCache:
-        index = empty_index(config, B, S, K, H, of_value)
-        one = DecodeCache(cache(H), cache(of_value), index)
+    def stacked(one: Any) -> Any:
         if layers is None:
             return one
         return jax.tree.map(lambda x: jnp.broadcast_to(x, (layers, *x.shape)), one)
 
-    return jax.jit(empty)()
+    def empty() -> DecodeCache:
+        index = empty_index(config, B, S, K, H, of_value)
+        return stacked(DecodeCache(cache(H), cache(of_value), index))
+
+    def empty_on_device() -> tuple[PQIndex, Recent]:
+        index = empty_index(config, B, S, K, H, of_value)
+        return stacked((index, empty_recent(B, S, K, H, of_value, config, dtype, kept)))
+
+    if memory_kind is None:
+        return jax.jit(empty)()
+    shapes = jax.eval_shape(empty)
+    # Zeros that are made on the device would need all of its memory.
+    on_host = SingleDeviceSharding(jax.devices()[0], memory_kind=memory_kind)
+    key, value = (
+        jax.device_put(np.zeros(x.shape, x.dtype), on_host) for x in (shapes.key, shapes.value)
+    )
+    return DecodeCache(key, value, *jax.jit(empty_on_device)())
 
 
 def prefill(
@@ -285,7 +339,8 @@ def prefill(
       rows: bool[B], the rows that get a prompt; the others keep what they have. None for all.
       layer: which layer of the cache, clipped to those there are, where its arrays have an axis of
         layers in front; None where they have none.
-      seed: of the random numbers of training.
+      seed: of the random numbers of training. With a cache in host memory `config.train_tokens`
+        says how many keys that is.
       rope, look_ahead, copies: as in `build_index`: how the keys were turned, and how many tokens
         are expected to be decoded, for codebooks that fit these too.
       kv_layout: order of the token and head axes of keys and values.
@@ -313,6 +368,17 @@ def prefill(
     _arguments.check_seed(seed)
     check_training(implementation, config, sizes, key, cache)
     layer = _arguments.check_layer(layer)
+    if cache.recent is not None:
+        lengths = jnp.clip(lengths, 0, sizes["s"])
+        rows = jnp.ones_like(lengths, bool) if rows is None else rows
+        counts = jnp.where(rows, lengths, 0)
+        of_chunk = {"kv_layout": kv_layout, "implementation": implementation}
+        start = jnp.zeros_like(lengths)
+        filled = _put_chunk(key, value, start, cache, counts, layer, config=config, **of_chunk)
+        of_value = filled.value if config.estimate_rest else None
+        grown = {"value": of_value, "lengths": lengths, "layer": layer}
+        index = rebuild(filled.index, filled.key, config, rows, **grown, **options)
+        return dataclasses.replace(filled, index=index)
     caches, prompt_lengths, prompt_rows = _put_prompts(
         Caches(cache.key, cache.value),
         Caches(key, value),
@@ -332,6 +398,115 @@ def prefill(
         **options,
     )
     return DecodeCache(caches.key, caches.value, index)
+
+
+def prefill_chunk(
+    key: Float[Array, "B _ _ H"],
+    value: Float[Array, "B _ _ H'"],
+    start: Int32[Array, "B"],
+    cache: DecodeCache,
+    config: IndexerConfig,
+    *,
+    counts: Int32[Array, "B"] | None = None,
+    layer: int | Int32[Array, ""] | None = None,
+    kv_layout: KVLayout = "BSKH",
+    implementation: Implementation | None = None,
+) -> DecodeCache:
+    """Puts a part of prompts into a cache, whose index knows nothing of it yet.
+
+    For prompts that are never whole on the device: call it for one chunk after another, in the
+    order of their positions, then `rebuild` with the cache's keys and the lengths of the prompts.
+
+    Args:
+      key: [B, s, K, H] ("BSKH") or [B, K, s, H] ("BKSH"), keys of s tokens, in the cache's dtype.
+      value: likewise, their values.
+      start: int32[B], the position of each row's first one; clipped to 0..S.
+      cache: what they go into; donate it to have it updated in place.
+      config: what the cache was made with.
+      counts: int32[B], how many of the s tokens each row takes, clipped to 0..s; None for s. A row
+        that would pass the capacity takes none.
+      layer: which layer of the cache, clipped to those there are, where its arrays have an axis of
+        layers in front; None where they have none.
+      kv_layout: order of the token and head axes of keys and values.
+      implementation: "triton", "xla", or None: Triton on an NVIDIA GPU where it supports the
+        case, else XLA.
+
+    Returns:
+      The cache with these tokens.
+
+    Raises:
+      ValueError: for arguments of wrong type, shape or dtype, before anything is updated.
+      NotImplementedError: for an implementation that is not there.
+
+    Source: CONTRACT.md, section 4.
+    """
+    _arguments.check_chunk(
+        key, value, start, cache, config, counts, layer, kv_layout, implementation
+    )
+    layer, of_chunk = _arguments.check_layer(layer), (key, value, start, cache, counts)
+    options = {"kv_layout": kv_layout, "implementation": implementation}
+    return _put_chunk(*of_chunk, layer, config=config, **options)
+
+
+@functools.partial(backend.jit, static_argnames=("config", "kv_layout", "implementation"))
+def _put_chunk(
+    key: Array,
+    value: Array,
+    start: Array,
+    cache: DecodeCache,
+    counts: Array | None,
+    layer: Array | None,
+    *,
+    config: IndexerConfig,
+    kv_layout: KVLayout,
+    implementation: Implementation | None,
+) -> DecodeCache:
+    def on_shard(shard: Shard, key, value, start, counts, old_key, old_value, recent, layer):
+        del shard
+        new, caches = Caches(key, value), Caches(old_key, old_value)
+        tokens = key.shape[token_axis(kv_layout)]
+        capacity = old_key.shape[token_axis(kv_layout) - 4]
+        room, _ = reference.make_room(start, counts, tokens, capacity)
+
+        def xla(new, room, caches, recent, layer):
+            axis = token_axis(kv_layout) - 4
+            on_device = moved_to_device(caches)
+            written = Caches(
+                *(
+                    reference.write_tokens(cache, x, room, cache.ndim + axis, layer)
+                    for cache, x in zip(on_device, new, strict=True)
+                )
+            )
+            if recent is None:
+                return written, None
+            recent = write_recent(recent, new, room, config, kv_layout, layer)
+            return moved_to_host(written), recent
+
+        def triton(new, room, caches, recent, layer):
+            options = config, kv_layout, layer
+            recent = None if recent is None else put(new, room, recent, *options)
+            return put(new, room, caches, *options), recent
+
+        arguments = new, room, caches, recent, layer
+        if recent is not None:
+            arguments = not_mapped(arguments, "cache")
+        caches, recent = backend.dispatch(xla, triton, *arguments, implementation=implementation)
+        return *caches, recent
+
+    of_cache = key_letters(kv_layout), key_letters(kv_layout, head="H'")
+    key, value, recent = by_shards(
+        on_shard,
+        results=(*of_cache, None),
+        key=(key_letters(kv_layout, "s"), key),
+        value=(key_letters(kv_layout, "s", "H'"), value),
+        start=("B", start),
+        counts=("B", counts),
+        cached_key=(of_cache[0], cache.key),
+        cached_value=(of_cache[1], cache.value),
+        recent=(None, cache.recent),
+        layer=("", layer),
+    )
+    return dataclasses.replace(cache, key=key, value=value, recent=recent)
 
 
 @functools.partial(backend.jit, static_argnames=("kv_layout",))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -14,12 +15,17 @@ from jax_indexer import _arguments, kmeans, reference
 from jax_indexer.cells import empty_rows, no_cells, seal
 from jax_indexer.config import Implementation, IndexerConfig
 from jax_indexer.kernels import backend, centroid_sums, pipeline
+from jax_indexer.kernels.chunks import take
 from jax_indexer.kernels.step import Step
 from jax_indexer.layout import KVLayout, head_axis, key_letters, token_axis
+from jax_indexer.memory import is_on_host, moved_to_device, not_mapped
 from jax_indexer.rope import COPIES, LookAhead, Rope, check_look_ahead
 from jax_indexer.sharding import Shard, by_shards
-from jax_indexer.state import PQIndex, Span, layer_of, put_layer, varying_as
-from jax_indexer.values import empty_values, no_values
+from jax_indexer.state import PQIndex, Span, layer_of, put_layer, summed_until, varying_as
+from jax_indexer.values import add_chunk_of_values, empty_values, no_values
+
+# Tokens of a cache in host memory that are read at once, and encoded.
+ENCODED_AT_ONCE = 8192
 
 # What is static about training.
 TRAINED_BY = ("config", "ahead", "kv_layout", "implementation", "sequence_axis")
@@ -132,6 +138,9 @@ def rebuild(
 ) -> PQIndex:
     """Trains new codebooks for some rows and encodes their tokens again; nothing else changes.
 
+    Keys and values in host memory are read over the bus chunk by chunk, twice a key that is trained
+    on; `config.train_tokens` must say how many these are.
+
     For between decode steps: when a short prompt has grown, when the keys have drifted away from
     the codebooks (`rebuild_gain` tells), or, with `lengths`, to put a new prompt into a row. A row
     so built equals what `build_index` makes of it, bit for bit with float32 codebooks.
@@ -163,15 +172,16 @@ def rebuild(
 
     Source: CONTRACT.md, section 4.
     """
-    sizes = _arguments.check_with_cache(index, key, config, kv_layout, layer)
+    sizes = _arguments.check_with_cache(index, key, config, kv_layout, layer, may_be_on_host=True)
     _arguments.check_array("rows", rows, _arguments.ROWS, sizes)
-    _arguments.check_value(value, config, kv_layout, sizes)
+    _arguments.check_value(value, config, kv_layout, sizes, may_be_on_host=True)
+    _arguments.check_streamed(key, value, config)
     if lengths is not None:
         _arguments.check_array("lengths", lengths, _arguments.NUMBERS, sizes)
     _arguments.check_seed(seed)
     ahead = check_look_ahead(rope, look_ahead, copies, sizes["H"])
     whole = {"lengths": lengths, "rows": rows}
-    check_split_training(sequence_axis, whole, config, ahead, index)
+    check_split_training(sequence_axis, whole, config, ahead, index, key)
     check_training(implementation, config, sizes, key, index)
     return _rebuild(
         index,
@@ -421,9 +431,12 @@ def check_split_training(
     config: IndexerConfig,
     ahead: LookAhead | None,
     index: PQIndex | None = None,
+    key: Array | None = None,
 ) -> int:
     """Checks that codebooks can be trained where S is split; over how many devices it is."""
     without = _arguments.sums_needed(config)
+    if is_on_host(key):
+        without |= {_arguments.IN_HOST_MEMORY: "chunks of a device's own positions"}
     if ahead is not None:
         without |= {"rope": "positions that are not known when the program is compiled"}
     whole = whole if sequence_axis is not None else {}
@@ -523,7 +536,7 @@ def _build(
         devices = span.devices if span else 1
         empty = empty_index(config, batch, capacity, kv_heads, *sizes, devices=devices)
         every_row = jnp.ones(batch, bool)
-        arguments = empty, key, value, lengths, every_row, seed
+        arguments = empty, key, value, lengths, every_row, seed, None
         return _rebuilt(shard, *arguments, config, ahead, kv_layout, implementation, sequence_axis)
 
     return by_shards(
@@ -551,8 +564,12 @@ def _rebuild(
     implementation: Implementation | None,
     sequence_axis: str | None,
 ) -> PQIndex:
-    one, key, value = layer_of((index, key, value), layer)
+    one, of_cache = layer_of(index, layer), layer
     lengths = one.lengths if lengths is None else lengths
+    if is_on_host(key):
+        key, value = not_mapped((key, value), "key")
+    else:
+        (key, value), of_cache = layer_of((key, value), layer), None
     rebuilt = by_shards(
         functools.partial(
             _rebuilt,
@@ -568,6 +585,7 @@ def _rebuild(
         lengths=("B", lengths),
         rows=("B", rows),
         seed=("", seed),
+        layer=("", of_cache),
     )
     return put_layer(index, rebuilt, layer)
 
@@ -580,6 +598,7 @@ def _rebuilt(
     lengths: Array,
     rows: Array,
     seed: Array,
+    layer: Array | None,
     config: IndexerConfig,
     ahead: LookAhead | None,
     kv_layout: KVLayout,
@@ -589,8 +608,13 @@ def _rebuilt(
     span = Span.of(sequence_axis, index.codes.shape[-1])
     capacity = span.capacity if span else index.codes.shape[-1]
     # The other rows have no token to train on and none to encode.
-    lengths = jnp.where(rows, jnp.clip(lengths, 0, capacity), 0)
-    keys = kmeans.training_set(key, lengths, config, kv_layout, ahead, span)
+    lengths, read, of_keys = jnp.where(rows, jnp.clip(lengths, 0, capacity), 0), None, None
+    if is_on_host(key):
+        read = functools.partial(
+            _taken, kv_layout=kv_layout, layer=layer, implementation=implementation
+        )
+        of_keys = functools.partial(read, key)
+    keys = kmeans.training_set(key, lengths, config, kv_layout, ahead, span, of_keys)
     first_head = shard.first_head(index.codes.shape[1])
     trained = kmeans.train(keys, lengths, seed, first_head, config, kv_layout, implementation)
 
@@ -604,6 +628,8 @@ def _rebuilt(
         phi = jnp.where(jnp.expand_dims(rows, (1, 2)), keys.phi, phi)
     started = dataclasses.replace(_emptied(index, rows), codebooks=codebooks, phi=phi)
     arguments = config, kv_layout, implementation
+    if read is not None:
+        return _appended_in_chunks(started, key, value, lengths, *arguments, read)
     if span is None:
         return _appended(started, key, value, lengths, *arguments)
     # Each device encodes what it holds, as if it were all.
@@ -615,6 +641,70 @@ def _rebuilt(
     if cells is not None:
         cells = seal(cells, codes, lengths, rows, config, span)
     return dataclasses.replace(started, codes=codes, lengths=lengths, cells=cells)
+
+
+def _taken(
+    cache: Array,
+    position: Array,
+    *,
+    kv_layout: KVLayout,
+    layer: Array | None,
+    implementation: Implementation | None,
+) -> Array:
+    """Tokens of a cache in host memory at int32[B, n] positions of each row, on the device."""
+
+    def xla(cache, position, layer):
+        cache = layer_of(moved_to_device(cache), layer)
+        place = position[:, :, None, None]
+        place = place if kv_layout == "BSKH" else place.swapaxes(1, 2)
+        return jnp.take_along_axis(cache, place, axis=token_axis(kv_layout))
+
+    def triton(cache, position, layer):
+        return take(cache, position, kv_layout, layer)
+
+    return backend.dispatch(xla, triton, cache, position, layer, implementation=implementation)
+
+
+def _appended_in_chunks(
+    index: PQIndex,
+    key: Array,
+    value: Array | None,
+    lengths: Array,
+    config: IndexerConfig,
+    kv_layout: KVLayout,
+    implementation: Implementation | None,
+    read: Callable[[Array, Array], Array],
+) -> PQIndex:
+    """Encodes keys in host memory, of rows without tokens or of none, a chunk at a time."""
+    capacity = index.codes.shape[-1]
+    chunk = min(ENCODED_AT_ONCE, capacity)
+    number = np.arange(chunk, dtype=np.int32)[None]
+
+    def add(i, state):
+        bare, values = state
+        first = i * chunk
+        position = jnp.minimum(jnp.zeros_like(lengths)[:, None] + first + number, capacity - 1)
+        counts = jnp.clip(lengths - first, 0, chunk)
+        keys = read(key, position)
+        bare = _appended(bare, keys, None, counts, config, kv_layout, implementation)
+        if values is not None:
+            assert value is not None
+            codes = jnp.take_along_axis(bare.codes, position[:, None, None], axis=3)
+            until = summed_until(lengths, config)
+            begin, end = (jnp.clip(x - first, 0, chunk) for x in (config.first_candidate, until))
+            begin = jnp.broadcast_to(begin, end.shape)
+            end = jnp.where(counts > 0, end, begin)
+            of_chunk = read(value, position), codes, begin, end
+            values = add_chunk_of_values(values, *of_chunk, config, kv_layout)
+        return bare, values
+
+    bare = dataclasses.replace(index, cells=None, values=None)
+    chunks = lax.div(jnp.max(lengths) + (chunk - 1), jnp.int32(chunk))
+    bare, values = lax.fori_loop(0, chunks, add, (bare, index.values))
+    cells = index.cells
+    if cells is not None:
+        cells = seal(cells, bare.codes, bare.lengths, lengths > 0, config)
+    return dataclasses.replace(bare, cells=cells, values=values)
 
 
 @functools.partial(backend.jit, static_argnames=TRAINED_BY)

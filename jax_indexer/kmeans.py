@@ -85,28 +85,31 @@ class StepErrors(NamedTuple):
 
 
 def training_set(
-    key: Float[Array, "B _ _ H"],
+    key: Float[Array, "*layers B _ _ H"],
     lengths: Int32[Array, "B"],
     config: IndexerConfig,
     kv_layout: KVLayout,
     ahead: LookAhead | None,
     span: Span | None = None,
+    read: Callable[[Int32[Array, "B n"]], Float[Array, "B _ _ H"]] | None = None,
 ) -> TrainingSet:
     """Which keys to train on: those in [init_offset, lengths[b]), or a strided sample of them.
 
     Args:
-      key: [B, S, K, H] ("BSKH") or [B, K, S, H] ("BKSH").
+      key: [B, S, K, H] ("BSKH") or [B, K, S, H] ("BKSH"); where it is not on the device, of several
+        layers or of one.
       lengths: tokens in each row, in 0..S.
       config: `init_offset`, `train_tokens` and `metric` count.
       kv_layout: of `key`.
       ahead: which copies of the keys to train on too; None where S is split over devices.
       span: which positions of the rows `key` has, where others are on other devices.
+      read: of keys that are not on the device, those at some positions of each row.
 
     Returns:
       A TrainingSet.
     """
     axis, first, augmented = token_axis(kv_layout), config.first_trained, config.metric == "ip"
-    sample, size, number = config.train_tokens, key.shape[axis], None
+    sample, size, number = config.train_tokens, key.shape[axis - 4], None
     if sample is None or sample >= (span.capacity if span else size) - first:
         position = jnp.arange(size, dtype=jnp.int32)[None]
         stop, stride, begin = lengths, jnp.ones_like(lengths), first
@@ -114,6 +117,8 @@ def training_set(
             stop, number = span.clip(lengths), jnp.zeros_like(lengths) + (span.offset - first)
         is_first = position >= first if number is None else position + number[:, None] >= 0
         exists = is_first & (position < stop[:, None])
+        if read is not None:
+            key = read(jnp.broadcast_to(position, (len(lengths), size)))
     else:
         count = jnp.maximum(lengths - first, 0)
         stride = jnp.maximum((count + sample - 1) // sample, 1)
@@ -131,8 +136,11 @@ def training_set(
         if span is not None:
             place += skipped[:, None] * stride[:, None] - span.offset
         taken = jnp.where(exists, place, 0)
-        taken = taken[:, :, None, None] if kv_layout == "BSKH" else taken[:, None, :, None]
-        key = jnp.take_along_axis(key, taken, axis=axis)
+        if read is None:
+            taken = taken[:, :, None, None] if kv_layout == "BSKH" else taken[:, None, :, None]
+            key = jnp.take_along_axis(key, taken, axis=axis)
+        else:
+            key = read(taken)
 
     distance = lengths - first
     ahead = ahead and dataclasses.replace(ahead, begin=begin)

@@ -25,8 +25,9 @@ from jax.experimental.custom_partitioning import (
 )
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from jax_indexer._arguments import LAYERS, annotated_arrays
+from jax_indexer._arguments import IN_HOST_MEMORY, LAYERS, annotated_arrays
 from jax_indexer.layout import KVLayout, key_letters
+from jax_indexer.memory import in_host_memory, is_on_host
 from jax_indexer.state import DecodeCache, PQIndex, sealing_for
 
 HEADS = ("K", "N")
@@ -98,6 +99,14 @@ def by_shards(
     is_manual = AxisType.Manual in jax.sharding.get_abstract_mesh().axis_types
     if has_gradients or is_manual or jax.device_count() == 1:
         return function(Shard(), *values)
+    if any(is_on_host(x.array) for x in named):
+        # A rule forgets where arrays lie; those of one device need none.
+        if any(mesh.size > 1 for mesh in meshes):
+            raise NotImplementedError(
+                "caches in host memory are split over Explicit axes, or in a shard_map, got Auto "
+                "axes; make the mesh with jax.make_mesh and axis_types of AxisType.Explicit"
+            )
+        return function(Shard(), *values)
     return _by_rule(function, values, named, results)
 
 
@@ -145,6 +154,7 @@ def partition_specs(
     Raises:
       ValueError: for anything but an index or a cache, an axis that the mesh does not have, and
         rows, heads or tokens that the devices cannot share evenly.
+      NotImplementedError: for `sequence` with a cache in host memory.
 
     Source: CONTRACT.md, section 6.
     """
@@ -159,6 +169,11 @@ def partition_specs(
                 f"{name}: expected None or one of the mesh's axes {mesh.axis_names}, got {axis!r}; "
                 "use one of these"
             )
+    if sequence is not None and isinstance(state, DecodeCache) and state.recent is not None:
+        raise NotImplementedError(
+            f"sequence: {IN_HOST_MEMORY} needs what is recent of a device's own positions, which "
+            "is not there yet; split rows or heads"
+        )
     axes = {"B": rows, "K": heads, "S": sequence}
     named = [
         # Keys and values are in one of two layouts.
@@ -256,13 +271,22 @@ def _by_type(
     structure = jax.tree.structure(values)
     specs = [_spec(x.letters, rows, heads) for x in named]
     # Of what is whole on each device a part is taken there, which moves nothing.
+    hosts = [is_on_host(x.array) for x in named]
     leaves = [
-        jax.reshard(x.array, NamedSharding(mesh, spec))
-        for x, spec in zip(named, specs, strict=True)
+        # What is in host memory has to be split already.
+        x.array if on_host else jax.reshard(x.array, NamedSharding(mesh, spec))
+        for x, spec, on_host in zip(named, specs, hosts, strict=True)
     ]
     values = jax.tree.unflatten(structure, leaves)
-    whole = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), values)
-    results = jax.eval_shape(lambda *values: function(Shard(), *values), *whole)
+
+    def on_one(*leaves):
+        there = [
+            in_host_memory(x) if on_host else x for x, on_host in zip(leaves, hosts, strict=True)
+        ]
+        return function(Shard(), *jax.tree.unflatten(structure, there))
+
+    whole = (jax.ShapeDtypeStruct(x.shape, x.dtype) for x in leaves)
+    results = jax.eval_shape(on_one, *whole)
     out_specs = (_spec(x.letters, rows, heads) for x in _named_results(results, letters))
     mapped = jax.shard_map(
         lambda *values: function(Shard(heads), *values),

@@ -239,6 +239,34 @@ class PQIndex:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class Recent:
+    """What of a cache in host memory is on the device too.
+
+    R is `sink_size` and the tokens of a ring, window_size + 23: position p of the sink is row p,
+    any other row sink_size + p mod (window_size + 23). n rows of each kv head were listed lately:
+    a new one takes the place of that which came first.
+
+    Attributes:
+      key: of the sink and of the newest tokens, in this order of axes with any `kv_layout`.
+      value: likewise.
+      kept_key: of tokens that were listed.
+      kept_value: likewise.
+      slot_of: which of the n rows holds a position, -1 for none.
+      position_in: which position it holds, -1 for none.
+      next_slot: the row that is taken next.
+    """
+
+    key: Float[Array, "B R K H"]
+    value: Float[Array, "B R K H'"]
+    kept_key: Float[Array, "B n K H"]
+    kept_value: Float[Array, "B n K H'"]
+    slot_of: Int32[Array, "B K S"]
+    position_in: Int32[Array, "B K n"]
+    next_slot: Int32[Array, "B K"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class DecodeCache:
     """What a layer of attention decodes with: a pytree whose shapes never change.
 
@@ -246,11 +274,14 @@ class DecodeCache:
       key: [B, S, K, H] or [B, K, S, H], as `kv_layout` says.
       value: likewise, with a head dimension of its own.
       index: of the keys.
+      recent: None for keys and values on the device; with those in host memory what of them is on
+        the device too.
     """
 
     key: Float[Array, "B _ _ H"]
     value: Float[Array, "B _ _ H'"]
     index: PQIndex
+    recent: Recent | None = None
 
 
 @jax.tree_util.register_dataclass

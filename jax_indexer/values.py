@@ -77,6 +77,19 @@ def add_values(
     return put_layer(values, _add_many(one, value, codes, first, last, config, kv_layout), layer)
 
 
+def add_chunk_of_values(
+    values: ValueSums,
+    value: Float[Array, "B _ _ H_"],
+    codes: UInt8[Array, "B K M n"],
+    first: Int32[Array, "B"],
+    last: Int32[Array, "B"],
+    config: IndexerConfig,
+    kv_layout: KVLayout,
+) -> ValueSums:
+    """Adds the values [first, last) of some tokens, by the codes of their keys."""
+    return _add_many(values, value, codes, first, last, config, kv_layout)
+
+
 def _add_few(
     values: ValueSums,
     value: Array,

@@ -42,6 +42,7 @@ from jax_indexer import (
     decode_attention,
     indexer_next,
     partition_specs,
+    prefill_chunk,
     rebuild,
     rebuild_gain,
     reset,
@@ -535,6 +536,8 @@ def check_messages() -> None:
         (lambda c: indexer_next(query, key, c.index, config), ValueError, split),
         (lambda c: sparse_attention(query, c.key, c.value, selection), ValueError,
          f"key: .*{split}"),
+        (lambda c: prefill_chunk(key, key, c.index.lengths, c, config).key, ValueError,
+         f"cache.key: .*{split}"),
         # An axis that is not there.
         (lambda c: decode_(c, "heads"), ValueError,
          r"sequence_axis: .*there are \['rows', 'tokens'\], got 'heads'; use one of these"),

@@ -12,7 +12,7 @@ multiplied by tensor cores.
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -27,8 +27,9 @@ from jax_indexer.kernels import backend
 from jax_indexer.kernels.step import Lengths, Step, plan_after, plan_query, room_in
 from jax_indexer.kernels.tuning import H100, Tuning
 from jax_indexer.layout import KVLayout, head_axis, power_of_2_from, token_axis
+from jax_indexer.recent import place_of
 from jax_indexer.reference import Attention, Caches, Logits, corrected_by, made_logits
-from jax_indexer.state import Rest
+from jax_indexer.state import Recent, Rest
 
 # Queries that share what they attend to, at the most: what a tensor core takes at the least.
 ROWS = 16
@@ -78,6 +79,55 @@ def read_rows(
     mask = jnp.broadcast_to(wanted[:, None] & (d < size), (wanted.shape[0], d.size))
     place = (token[:, None], kv_head) if kv_layout == "BSKH" else (kv_head, token[:, None])
     return backend.load(cache.at[(row, *place, d)], mask=mask, other=0)
+
+
+class Kept(NamedTuple):
+    """What was listed lately of caches in host memory: rows on the device.
+
+    Attributes:
+      key, value: [B, n, K, H].
+      slot_of: i32[B, K, S], which of the n rows a position is, -1 for none.
+    """
+
+    key: Any
+    value: Any
+    slot_of: Any
+
+
+# A launch's state, of which every layer has one.
+KEPT_STATE = tuple(f"kept.{field}" for field in Kept._fields)
+
+
+def read_caches(
+    inputs: Any,
+    fields: Sequence[str],
+    kv_layout: KVLayout,
+    row: Array,
+    kv_head: Array,
+    token: Array,
+    wanted: Array,
+) -> list[Array]:
+    """`read_rows` of caches, from what is kept on the device where it is there.
+
+    Args:
+      inputs: with `kept`, None for caches on the device, and the caches.
+      fields: which caches.
+      kv_layout: of the caches.
+      row, kv_head, token, wanted: as in `read_rows`.
+    """
+    kept, at = inputs.kept, (row, kv_head)
+    if kept is None:
+        return [read_rows(getattr(inputs, x), kv_layout, *at, token, wanted) for x in fields]
+    slot = backend.load(kept.slot_of.at[(*at, token)], mask=wanted, other=-1)
+    is_near = slot >= 0
+    slot = jnp.where(is_near, slot, 0)
+
+    def read(field: str) -> Array:
+        far = read_rows(getattr(inputs, field), kv_layout, *at, token, wanted & ~is_near)
+        near = read_rows(getattr(kept, field), "BSKH", *at, slot, is_near)
+        return jnp.where(is_near[:, None], near, far)
+
+    return [read(field) for field in fields]
 
 
 def read_query(query: Any, row: Array, token: Array, head: Array) -> Float[Array, "H"]:
@@ -253,6 +303,7 @@ class ListedInputs(NamedTuple):
     indices: Any
     logits: Logits
     after: Lengths | None  # the step that made the lists
+    kept: Kept | None
 
 
 class Entries(NamedTuple):
@@ -285,10 +336,7 @@ def read_listed(
     """Which entries of a list are positions of the caches, and their keys and values."""
     live = exists & (position >= 0) & (position < inputs.key.shape[token_axis(kv_layout)])
     position = jnp.where(live, position, 0)
-    key, value = (
-        read_rows(cache, kv_layout, row, kv_head, position, live)
-        for cache in (inputs.key, inputs.value)
-    )
+    key, value = read_caches(inputs, Caches._fields, kv_layout, row, kv_head, position, live)
     return live, key, value
 
 
@@ -427,17 +475,32 @@ def merge_kernel(program, inputs: MergeInputs, outputs: Ended):
 # What a decode step does beside its append
 
 
+class Written(NamedTuple):
+    """Keys and values, in the memory of those before: of caches, or what is recent of these.
+
+    Of the latter also which rows hold which positions, as in `Recent`; else None.
+    """
+
+    key: Any
+    value: Any
+    slot_of: Any = None
+    position_in: Any = None
+
+
 class WriteInputs(NamedTuple):
-    """Keys and values of the step's tokens, and the caches, which are not read."""
+    """Keys and values of the step's tokens, and where they go, which is not read."""
 
     before: Lengths  # the step
     key_new: Any  # [B, T, K, H], or head-major
     value_new: Any
     key: Any
     value: Any
+    slot_of: Any
+    position_in: Any
+    behind: Any  # not read: made by what comes first
 
 
-def write_kernel(program, inputs: WriteInputs, outputs: Caches, *, step: Step):
+def write_kernel(program, inputs: WriteInputs, outputs: Written, *, step: Step, is_recent: bool):
     """One new token of one kv head goes into the caches, if its row takes it."""
     token, kv_head = program % step.T, program // step.T % step.K
     row = program // (step.T * step.K)
@@ -456,8 +519,23 @@ def write_kernel(program, inputs: WriteInputs, outputs: Caches, *, step: Step):
                 (x, kv_head) if step.kv_layout == "BSKH" else (kv_head, x)
                 for x in (token, start + token)
             )
+            if is_recent:
+                of_cache = place_of(room.start + token, step.config), kv_head
             found = backend.load(new.at[(row, *of_new, d)], mask=d < size, other=0)
             backend.store(cache.at[(row, *of_cache, d)], found, mask=d < size)
+        if is_recent:
+            forget(outputs, row, kv_head, room.start + token)
+
+
+def forget(outputs: Any, row: Array, kv_head: Array, position: Array) -> None:
+    """What is kept of a position that is written over is so no more."""
+    slot = outputs.slot_of[row, kv_head, position]
+    backend.barrier()
+    outputs.slot_of[row, kv_head, position] = -1
+
+    @pl.when(slot >= 0)
+    def _():
+        outputs.position_in[row, kv_head, slot] = -1
 
 
 class AlwaysInputs(NamedTuple):
@@ -472,8 +550,13 @@ class AlwaysInputs(NamedTuple):
     logits: Logits
 
 
-def always_kernel(program, inputs: AlwaysInputs, parts: Parts, *, step: Step, block: int):
-    """A block of sink and window, for query heads that share them, of one query token."""
+def always_kernel(
+    program, inputs: AlwaysInputs, parts: Parts, *, step: Step, block: int, is_recent: bool
+):
+    """A block of sink and window, for query heads that share them, of one query token.
+
+    Where the caches are in host memory, `is_recent`, what is recent stands for them.
+    """
     num_parts, together = parts.largest.shape[3], sharing(step.G)
     groups = step.N // together
     part, group = program % num_parts, program // num_parts % groups
@@ -495,8 +578,11 @@ def always_kernel(program, inputs: AlwaysInputs, parts: Parts, *, step: Step, bl
     is_new = live & (new >= 0) & (new < room.taken)
     new = jnp.where(is_new, new, 0)
 
+    place = place_of(position, step.config) if is_recent else position
+    kv_layout = "BSKH" if is_recent else step.kv_layout
+
     def read(cache, new_ones):
-        old = read_rows(cache, step.kv_layout, row, kv_head, position, live & ~is_new)
+        old = read_rows(cache, kv_layout, row, kv_head, place, live & ~is_new)
         own = read_rows(new_ones, step.kv_layout, row, kv_head, new, is_new)
         return jnp.where(is_new[:, None], own, old)
 
@@ -546,16 +632,29 @@ def shapes_of_end(
 
 
 def write_launch(
-    step: Step, new: Caches, caches: Caches, before: Lengths, layer: Array | None
+    step: Step,
+    new: Caches,
+    into: Caches | Recent,
+    before: Lengths,
+    layer: Array | None,
+    behind: Array | None = None,
 ) -> backend.Launch:
-    """The launch that writes the keys and values that each row takes into the caches."""
+    """The launch that writes the keys and values that each row takes into the caches.
+
+    Or, of caches in host memory, into what is recent of them. Into these themselves goes a launch
+    of its own, since XLA may take all that a launch writes in place for what one array of it is;
+    and it waits for `behind`, since XLA copies a cache that others may still read.
+    """
+    is_recent = isinstance(into, Recent)
+    places = (into.slot_of, into.position_in) if is_recent else ()
+    old = Written(into.key, into.value, *places)
     return backend.Launch(
-        functools.partial(write_kernel, step=step),
-        WriteInputs(before, *new, *caches),
-        Caches(*(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in caches)),
+        functools.partial(write_kernel, step=step, is_recent=is_recent),
+        WriteInputs(before, *new, old.key, old.value, old.slot_of, old.position_in, behind),
+        jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), old),
         programs=step.B * step.K * step.T,
-        in_place=Caches._fields,
-        state=("before.lengths", *Caches._fields),
+        in_place=Written._fields,
+        state=("before.lengths", *Written._fields),
         layer=layer,
     )
 
@@ -568,17 +667,19 @@ def always_launch(
     before: Lengths,
     logits: Logits,
     layer: Array | None,
+    is_recent: bool = False,
 ) -> backend.Launch:
     """The launch that attends to sink and window, which the query heads of a kv head share.
 
-    It needs nothing of a selection, and the caches may be written beside it.
+    It needs nothing of a selection, and the caches, or what is recent of those in host memory, may
+    be written beside it.
     """
     value_size = new.value.shape[3]
     block = block_of(query.shape[3], value_size, step.tuning.always_tile, step.tuning)
     most = min(step.config.sink_size + step.config.window_size, step.S)
     num_parts = max(pl.cdiv(most, block), 1)
     return backend.Launch(
-        functools.partial(always_kernel, step=step, block=block),
+        functools.partial(always_kernel, step=step, block=block, is_recent=is_recent),
         AlwaysInputs(before, query, *new, *caches, vectors(logits)),
         shapes_of_parts(query, value_size, num_parts),
         programs=step.B * step.T * (step.N // sharing(step.G)) * num_parts,
@@ -596,12 +697,14 @@ class Middle(NamedTuple):
       after: lengths after it.
       known: parts of sink and window.
       lengths: of all layers, in which those of this one are replaced.
+      kept: of caches in host memory.
     """
 
     step: Step
     after: Lengths
     known: Parts
     lengths: Array
+    kept: Kept | None = None
 
 
 def launch_listed(
@@ -638,7 +741,7 @@ def launch_listed(
 
     Source: CONTRACT.md, section 4.
     """
-    step, after, known, lengths = middle or (None, None, None, None)
+    step, after, known, lengths, kept = middle or (None, None, None, None, None)
     list_size, value_size = indices.shape[3], caches.value.shape[-1]
     together = sharing(query.shape[2] // caches.key.shape[head_axis(kv_layout) - 4])
     of_devices = after is not None and after.offset is not None
@@ -655,10 +758,10 @@ def launch_listed(
         num_parts = max(pl.cdiv(number, block), 1)
         return backend.Launch(
             functools.partial(kernel, kv_layout=kv_layout, block=block, own=own, **options),
-            ListedInputs(query, *caches, indices, vectors(logits), after),
+            ListedInputs(query, *caches, indices, vectors(logits), after, kept),
             shapes_of_parts(query, value_size, num_parts),
             programs=math.prod(query.shape[:3]) // heads * num_parts,
-            state=Caches._fields,
+            state=(*Caches._fields, *KEPT_STATE),
             layer=layer,
         )
 

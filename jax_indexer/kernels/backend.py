@@ -22,6 +22,7 @@ from jax.experimental.pallas import triton as plgpu
 from jax.sharding import ManualAxisType
 
 from jax_indexer.config import Implementation
+from jax_indexer.memory import in_host_memory, is_on_host, moved_to_device, moved_to_host
 
 # Upstream announces that this backend goes; the versions it is still in are the ones we support.
 warnings.filterwarnings(
@@ -221,7 +222,7 @@ def launch(what: Launch, *, num_warps: int) -> Any:
 
     Look-ups go anywhere in an array, and a block that reaches past its end is not masked by itself
     on a GPU, so every reference is a whole array. The grid has one axis, since a launch has three
-    at the most and every `vmap` adds one.
+    at the most and every `vmap` adds one. Inputs may lie in host memory; what is in place stays.
 
     Args:
       what: the launch.
@@ -280,8 +281,21 @@ def launch(what: Launch, *, num_warps: int) -> Any:
     with jax.enable_x64(False):  # or Python's integers in a kernel would be 64 bits wide
         leaves, structure = jax.tree.flatten(what.inputs)
         inputs = jax.tree.unflatten(structure, map(varied, leaves, names_of(what.inputs)))
+        if _is_interpreted.get():  # it is plain JAX, which takes arrays of one memory
+            inputs = moved_to_device(inputs)
         (outputs,) = call(inputs, jax.tree.map(varied, layer))
-    return outputs
+    hosts = {
+        name
+        for name, x in zip(names_of(what.inputs), leaves, strict=True)
+        if name in what.in_place and is_on_host(x)
+    }
+    if not hosts:
+        return outputs
+    in_place = moved_to_host if _is_interpreted.get() else in_host_memory
+    leaves, structure = jax.tree.flatten(outputs)
+    named = zip(names_of(what.outputs), leaves, strict=True)
+    leaves = [in_place(x) if name in hosts else x for name, x in named]
+    return jax.tree.unflatten(structure, leaves)
 
 
 def launch_together(launches: Mapping[str, Launch], *, num_warps: int) -> dict[str, Any]:

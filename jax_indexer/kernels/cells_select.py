@@ -16,20 +16,22 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 from jax.experimental import pallas as pl
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Int32, UInt8
 
 from jax_indexer.config import LARGEST_BUDGET_OF_CELLS
 from jax_indexer.kernels import backend
 from jax_indexer.kernels.attend import (
+    KEPT_STATE,
     Ended,
+    Kept,
     Parts,
     attend,
     block_of,
     merge_two,
+    read_caches,
     read_logits,
     read_parts,
     read_query,
-    read_rows,
     shapes_of_end,
     vectors,
     write_length,
@@ -565,6 +567,7 @@ class AttendInputs(NamedTuple):
     logits: Logits
     known: Parts
     lengths: Any  # not read
+    kept: Kept | None
 
 
 class AttendOutputs(NamedTuple):
@@ -609,10 +612,8 @@ def cells_attend_kernel(
         position = jnp.where(plan.num_heavy > 0, heavy, step.config.sink_size + slot)
         live = slot < num_listed
         position = jnp.where(live, jnp.clip(position, 0, step.S - 1), 0)
-        key, value = (
-            read_rows(cache, step.kv_layout, row, kv_head, position, live)
-            for cache in (inputs.key, inputs.value)
-        )
+        at = row, kv_head, position, live
+        key, value = read_caches(inputs, Caches._fields, step.kv_layout, *at)
         found = merge_two(found, attend(vector, key, value, live, logits))
     write_output(outputs.output, row, token, head, found)
 
@@ -698,7 +699,8 @@ def attend_cells(
     known: Parts,
     lengths: Array,
     layer: Array | None,
-) -> Ended:
+    kept: Kept | None = None,
+) -> tuple[Ended, Int32[Array, "R Q E"]]:
     """Selects for one query token and attends to what is selected, in one kernel.
 
     Args:
@@ -712,9 +714,10 @@ def attend_cells(
       known: the parts of sink and window.
       lengths: of all layers, in which those of this one are replaced.
       layer: of index and caches.
+      kept: of caches in host memory.
 
     Returns:
-      The output, and the lengths.
+      The output, and the lengths; and the heavy tokens, in an order of its own.
 
     Source: CONTRACT.md, sections 3 and 4.
     """
@@ -731,15 +734,20 @@ def attend_cells(
             num_warps=num_warps,
             block=block_of(query.shape[3], value_size, step.tuning.attended_tile, step.tuning),
         ),
-        AttendInputs(search.inputs, query, *caches, vectors(logits), known, lengths),
+        AttendInputs(search.inputs, query, *caches, vectors(logits), known, lengths, kept),
         AttendOutputs(
             search.outputs._replace(**scratch),
             *shapes_of_end(query, value_size, lengths, after, layer),
         ),
         programs=search.programs,
         in_place=("lengths",),
-        state=(*(f"search.{name}" for name in search.state), *Caches._fields, "lengths"),
+        state=(
+            *(f"search.{name}" for name in search.state),
+            *Caches._fields,
+            "lengths",
+            *KEPT_STATE,
+        ),
         layer=layer,
     )
     ended = backend.launch(what, num_warps=num_warps)
-    return Ended(ended.output, ended.lengths)
+    return Ended(ended.output, ended.lengths), ended.search.positions

@@ -21,6 +21,7 @@ from jax_indexer.kernels.attend import (
 )
 from jax_indexer.kernels.cells_select import attend_cells, select_cells
 from jax_indexer.kernels.exchange import best_of_devices
+from jax_indexer.kernels.keep import keep, kept_of
 from jax_indexer.kernels.lookup_table import Tables, tables_launch
 from jax_indexer.kernels.output import Lists, weights_launch
 from jax_indexer.kernels.pool import MOST_COUNTED, attend_pool, attend_pool_of_cells
@@ -32,7 +33,7 @@ from jax_indexer.kernels.top_k import select_top_k
 from jax_indexer.kernels.value_sums import sum_values_launch
 from jax_indexer.layout import by_query_head
 from jax_indexer.reference import Caches, Logits, dense_weights, merge_devices
-from jax_indexer.state import MOST_NEW, PQIndex, Selection, Span, layer_of, put_layer
+from jax_indexer.state import MOST_NEW, PQIndex, Recent, Selection, Span, layer_of, put_layer
 from jax_indexer.values import add_values
 
 
@@ -44,8 +45,12 @@ def append_launches(
     layer: Array | None = None,
     value: Any = None,
     span: Span | None = None,
+    is_recent: bool = False,
 ) -> dict[str, backend.Launch]:
-    """The launches that append: codes, and what falls due in cells and sums for a few tokens."""
+    """The launches that append: codes, and what falls due in cells and sums for a few tokens.
+
+    With `is_recent` the value is what is recent of a cache in host memory.
+    """
     launches = {"codes": append_launch(step, key_new, index, counts, layer, span)}
     before, codes = Lengths.of(index.lengths, counts, span), backend.OutputOf("codes", "codes")
     if step.T > MOST_NEW:
@@ -53,7 +58,9 @@ def append_launches(
     if index.cells is not None:
         launches["cells"] = seal_launch(step, index.cells, before, codes, layer)
     if index.values is not None:
-        launches["values"] = sum_values_launch(step, index.values, value, codes, before, layer)
+        launches["values"] = sum_values_launch(
+            step, index.values, value, codes, before, layer, is_recent
+        )
     return launches
 
 
@@ -196,41 +203,55 @@ def launch_decode(
     new: Caches,
     caches: Caches,
     index: PQIndex,
+    recent: Recent | None,
     counts: Int32[Array, "B"] | None,
     logits: Logits,
     selector: Selector,
     layer: Array | None = None,
     span: Span | None = None,
-) -> tuple[Float[Array, "B T N H_"], Caches, PQIndex]:
+) -> tuple[Float[Array, "B T N H_"], Caches, PQIndex, Recent | None]:
     """What `reference.decode` does: the step's tokens into the caches, and attention over them.
 
-    What is always attended needs no selection: it goes beside what a selection begins with.
+    What is always attended needs no selection: it goes beside what a selection begins with. Of
+    caches in host memory, with `recent`, that is read on the device, and so is what is kept.
     """
-    step = of_devices(step, span)
+    step, is_recent = of_devices(step, span), recent is not None
     before = Lengths.of(index.lengths, counts, span)
     written = Caches(*(backend.OutputOf("caches", field) for field in Caches._fields))
-    others = append_launches(step, new.key, index, counts, layer, written.value, span)
+    value = written.value
+    others = append_launches(step, new.key, index, counts, layer, value, span, is_recent)
     first = {
-        "caches": write_launch(step, new, caches, before, layer),
-        "always": always_launch(step, query, new, written, before, logits, layer),
+        "caches": write_launch(step, new, recent or caches, before, layer),
+        "always": always_launch(step, query, new, written, before, logits, layer, is_recent),
         "codes": others.pop("codes"),
     }
     of_query = query_launches(step, query, index, before, layer, plan_after)
     made = launched(step, first | of_query | others)
-    caches, always = made["caches"], made["always"]
+    into, always = made["caches"], made["always"]
+    if recent is None:
+        caches = Caches(into.key, into.value)
+    else:
+        recent = dataclasses.replace(recent, **into._asdict())
+        # Earlier steps read the caches until what they keep is written, which this one's first
+        # launch goes on with.
+        behind = made["codes"].after.lengths
+        to_host = write_launch(step, new, caches, before, layer, behind)
+        into = backend.launch(to_host, num_warps=step.tuning.written_warps)
+        caches = Caches(into.key, into.value)
+    kept, indices, positions = kept_of(recent), None, None
     lengths = index.lengths
     index, after = appended(step, index, made, layer, caches.value, span)
     has_pool = step.config.rerank > 1 or step.config.estimate_rest
     known = step, made["tables"], index, after, query, caches
-    others = logits, always, lengths, layer
+    others = logits, always, lengths, layer, kept
     if has_pool and selector == "cells" and step.S <= MOST_COUNTED:
-        ended = attend_pool_of_cells(*known, *others)
+        ended, positions = attend_pool_of_cells(*known, *others)
     elif has_pool:
-        of_pool = selected(step.of_pool, made, index, after, selector, layer)
-        ended = attend_pool(*known, of_pool.indices, *others)
+        indices = selected(step.of_pool, made, index, after, selector, layer).indices
+        ended = attend_pool(*known, indices, *others)
     elif span is None and selector == "cells" and step.num_middle <= step.tuning.attended_at_once:
         assert index.cells is not None
-        ended = attend_cells(*known, *others)
+        ended, positions = attend_cells(*known, *others)
     else:
         lists = selected(step, made, index, after, selector, layer, span, middle=True)
         indices = lists.indices
@@ -241,14 +262,18 @@ def launch_decode(
             logits,
             layer,
             step.kv_layout,
-            middle=Middle(step, after, always, lengths),
+            middle=Middle(step, after, always, lengths, kept),
             tuning=step.tuning,
             dtype=None if span is None else np.float32,
         )
     output = ended.output
     if span is not None:
         output = merge_devices(output, query.dtype, span.axis)
-    return output.out, caches, dataclasses.replace(index, lengths=ended.lengths)
+    if recent is not None:
+        listed = {"lists": indices, "positions": positions}
+        recent = keep(step.of_pool, after, caches, recent, layer, **listed)
+    index = dataclasses.replace(index, lengths=ended.lengths)
+    return output.out, caches, index, recent
 
 
 def selected(

@@ -5,7 +5,7 @@ the winners and reads their values alone. What else is known of the query is mer
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -17,18 +17,20 @@ from jaxtyping import Float, Int32
 
 from jax_indexer.kernels import backend
 from jax_indexer.kernels.attend import (
+    KEPT_STATE,
     ROWS,
     Ended,
+    Kept,
     Parts,
     Softmax,
     attend,
     block_of,
     merge_two,
     padded,
+    read_caches,
     read_logits,
     read_parts,
     read_query,
-    read_rows,
     shapes_of_end,
     softmax,
     vectors,
@@ -83,6 +85,7 @@ class EndInputs(NamedTuple):
       logits: how to make logits.
       known: the parts of sink and window.
       rest: None without the rest.
+      kept: of caches in host memory.
     """
 
     query: Any
@@ -91,6 +94,7 @@ class EndInputs(NamedTuple):
     logits: Logits
     known: Parts
     rest: Sources | None
+    kept: Kept | None
 
 
 class Scratch(NamedTuple):
@@ -156,16 +160,16 @@ class End(NamedTuple):
         last = jnp.where(self.is_short, self.plan.visible - num_last, self.plan.last)
         return exists & (position >= first) & (position < last)
 
-    def rows(self, cache: Any, position: Array, exists: Array) -> Array:
-        place = self.place
-        return read_rows(cache, self.step.kv_layout, place.row, place.kv_head, position, exists)
+    def rows(self, fields: Sequence[str], position: Array, exists: Array) -> list[Array]:
+        at = self.place.row, self.place.kv_head, position, exists
+        return read_caches(self.inputs, fields, self.step.kv_layout, *at)
 
     def all_of_pool(self, query: Array, logits: Logits, block: int) -> Softmax:
         """Attention to all of the pool."""
 
         def some(first) -> Softmax:
             position, exists = self.entries(first + jnp.arange(block, dtype=jnp.int32))
-            key, value = (self.rows(x, position, exists) for x in self.inputs[1:3])
+            key, value = self.rows(Caches._fields, position, exists)
             return attend(query, key, value, exists, logits)
 
         return in_blocks(some, self.number, self.step.pooled, block)
@@ -180,7 +184,7 @@ class End(NamedTuple):
             return i * block + jnp.arange(block, dtype=jnp.int32)
 
         def keys(i):
-            return self.rows(cache, *self.entries(slots(i)))
+            return self.rows(("key",), *self.entries(slots(i)))[0]
 
         def rank(i, key):
             product = jnp.sum(key.astype(jnp.float32) * query[None, :], axis=1)
@@ -247,7 +251,7 @@ class End(NamedTuple):
                 for x in (scratch.winners, scratch.winning)
             )
             logit = jnp.where(exists, made_logits(number_of(ranks), logits), -jnp.inf)
-            return softmax(logit, exists, self.rows(self.inputs.value, at, exists))
+            return softmax(logit, exists, *self.rows(("value",), at, exists))
 
         found = in_blocks(some, count, min(self.step.num_middle, size), block)
         logit = jnp.where(live, made_logits(number_of(rank), logits), -jnp.inf)
@@ -382,9 +386,11 @@ def end_inputs(
     known: Parts,
     index: PQIndex,
     weighed: Weighed | None,
+    kept: Kept | None,
 ) -> EndInputs:
     """What a kernel attends to; of sums it takes those of the index."""
-    return EndInputs(query, *caches, vectors(logits), known, sources_of(step, index, weighed))
+    rest = sources_of(step, index, weighed)
+    return EndInputs(query, *caches, vectors(logits), known, rest, kept)
 
 
 def sources_of(step: Step, index: PQIndex, weighed: Weighed | None = None) -> Sources | None:
@@ -395,7 +401,14 @@ def sources_of(step: Step, index: PQIndex, weighed: Weighed | None = None) -> So
 
 
 # What every layer has one of, besides what is searched.
-STATE = ("end.key", "end.value", "end.rest.sums", "end.rest.counts", "lengths")
+STATE = (
+    "end.key",
+    "end.value",
+    "end.rest.sums",
+    "end.rest.counts",
+    "lengths",
+    *(f"end.{field}" for field in KEPT_STATE),
+)
 
 
 # Behind a search of cells
@@ -478,10 +491,12 @@ def attend_pool_of_cells(
     known: Parts,
     lengths: Array,
     layer: Array | None,
-) -> Ended:
+    kept: Kept | None = None,
+) -> tuple[Ended, Int32[Array, "R Q E"]]:
     """Selects a pool for one query token and does the rest of a step, in one kernel.
 
-    Arguments and result are those of `attend_pool`, which takes lists.
+    Arguments and result are those of `attend_pool`, which takes lists. The pool comes with it, in
+    an order of its own.
 
     Source: CONTRACT.md, sections 3 and 4.
     """
@@ -515,7 +530,7 @@ def attend_pool_of_cells(
         ),
         SearchedInputs(
             search.inputs,
-            end_inputs(step, query, caches, logits, known, index, None),
+            end_inputs(step, query, caches, logits, known, index, None, kept),
             lengths,
         ),
         SearchedOutputs(
@@ -530,7 +545,7 @@ def attend_pool_of_cells(
         layer=layer,
     )
     made = backend.launch(what, num_warps=num_warps)
-    return Ended(made.output, made.lengths)
+    return Ended(made.output, made.lengths), made.search.positions
 
 
 # Behind lists
@@ -597,6 +612,7 @@ def attend_pool(
     known: Parts,
     lengths: Array,
     layer: Array | None,
+    kept: Kept | None = None,
 ) -> Ended:
     """Attends to the best of a pool by their true keys, and estimates what is left.
 
@@ -612,6 +628,7 @@ def attend_pool(
       known: the parts of sink and window.
       lengths: of all layers, in which those of this one are replaced.
       layer: of index and caches.
+      kept: of caches in host memory.
 
     Returns:
       The output, and the lengths.
@@ -628,7 +645,7 @@ def attend_pool(
         PoolInputs(
             indices,
             search,
-            end_inputs(step, query, caches, logits, known, index, weighed),
+            end_inputs(step, query, caches, logits, known, index, weighed, kept),
             lengths,
         ),
         PoolOutputs(

@@ -100,6 +100,11 @@ class Tuning:
     weighed_tokens: int = 256
     tokens_per_part: int = 4096
     sums_block: int = 1024
+    kept_tile: int = 8192
+    kept_warps: int = 4
+    written_warps: int = 1
+    copied_tile: int = 8192
+    copied_warps: int = 4
 
     def of_scores(self, num_subspaces: int) -> ScoreTuning:
         """For a pass over the codes of so many subspaces."""

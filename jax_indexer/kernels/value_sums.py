@@ -12,6 +12,7 @@ from jax.experimental import pallas as pl
 from jax_indexer.kernels import backend
 from jax_indexer.kernels.step import Lengths, Step, room_in
 from jax_indexer.layout import power_of_2_from
+from jax_indexer.recent import place_of
 from jax_indexer.state import ValueSums, summed_until
 
 
@@ -32,8 +33,11 @@ class Inputs(NamedTuple):
     counts: Any
 
 
-def sum_values_kernel(program, inputs: Inputs, outputs: Sums, *, step: Step):
-    """What falls due in one subspace of one kv row: a value for each new token, or none."""
+def sum_values_kernel(program, inputs: Inputs, outputs: Sums, *, step: Step, is_recent: bool):
+    """What falls due in one subspace of one kv row: a value for each new token, or none.
+
+    With `is_recent` values lie where what is recent of a cache in host memory does.
+    """
     config, by = step.config, outputs.counts.shape[1]
     subspace, kv_row = program % by, program // by
     row, kv_head = kv_row // step.K, kv_row % step.K
@@ -44,6 +48,8 @@ def sum_values_kernel(program, inputs: Inputs, outputs: Sums, *, step: Step):
 
     def add(position: Array) -> None:
         place = (position, kv_head) if step.kv_layout == "BSKH" else (kv_head, position)
+        if is_recent:
+            place = place_of(position, config), kv_head
         value = backend.load(inputs.value.at[(row, *place, d)], mask=d < size, other=0)
         value = value.astype(jnp.float32)
         is_finite = jnp.sum(jnp.where(jnp.abs(value) < jnp.inf, 0, 1)) == 0
@@ -72,6 +78,7 @@ def sum_values_launch(
     codes: Any,
     before: Lengths,
     layer: Array | None = None,
+    is_recent: bool = False,
 ) -> backend.Launch:
     """The launch that adds the values that are due to their sums.
 
@@ -82,13 +89,14 @@ def sum_values_launch(
       codes: likewise.
       before: lengths before the step, and how many tokens rows are to take.
       layer: of the state.
+      is_recent: whether `value` is what is recent of a cache in host memory.
 
     Returns:
       A launch with outputs `Sums`, in the memory of those before.
     """
     sums, counts = step.by_rows(values.sums), step.by_rows(values.counts)
     return backend.Launch(
-        functools.partial(sum_values_kernel, step=step),
+        functools.partial(sum_values_kernel, step=step, is_recent=is_recent),
         Inputs(before, value, codes, sums, counts),
         Sums(
             jax.ShapeDtypeStruct(sums.shape, np.float32),
