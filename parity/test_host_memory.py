@@ -852,7 +852,7 @@ def test_a_gpu_makes_nothing_of_the_caches_size(name):
 def test_ten_thousand_steps_on_a_gpu_leave_what_was_written(name):
     config, selector = LARGE[name]
     pair = large_caches(config, 1000, 4096)
-    pair[0] = dataclasses.replace(pair[0], index=pair[1].index)
+    pair[0] = dataclasses.replace(pair[0], index=jax.tree.map(jnp.copy, pair[1].index))
     steps = jax.jit(functools.partial(decoder(config, selector), number=500), donate_argnums=0)
     for i in range(20):
         outs = []
@@ -867,6 +867,6 @@ def test_ten_thousand_steps_on_a_gpu_leave_what_was_written(name):
         elif i % 5 == 2:
             new, number = (random_tokens(i, 3000), random_tokens(100 + i, 3000)), jnp.array([2900])
             pair = [prefill(*new, number, config, cache=x) for x in pair]
-            pair[0] = dataclasses.replace(pair[0], index=pair[1].index)
+            pair[0] = dataclasses.replace(pair[0], index=jax.tree.map(jnp.copy, pair[1].index))
             pair[0] = dataclasses.replace(pair[0], key=jnp.asarray(np.asarray(pair[1].key)))
             pair[0] = dataclasses.replace(pair[0], value=jnp.asarray(np.asarray(pair[1].value)))
