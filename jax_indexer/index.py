@@ -168,7 +168,7 @@ def rebuild(
 
     Raises:
       ValueError: for arguments of wrong type, shape or dtype.
-      NotImplementedError: as in `build_index`.
+      NotImplementedError: as in `build_index`, and for keys in host memory with `sequence_axis`.
 
     Source: CONTRACT.md, section 4.
     """
