@@ -252,8 +252,8 @@ def check_attention(inputs: Inputs) -> None:
             state = with_cells(index, its_config)
         before = jax.tree.map(lambda x: jnp.stack([x, x]), (state, caches))
         step = Step.of(before[0], its_config, T=T, N=N)
-        arguments = query, new, before[1], before[0], counts, logits, selector
-        out, written, _ = pipeline.launch_decode(step, *arguments, layer)
+        arguments = query, new, before[1], before[0], None, counts, logits, selector
+        out, written, *_ = pipeline.launch_decode(step, *arguments, layer)
         if want is None:
             listed = query, layer_of(written, layer), inputs.listed().indices, logits, None, "BSKH"
             want = np.asarray(launch_listed(*listed).output.out)
@@ -290,8 +290,8 @@ def check_pool(inputs: Inputs) -> None:
         state = dataclasses.replace(state, values=values)
         before = jax.tree.map(lambda x: jnp.stack([x, x]), (state, caches))
         step = Step.of(before[0], its_config, T=T, N=N)
-        arguments = query, new, before[1], before[0], counts, logits, selector
-        out, _, after = pipeline.launch_decode(step, *arguments, layer)
+        arguments = query, new, before[1], before[0], None, counts, logits, selector
+        out, _, after, _ = pipeline.launch_decode(step, *arguments, layer)
         np.testing.assert_allclose(out, np.ones_like(out), rtol=1e-3)
         values = layer_of(after.values, layer)
         per_code = values.counts[..., None].astype(jnp.float32)

@@ -263,8 +263,8 @@ def decode_by_kernels(
     T, N = query.shape[1:3]
     step = Step.of(cache.index, config, T=T, N=N, kv_layout=kv_layout, tuning=tuning)
     caches, logits = Caches(cache.key, cache.value), Logits(scale, soft_cap)
-    out, caches, index = pipeline.launch_decode(
-        step, query, new, caches, cache.index, counts, logits, selector, layer
+    out, caches, index, _ = pipeline.launch_decode(
+        step, query, new, caches, cache.index, None, counts, logits, selector, layer
     )
     return out, DecodeCache(*caches, index)
 
@@ -396,7 +396,8 @@ def write(new, cache, counts, layer, *, case):
     step = Step.of(cache.index, case.config, T=case.T, kv_layout=case.kv_layout)
     before, caches = Lengths(cache.index.lengths, counts), Caches(cache.key, cache.value)
     launch = kernels.write_launch(step, new, caches, before, layer)
-    return backend.launch(launch, num_warps=4)
+    made = backend.launch(launch, num_warps=4)
+    return Caches(made.key, made.value)
 
 
 @pytest.mark.parametrize("layers", [None, 2])
@@ -495,7 +496,7 @@ def test_sink_and_window_are_attended_to_before_they_are_written(run, kv_layout,
 def merge(parts, lengths, after):
     query = jax.ShapeDtypeStruct((*parts[0].largest.shape[:3], 1), np.float32)
     shapes = kernels.shapes_of_end(query, parts[0].values.shape[-1], lengths, after, None)
-    inputs = kernels.MergeInputs(parts, after, lengths)
+    inputs = kernels.MergeInputs(parts, None, after, lengths)
     return backend.launch(
         backend.Launch(
             kernels.merge_kernel, inputs, shapes, parts[0].total[..., 0].size, ("lengths",)
@@ -535,9 +536,9 @@ def search_and_attend(table, query, caches, index, known, *, config, tuning):
     step = Step.of(index, config, N=query.shape[2], tuning=tuning)
     logits = Logits(jnp.float32(0.5), None)
     tables, after = tables_from(table, step), Lengths(index.lengths, None)
-    return attend_cells(
-        step, tables, index, after, query, caches, logits, known, index.lengths + 1, None
-    )
+    of_cells = step, tables, index, after, query, caches, logits, known
+    ended, _ = attend_cells(*of_cells, index.lengths + 1, None)
+    return ended
 
 
 def nothing_known(query, of_value):
