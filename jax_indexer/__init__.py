@@ -9,6 +9,7 @@ from jax_indexer.index import (
     rebuild,
     rebuild_gain,
     reset,
+    truncate,
     with_cells,
 )
 from jax_indexer.rope import Rope
@@ -35,5 +36,6 @@ __all__ = [
     "reset",
     "select",
     "sparse_attention",
+    "truncate",
     "with_cells",
 ]

@@ -390,6 +390,7 @@ def check_index(index: Any, config: IndexerConfig, sizes: Sizes, name: str = "in
             f"{name}.cells: expected {wanted} with config.cells={config.cells}, got {got}; "
             f"use {advice}, or the config that the index was built with"
         )
+    check_high_water(index, sizes, name)
     if cells is None:
         return
     sizes.learn("config", **{"C**M+1": config.num_cells + 1})
@@ -422,6 +423,18 @@ def check_values(index: PQIndex, config: IndexerConfig, sizes: Sizes, name: str)
             "use the config that the index was built with"
         )
         check_fields(f"{name}.values", values, sizes, {"M'": fix, "C'": fix})
+
+
+def check_high_water(index: PQIndex, sizes: Sizes, name: str = "index") -> None:
+    """Checks the high water of an index, which is there if cells or sums follow it."""
+    if index.high_water is not None:
+        expected = annotated_arrays(PQIndex)["high_water"]
+        check_array(f"{name}.high_water", index.high_water, expected.of(sizes), sizes)
+    elif index.cells is not None or index.values is not None:
+        raise ValueError(
+            f"{name}.high_water: expected int32[B] with cells or sums of values, got None; keep "
+            "that of the index that these are from, or make cells with with_cells(index, config)"
+        )
 
 
 def check_value(

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +18,18 @@ from jax_indexer.kernels.step import Step
 from jax_indexer.layout import KVLayout, head_axis, key_letters, token_axis
 from jax_indexer.rope import COPIES, LookAhead, Rope, check_look_ahead
 from jax_indexer.sharding import Shard, by_shards
-from jax_indexer.state import PQIndex, Span, layer_of, put_layer, varying_as
+from jax_indexer.state import (
+    MOST_BACK,
+    DecodeCache,
+    PQIndex,
+    Span,
+    layer_of,
+    put_layer,
+    varying_as,
+)
 from jax_indexer.values import empty_values, no_values
+
+CacheOrIndex = TypeVar("CacheOrIndex", DecodeCache, PQIndex)
 
 # What is static about training.
 TRAINED_BY = ("config", "ahead", "kv_layout", "implementation", "sequence_axis")
@@ -290,8 +300,54 @@ def reset(
         _arguments.check_cells(index.cells, sizes)
     if index.values is not None:
         _arguments.check_fields("index.values", index.values, sizes)
+    _arguments.check_high_water(index, sizes)
     _arguments.check_sequence_axis(sequence_axis, {"rows": rows} if sequence_axis else {}, {})
     return _reset(index, rows, _arguments.check_layer(layer))
+
+
+def truncate(
+    cache: CacheOrIndex,
+    lengths: Int32[Array, "B"],
+    *,
+    layer: int | Int32[Array, ""] | None = None,
+) -> CacheOrIndex:
+    """Takes the last tokens of rows back, as drafts that were rejected; nothing else changes.
+
+    A row gets the length that is wanted if that is at most its own and at most 8 below its high
+    water, the most tokens it has had since it began: what is further back may be in the state of
+    "cells" and in sums of values. Any other row keeps its length, and that is the report. An index
+    that has neither goes back as far as is wanted.
+
+    Args:
+      cache: a DecodeCache or a PQIndex; donate it to have it updated in place.
+      lengths: int32[B], tokens that rows are to have; their own for rows that keep all.
+      layer: which layer, clipped to those there are, where arrays have an axis of layers in front;
+        None for all of them.
+
+    Returns:
+      The same, with other lengths.
+
+    Raises:
+      ValueError: for arguments of wrong type, shape or dtype.
+
+    Source: CONTRACT.md, section 4.
+    """
+    index = cache.index if isinstance(cache, DecodeCache) else cache
+    name = "cache.index" if isinstance(cache, DecodeCache) else "cache"
+    if not isinstance(index, PQIndex):
+        raise ValueError(
+            f"{name}: expected a DecodeCache or a PQIndex, got {type(index).__name__}; "
+            "pass what decode_attention or append returned"
+        )
+    stacked = layer is not None or getattr(index.lengths, "ndim", 1) == 2
+    sizes = _arguments.Sizes(stacked=stacked)
+    numbers = _arguments.NUMBERS
+    _arguments.check_array(f"{name}.lengths", index.lengths, numbers.of(sizes), sizes)
+    _arguments.check_array("lengths", lengths, numbers, sizes)
+    _arguments.check_high_water(index, sizes, name)
+    after = _truncated(index.lengths, index.high_water, lengths, _arguments.check_layer(layer))
+    index = dataclasses.replace(index, lengths=after)
+    return dataclasses.replace(cache, index=index) if isinstance(cache, DecodeCache) else index
 
 
 def with_cells(
@@ -304,7 +360,8 @@ def with_cells(
     """Makes the state of the "cells" selector for an index that was made without it.
 
     For an index from given codebooks and codes; `build_index` makes the state by itself, and all
-    other functions keep it up to date.
+    other functions keep it up to date. A row's high water becomes its length, if sums of values do
+    not follow one already that `truncate` could have come from.
 
     Args:
       index: the index; a state that it has is made anew.
@@ -440,10 +497,26 @@ def _reset(index: PQIndex, rows: Array, layer: Array | None) -> PQIndex:
     return _emptied(index, rows)
 
 
+@functools.partial(backend.jit, static_argnames=())
+def _truncated(
+    lengths: Array, high_water: Array | None, wanted: Array, layer: Array | None
+) -> Array:
+    wanted = jnp.broadcast_to(wanted, lengths.shape)
+    is_taken = (wanted >= 0) & (wanted <= lengths)
+    if high_water is not None:
+        is_taken &= wanted >= high_water - MOST_BACK
+    if layer is not None:
+        layer = jnp.clip(layer, 0, len(lengths) - 1)
+        is_taken &= (jnp.arange(len(lengths), dtype=jnp.int32) == layer)[:, None]
+    return jnp.where(is_taken, wanted, lengths)
+
+
 def _emptied(index: PQIndex, rows: Array) -> PQIndex:
+    high_water = index.high_water
     return dataclasses.replace(
         index,
         lengths=jnp.where(rows, 0, index.lengths),
+        high_water=None if high_water is None else jnp.where(rows, 0, high_water),
         cells=None if index.cells is None else empty_rows(index.cells, rows),
         values=None if index.values is None else empty_values(index.values, rows),
     )
@@ -459,16 +532,23 @@ def _with_cells(
         cells = no_cells(batch, kv_heads, capacity, config)
         every_row = jnp.ones_like(index.lengths, bool)
         span = Span.of(sequence_axis, capacity)
-        cells = seal(cells, index.codes, index.lengths, every_row, config, span)
-        return dataclasses.replace(index, cells=cells)
+        lengths = jnp.clip(index.lengths, 0, span.capacity if span else capacity)
+        high_water = lengths
+        if index.values is not None and index.high_water is not None:
+            back = index.high_water - lengths
+            high_water = jnp.where((back >= 0) & (back <= MOST_BACK), index.high_water, lengths)
+        cells = seal(cells, index.codes, high_water, every_row, config, span)
+        return dataclasses.replace(index, cells=cells, high_water=high_water)
 
     def make(index: PQIndex) -> PQIndex:
         return by_shards(on_shard, index=(None, index))
 
     bare = dataclasses.replace(index, cells=None)
     if layer is not None:
-        cells = put_layer(index.cells, make(layer_of(bare, layer)).cells, layer)
-        return dataclasses.replace(index, cells=cells)
+        made = make(layer_of(bare, layer))
+        made = made.cells, made.high_water
+        cells, high_water = put_layer((index.cells, index.high_water), made, layer)
+        return dataclasses.replace(index, cells=cells, high_water=high_water)
     return lax.map(make, bare) if index.lengths.ndim == 2 else make(bare)
 
 
@@ -492,6 +572,9 @@ def empty_index(
         cells=no_cells(batch, kv_heads, capacity, config) if config.cells else None,
         values=(
             no_values(batch, kv_heads, value_head_dim, config) if config.estimate_rest else None
+        ),
+        high_water=(
+            jnp.zeros(batch, jnp.int32) if config.cells or config.estimate_rest else None
         ),
     )
 
@@ -599,14 +682,16 @@ def _rebuilt(
     if span is None:
         return _appended(started, key, value, lengths, *arguments)
     # Each device encodes what it holds, as if it were all.
-    bare = dataclasses.replace(started, cells=None)
+    bare = dataclasses.replace(started, cells=None, high_water=None)
     bare, counts = varying_as((bare, span.clip(lengths)), key)
     codes = _appended(bare, key, value, counts, *arguments).codes
     lengths = jnp.where(rows, lengths, started.lengths)
-    cells = started.cells
+    cells, high_water = started.cells, started.high_water
     if cells is not None:
-        cells = seal(cells, codes, lengths, rows, config, span)
-    return dataclasses.replace(started, codes=codes, lengths=lengths, cells=cells)
+        high_water = jnp.where(rows, lengths, high_water)
+        cells = seal(cells, codes, high_water, rows, config, span)
+    kept = {"cells": cells, "high_water": high_water}
+    return dataclasses.replace(started, codes=codes, lengths=lengths, **kept)
 
 
 @functools.partial(backend.jit, static_argnames=TRAINED_BY)

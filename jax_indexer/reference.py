@@ -553,6 +553,17 @@ def make_room(
     return Room(start, taken), jnp.where(taken > 0, start + taken, lengths)
 
 
+def raised(
+    high_water: Int32[Array, "*B"], room: Room, capacity: int
+) -> tuple[Int32[Array, "*B"], Int32[Array, "*B"]]:
+    """The high water of rows before their new tokens and after them, clipped to 0..S.
+
+    One that lies below the row's length, as that was set by hand, is taken for that.
+    """
+    before = jnp.maximum(jnp.clip(high_water, 0, capacity), room.start)
+    return before, jnp.maximum(before, room.start + room.taken)
+
+
 def append_tokens(
     key_new: Float[Array, "B _ _ H"],
     index: PQIndex,
@@ -573,12 +584,17 @@ def append_tokens(
     phi = index.phi if config.metric == "ip" else None
     codebooks, phi = layer_of((index.codebooks, phi), layer)
     new = encode_tokens(key_new, codebooks, phi, room.taken, config)
-    codes, cells, after = index.codes, index.cells, room.start + room.taken
+    codes, cells, high_water = index.codes, index.cells, index.high_water
+    before = after = room.start
+    if high_water is not None:
+        capacity = span.capacity if span else codes.shape[-1]
+        before, after = raised(layer_of(high_water, layer), room, capacity)
+        high_water = put_layer(high_water, after, layer)
     codes = write_tokens(codes, new, room, codes.ndim - 1, layer, span)
     if cells is not None:
         one, its_codes = layer_of((cells, codes), layer)
         if key_new.shape[2] <= MOST_NEW:
-            one = grow(one, its_codes, room.start, after, config, span)
+            one = grow(one, its_codes, before, after, config, span)
         else:
             one = seal(one, its_codes, after, room.taken > 0, config, span)
         cells = put_layer(cells, one, layer)
@@ -586,10 +602,11 @@ def append_tokens(
     if values is not None:
         assert value is not None
         values = add_values(
-            values, value, codes, room.start, after, key_new.shape[2], config, kv_layout, layer
+            values, value, codes, before, after, key_new.shape[2], config, kv_layout, layer
         )
     lengths = put_layer(index.lengths, lengths, layer)
-    return dataclasses.replace(index, codes=codes, lengths=lengths, cells=cells, values=values)
+    kept = {"cells": cells, "values": values, "high_water": high_water}
+    return dataclasses.replace(index, codes=codes, lengths=lengths, **kept)
 
 
 def write_tokens(

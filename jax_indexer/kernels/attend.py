@@ -32,6 +32,8 @@ from jax_indexer.state import Rest
 
 # Queries that share what they attend to, at the most: what a tensor core takes at the least.
 ROWS = 16
+# What a step replaces last, in the memory of what was before.
+REACHED = ("lengths.lengths", "lengths.high_water")
 # Parts that are merged at once.
 MERGED_AT_ONCE = 16
 
@@ -372,7 +374,7 @@ class MergeInputs(NamedTuple):
       parts: in the order they are added.
       rest: what the lists leave out, or None.
       after: lengths after the step, or None.
-      lengths: not read.
+      lengths: `Lengths` of all layers, or None; not read.
     """
 
     parts: tuple[Parts, ...]
@@ -382,7 +384,7 @@ class MergeInputs(NamedTuple):
 
 
 class Ended(NamedTuple):
-    """An output, and i32[B] lengths in the memory of those before a step, if it is one."""
+    """An output, and `Lengths` in the memory of those before a step, if it is one."""
 
     output: Attention
     lengths: Any
@@ -394,7 +396,9 @@ def write_length(after: Lengths | None, lengths: Any, row: Array, is_first: Arra
 
         @pl.when(is_first)
         def _():
-            lengths[row] = after.lengths[row]
+            lengths.lengths[row] = after.lengths[row]
+            if lengths.high_water is not None:
+                lengths.high_water[row] = after.high_water[row]
 
 
 def read_rest(
@@ -531,7 +535,7 @@ def shapes_of_parts(query: Any, value_size: int, num_parts: int) -> Parts:
 def shapes_of_end(
     query: Any,
     value_size: int,
-    lengths: Array | None,
+    lengths: Lengths | None,
     after: Lengths | None,
     layer: Array | None,
     dtype: Any = None,
@@ -542,7 +546,10 @@ def shapes_of_end(
     if lengths is None:
         return Ended(output, None)
     after = after and after._replace(offset=None)  # which no length depends on
-    return Ended(output, backend.follows(lengths.shape, np.int32, lengths, after, layer))
+    return Ended(
+        output,
+        jax.tree.map(lambda x: backend.follows(x.shape, np.int32, lengths, after, layer), lengths),
+    )
 
 
 def write_launch(
@@ -601,7 +608,7 @@ class Middle(NamedTuple):
     step: Step
     after: Lengths
     known: Parts
-    lengths: Array
+    lengths: Lengths
 
 
 def launch_listed(
@@ -680,8 +687,8 @@ def launch_listed(
         MergeInputs(parts, left_out, after, lengths),
         shapes_of_end(query, value_size, lengths, after, layer, dtype),
         programs=math.prod(query.shape[:3]),
-        in_place=("lengths",),
-        state=("lengths",),
+        in_place=REACHED,
+        state=REACHED,
         layer=layer,
     )
     num_parts = sum(part.largest.shape[3] for part in parts)

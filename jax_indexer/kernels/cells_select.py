@@ -21,6 +21,7 @@ from jaxtyping import Float, UInt8
 from jax_indexer.config import LARGEST_BUDGET_OF_CELLS
 from jax_indexer.kernels import backend
 from jax_indexer.kernels.attend import (
+    REACHED,
     Ended,
     Parts,
     attend,
@@ -220,9 +221,9 @@ class Search(NamedTuple):
         return backend.load(at, mask=exists, other=None if exists is None else 0)
 
     def state_fits(self) -> Array:
-        """Whether the state was made for this length.
+        """Whether the state was made for these lengths.
 
-        One that was not, as the length was set by hand, is not used. What is not seen of it here
+        One that was not, as lengths were set by hand, is not used. What is not seen of it here
         may make lists wrong, but no access leaves an array.
         """
         plan, cells = self.plan, self.step.config.num_cells
@@ -532,13 +533,14 @@ def search_for(
 ) -> Search:
     """A program's search."""
     row = kv_row // step.K
-    length, base, reach = inputs.lengths.lengths[row], inputs.base[row], step.S
+    high_water, base, reach = inputs.lengths.high_water[row], inputs.base[row], step.S
     span = inputs.lengths.span(step)
     if span is not None:
-        length, base, reach = span.length(length, sealing), span.clip(base), span.reach(sealing)
+        high_water, base = span.length(high_water, sealing), span.clip(base)
+        reach = span.reach(sealing)
         sealing = span.of_sealing(sealing)
-    sealed = sealed_at(length, base, sealing, reach)
-    state = progress(length, sealed, sealing, reach)
+    sealed = sealed_at(high_water, base, sealing, reach)
+    state = progress(high_water, sealed, sealing, reach)
     place = backend.lanes(max(power_of_2_from(step.budget), 32 * num_warps))
     return Search(step, sealing, inputs, outputs, kv_row, query, plan, sealed, state, place)
 
@@ -696,7 +698,7 @@ def attend_cells(
     caches: Caches,
     logits: Logits,
     known: Parts,
-    lengths: Array,
+    lengths: Lengths,
     layer: Array | None,
 ) -> Ended:
     """Selects for one query token and attends to what is selected, in one kernel.
@@ -737,8 +739,8 @@ def attend_cells(
             *shapes_of_end(query, value_size, lengths, after, layer),
         ),
         programs=search.programs,
-        in_place=("lengths",),
-        state=(*(f"search.{name}" for name in search.state), *Caches._fields, "lengths"),
+        in_place=REACHED,
+        state=(*(f"search.{name}" for name in search.state), *Caches._fields, *REACHED),
         layer=layer,
     )
     ended = backend.launch(what, num_warps=num_warps)

@@ -31,7 +31,14 @@ from jax_indexer.kernels.threshold import select_threshold
 from jax_indexer.kernels.top_k import select_top_k
 from jax_indexer.kernels.value_sums import sum_values_launch
 from jax_indexer.layout import by_query_head
-from jax_indexer.reference import Caches, Logits, dense_weights, merge_devices
+from jax_indexer.reference import (
+    Caches,
+    Logits,
+    dense_weights,
+    make_room,
+    merge_devices,
+    raised,
+)
 from jax_indexer.state import MOST_NEW, PQIndex, Selection, Span, layer_of, put_layer
 from jax_indexer.values import add_values
 
@@ -47,7 +54,8 @@ def append_launches(
 ) -> dict[str, backend.Launch]:
     """The launches that append: codes, and what falls due in cells and sums for a few tokens."""
     launches = {"codes": append_launch(step, key_new, index, counts, layer, span)}
-    before, codes = Lengths.of(index.lengths, counts, span), backend.OutputOf("codes", "codes")
+    before = Lengths.of(index.lengths, counts, span, index.high_water)
+    codes = backend.OutputOf("codes", "codes")
     if step.T > MOST_NEW:
         return launches
     if index.cells is not None:
@@ -84,6 +92,7 @@ def appended(
     step: Step,
     index: PQIndex,
     made: dict[str, Any],
+    counts: Int32[Array, "B"] | None,
     layer: Array | None = None,
     value: Array | None = None,
     span: Span | None = None,
@@ -101,19 +110,23 @@ def appended(
     elif cells is not None:
         one, its_codes, before = layer_of((cells, codes, index.lengths), layer)
         # A row that takes nothing keeps its length, whatever that is.
-        one = seal(one, its_codes, after.lengths, after.lengths != before, step.config, span)
+        taking = after.lengths != before
+        one = seal(one, its_codes, after.high_water, taking, step.config, span)
         cells = put_layer(cells, one, layer)
     values = index.values
     if "values" in made:
         values = replaced(values, made["values"])
     elif values is not None:
         assert value is not None
-        before = jnp.clip(layer_of(index.lengths, layer), 0, step.S)
-        grown = before, jnp.clip(after.lengths, 0, step.S), step.T
+        lengths, high_water = layer_of((index.lengths, index.high_water), layer)
+        room, _ = make_room(lengths, counts, step.T, step.S)
+        grown = *raised(high_water, room, step.S), step.T
         values = add_values(values, value, codes, *grown, step.config, step.kv_layout, layer)
-    lengths = put_layer(index.lengths, after.lengths, layer)
-    index = dataclasses.replace(index, codes=codes, lengths=lengths, cells=cells, values=values)
-    return index, Lengths.of(after.lengths, after.counts, span)
+    reached = index.lengths, index.high_water
+    lengths, high_water = put_layer(reached, (after.lengths, after.high_water), layer)
+    kept = {"cells": cells, "values": values, "high_water": high_water}
+    index = dataclasses.replace(index, codes=codes, lengths=lengths, **kept)
+    return index, Lengths.of(after.lengths, after.counts, span, after.high_water)
 
 
 def of_devices(step: Step, span: Span | None) -> Step:
@@ -135,7 +148,7 @@ def launch_append(
     """What `reference.append_tokens` does, in one launch, to one layer."""
     step = of_devices(step, span)
     made = launched(step, append_launches(step, key_new, index, counts, layer, value, span))
-    return appended(step, index, made, layer, value, span)[0]
+    return appended(step, index, made, counts, layer, value, span)[0]
 
 
 def launch_select(
@@ -152,7 +165,8 @@ def launch_select(
     weights_dtype, step = step.weights_dtype, of_devices(step, span)
     lengths = Lengths.of(index.lengths, counts, span)
     made = launched(step, query_launches(step, query, index, lengths, layer))
-    lengths = lengths._replace(lengths=layer_of(index.lengths, layer))
+    reached = layer_of((index.lengths, index.high_water), layer)
+    lengths = lengths._replace(lengths=reached[0], high_water=reached[1])
     if rest_by is None:
         selection = selected(step, made, index, lengths, selector, layer, span)
         return with_weights(selection, weights_dtype, span)
@@ -185,7 +199,7 @@ def launch_step(
     before = Lengths.of(index.lengths, counts, span)
     of_query = query_launches(step, query, index, before, layer, plan_after)
     made = launched(step, first | of_query | others)
-    index, after = appended(step, index, made, layer, value, span)
+    index, after = appended(step, index, made, counts, layer, value, span)
     selection = selected(step, made, index, after, selector, layer, span)
     return with_weights(selection, weights_dtype, span), index
 
@@ -218,8 +232,8 @@ def launch_decode(
     of_query = query_launches(step, query, index, before, layer, plan_after)
     made = launched(step, first | of_query | others)
     caches, always = made["caches"], made["always"]
-    lengths = index.lengths
-    index, after = appended(step, index, made, layer, caches.value, span)
+    lengths = Lengths(index.lengths, None, high_water=index.high_water)
+    index, after = appended(step, index, made, counts, layer, caches.value, span)
     has_pool = step.config.rerank > 1 or step.config.estimate_rest
     known = step, made["tables"], index, after, query, caches
     others = logits, always, lengths, layer
@@ -248,7 +262,8 @@ def launch_decode(
     output = ended.output
     if span is not None:
         output = merge_devices(output, query.dtype, span.axis)
-    return output.out, caches, dataclasses.replace(index, lengths=ended.lengths)
+    reached = {"lengths": ended.lengths.lengths, "high_water": ended.lengths.high_water}
+    return output.out, caches, dataclasses.replace(index, **reached)
 
 
 def selected(

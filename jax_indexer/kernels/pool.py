@@ -17,6 +17,7 @@ from jaxtyping import Float, Int32
 
 from jax_indexer.kernels import backend
 from jax_indexer.kernels.attend import (
+    REACHED,
     ROWS,
     Ended,
     Parts,
@@ -396,7 +397,7 @@ def sources_of(step: Step, index: PQIndex, weighed: Weighed | None = None) -> So
 
 
 # What every layer has one of, besides what is searched.
-STATE = ("end.key", "end.value", "end.rest.sums", "end.rest.counts", "lengths")
+STATE = ("end.key", "end.value", "end.rest.sums", "end.rest.counts", *REACHED)
 
 
 # Behind a search of cells
@@ -477,7 +478,7 @@ def attend_pool_of_cells(
     caches: Caches,
     logits: Logits,
     known: Parts,
-    lengths: Array,
+    lengths: Lengths,
     layer: Array | None,
 ) -> Ended:
     """Selects a pool for one query token and does the rest of a step, in one kernel.
@@ -526,7 +527,7 @@ def attend_pool_of_cells(
             lengths_after,
         ),
         programs=search.programs,
-        in_place=("lengths",),
+        in_place=REACHED,
         state=(*(f"search.{name}" for name in search.state), *STATE),
         layer=layer,
     )
@@ -596,7 +597,7 @@ def attend_pool(
     indices: Int32[Array, "B T N P"],
     logits: Logits,
     known: Parts,
-    lengths: Array,
+    lengths: Lengths,
     layer: Array | None,
 ) -> Ended:
     """Attends to the best of a pool by their true keys, and estimates what is left.
@@ -637,7 +638,7 @@ def attend_pool(
             *shapes_of_end(query, caches.value.shape[-1], lengths, after, layer),
         ),
         programs=step.B * step.T * step.N,
-        in_place=("lengths",),
+        in_place=REACHED,
         state=("search.codes", *STATE),
         layer=layer,
     )

@@ -11,7 +11,7 @@ from jaxtyping import Int32, Shaped
 from jax_indexer.config import IndexerConfig
 from jax_indexer.kernels.tuning import H100, Tuning
 from jax_indexer.layout import KVLayout
-from jax_indexer.reference import Room, make_room
+from jax_indexer.reference import Room, make_room, raised
 from jax_indexer.state import PQIndex, Span
 
 
@@ -105,17 +105,22 @@ class Lengths(NamedTuple):
 
     Before a step the new tokens are not among them, and `counts` is what is asked for. Where S is
     split over devices, both are of whole rows, and i32[1] `offset` is the first position of this
-    one; else it is None. Plans are of the positions here, and count from there.
+    one; else it is None. Plans are of the positions here, and count from there. The high water,
+    i32[B], is there for those that need it, of indices that keep one.
     """
 
     lengths: Any
     counts: Any
     offset: Any = None
+    high_water: Any = None
 
     @classmethod
-    def of(cls, lengths: Any, counts: Any, span: Span | None) -> "Lengths":
+    def of(
+        cls, lengths: Any, counts: Any, span: Span | None, high_water: Any = None
+    ) -> "Lengths":
         """Those of a device."""
-        return cls(lengths, counts, None if span is None else span.offset.reshape(1))
+        offset = None if span is None else span.offset.reshape(1)
+        return cls(lengths, counts, offset, high_water)
 
     def span(self, step: "Step") -> Span | None:
         """In a kernel: what the device holds."""
@@ -201,6 +206,11 @@ def room_in(step: Step, before: Lengths, row: Array) -> tuple[Room, Array]:
     """Room for a row's new tokens, and its length after them."""
     count = None if before.counts is None else before.counts[row]
     return make_room(before.lengths[row], count, step.T, step.capacity)
+
+
+def raised_in(step: Step, before: Lengths, row: Array) -> tuple[Array, Array]:
+    """A row's high water before its new tokens and after them."""
+    return raised(before.high_water[row], room_in(step, before, row)[0], step.capacity)
 
 
 def plan_after(

@@ -10,7 +10,7 @@ from jax import Array
 from jax.experimental import pallas as pl
 
 from jax_indexer.kernels import backend
-from jax_indexer.kernels.step import Lengths, Step, room_in
+from jax_indexer.kernels.step import Lengths, Step, raised_in
 from jax_indexer.layout import power_of_2_from
 from jax_indexer.state import ValueSums, summed_until
 
@@ -37,8 +37,7 @@ def sum_values_kernel(program, inputs: Inputs, outputs: Sums, *, step: Step):
     config, by = step.config, outputs.counts.shape[1]
     subspace, kv_row = program % by, program // by
     row, kv_head = kv_row // step.K, kv_row % step.K
-    room = room_in(step, inputs.before, row)[0]
-    first, last = (summed_until(x, config) for x in (room.start, room.start + room.taken))
+    first, last = (summed_until(x, config) for x in raised_in(step, inputs.before, row))
     size = outputs.sums.shape[3]
     d = jnp.arange(power_of_2_from(size), dtype=jnp.int32)
 
@@ -80,7 +79,7 @@ def sum_values_launch(
       values: the sums before.
       value: the cache of values, or what a launch beside this one writes new ones to.
       codes: likewise.
-      before: lengths before the step, and how many tokens rows are to take.
+      before: lengths and high water before the step, and how many tokens rows are to take.
       layer: of the state.
 
     Returns:
@@ -96,6 +95,6 @@ def sum_values_launch(
         ),
         programs=step.R * values.counts.shape[-2],
         in_place=Sums._fields,
-        state=("before.lengths", "value", *Sums._fields),
+        state=("before.lengths", "before.high_water", "value", *Sums._fields),
         layer=layer,
     )
