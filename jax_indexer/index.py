@@ -332,22 +332,21 @@ def truncate(
 
     Source: CONTRACT.md, section 4.
     """
-    index = cache.index if isinstance(cache, DecodeCache) else cache
-    name = "cache.index" if isinstance(cache, DecodeCache) else "cache"
-    if not isinstance(index, PQIndex):
+    if isinstance(cache, DecodeCache):
+        return dataclasses.replace(cache, index=truncate(cache.index, lengths, layer=layer))
+    if not isinstance(cache, PQIndex):
         raise ValueError(
-            f"{name}: expected a DecodeCache or a PQIndex, got {type(index).__name__}; "
+            f"cache: expected a DecodeCache or a PQIndex, got {type(cache).__name__}; "
             "pass what decode_attention or append returned"
         )
-    stacked = layer is not None or getattr(index.lengths, "ndim", 1) == 2
+    stacked = layer is not None or getattr(cache.lengths, "ndim", 1) == 2
     sizes = _arguments.Sizes(stacked=stacked)
     numbers = _arguments.NUMBERS
-    _arguments.check_array(f"{name}.lengths", index.lengths, numbers.of(sizes), sizes)
+    _arguments.check_array("index.lengths", cache.lengths, numbers.of(sizes), sizes)
     _arguments.check_array("lengths", lengths, numbers, sizes)
-    _arguments.check_high_water(index, sizes, name)
-    after = _truncated(index.lengths, index.high_water, lengths, _arguments.check_layer(layer))
-    index = dataclasses.replace(index, lengths=after)
-    return dataclasses.replace(cache, index=index) if isinstance(cache, DecodeCache) else index
+    _arguments.check_high_water(cache, sizes)
+    after = _truncated(cache.lengths, cache.high_water, lengths, _arguments.check_layer(layer))
+    return dataclasses.replace(cache, lengths=after)
 
 
 def with_cells(
@@ -573,9 +572,7 @@ def empty_index(
         values=(
             no_values(batch, kv_heads, value_head_dim, config) if config.estimate_rest else None
         ),
-        high_water=(
-            jnp.zeros(batch, jnp.int32) if config.cells or config.estimate_rest else None
-        ),
+        high_water=(jnp.zeros(batch, jnp.int32) if config.cells or config.estimate_rest else None),
     )
 
 
@@ -687,7 +684,7 @@ def _rebuilt(
     codes = _appended(bare, key, value, counts, *arguments).codes
     lengths = jnp.where(rows, lengths, started.lengths)
     cells, high_water = started.cells, started.high_water
-    if cells is not None:
+    if cells is not None and high_water is not None:
         high_water = jnp.where(rows, lengths, high_water)
         cells = seal(cells, codes, high_water, rows, config, span)
     kept = {"cells": cells, "high_water": high_water}

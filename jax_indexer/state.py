@@ -9,12 +9,11 @@ import numpy as np
 from jax import Array, lax
 from jaxtyping import Float, Float32, Int32, UInt8
 
-from jax_indexer.config import IndexerConfig
+from jax_indexer.config import MOST_TOKENS_OF_CELLS, IndexerConfig
 from jax_indexer.layout import power_of_2_from
 
 # New tokens that an update of cells takes; where more come at once, all of the row is listed anew.
-# A step of so many query tokens searches cells.
-MOST_NEW = 8
+MOST_NEW = MOST_TOKENS_OF_CELLS
 # Tokens below a row's high water that `truncate` goes back to, at the most.
 MOST_BACK = 8
 # A query sees so many tokens less than the high water, at the most: what these may take back, or

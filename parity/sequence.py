@@ -51,7 +51,7 @@ from jax_indexer import (
 )
 from jax_indexer.cells import no_cells, seal
 from jax_indexer.kernels import backend
-from jax_indexer.state import Sealing, Span
+from jax_indexer.state import MOST_NEW, Sealing, Span
 from parity.test_cells import check_state
 
 AXES = "rows", "heads", "tokens"
@@ -284,7 +284,7 @@ def check_life(steps: int = 400, *, kernels: bool = False) -> None:
         rows = jnp.ones(case.B, bool)
         span = Span.of("tokens", part)
         cells = seal(none, index.codes, index.lengths, rows, config, span)
-        return dataclasses.replace(index, cells=cells)
+        return dataclasses.replace(index, cells=cells, high_water=index.lengths)
 
     def step(index, x):
         by = {"sequence_axis": "tokens"}
@@ -311,7 +311,7 @@ def check_life(steps: int = 400, *, kernels: bool = False) -> None:
             local = view_of(jax.tree.map(lambda a: a[number], states), config, device, part)  # noqa: B023
             check_state(*local)
             cells = local[0].cells
-            sealed[device] += int(np.sum(cells.sealed(local[0].lengths) > cells.base))
+            sealed[device] += int(np.sum(cells.sealed(local[0].high_water) > cells.base))
     # On every device rows have sealed more than was listed when they were made.
     assert min(sealed) > 0, sealed
     assert (np.diff(states.lengths, axis=0) < 0).any()
@@ -337,8 +337,11 @@ def view_of(
     )  # fmt: skip
     codes = np.split(index.codes, 4, axis=-1)[device]
     codes = np.pad(codes, ((0, 0),) * 3 + ((0, kept.margin),))
-    lengths = np.clip(index.lengths - offset, 0, part + kept.margin)
-    local = PQIndex(index.codebooks, codes, lengths.astype(np.int32), cells=cells)
+    lengths, high_water = (
+        np.clip(x - offset, 0, part + kept.margin).astype(np.int32)
+        for x in (index.lengths, index.high_water)
+    )
+    local = PQIndex(index.codebooks, codes, lengths, cells=cells, high_water=high_water)
     return local, dataclasses.replace(config, sink_size=first, init_offset=first)
 
 
@@ -430,7 +433,7 @@ def check_meshes(number: int, *, kernels: bool = False) -> None:
             with_counts=bool(rng.integers(2)),
         )
         if kernels:
-            by = "cells" if config.cells and T == 1 else "threshold"
+            by = "cells" if config.cells and T <= MOST_NEW else "threshold"
             check(case, seed, kernels=True, selector=by)
         else:
             check(case, seed)

@@ -449,7 +449,8 @@ def with_sums(function, config=SUMMED, of=(1, 1)):
     """Changes to good arguments: a config that keeps sums of values, and sums by `of` codes."""
     sums = ValueSums(f32(B, K, *of, VALUE_H), i32(B, K, *of))
     path = {"decode_attention": "cache.index", "prefill": "cache.index"}.get(function, "index")
-    return {"config": config} | ({} if function == "build_index" else {f"{path}.values": sums})
+    kept = {f"{path}.values": sums, f"{path}.high_water": i32(B)}
+    return {"config": config} | ({} if function == "build_index" else kept)
 
 
 TAKES_VALUE = ("build_index", "rebuild", "append", "indexer_next")

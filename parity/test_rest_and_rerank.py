@@ -73,7 +73,9 @@ def with_sums(case, cache):
     values = found[0]
     if case.layers is not None:
         values = jax.tree.map(lambda *x: np.stack(x), *found)
-    return dataclasses.replace(cache, index=dataclasses.replace(index, values=values))
+    high_water = np.clip(index.lengths, 0, index.codes.shape[-1])
+    index = dataclasses.replace(index, values=values, high_water=high_water)
+    return dataclasses.replace(cache, index=index)
 
 
 @functools.partial(
@@ -417,7 +419,7 @@ def test_sums_after_many_steps_are_those_built_anew(T, rest):
 def check_sums(cache, config, kv_layout="BSKH"):
     cache = jax.tree.map(np.asarray, cache)
     index = cache.index
-    sums, counts = oracle.value_sums(cache.value, index.codes, index.lengths, config, kv_layout)
+    sums, counts = oracle.value_sums(cache.value, index.codes, index.high_water, config, kv_layout)
     np.testing.assert_array_equal(index.values.counts, counts)
     np.testing.assert_array_equal(index.values.sums, sums)
     assert counts.sum() > 0

@@ -549,7 +549,7 @@ def cells_select_kernel(
     program, inputs: Inputs, outputs: Outputs, *, step: Step, sealing: Sealing, num_warps: int
 ):
     kv_row, query = program // step.Q, program % step.Q
-    plan = plan_query(step, inputs.lengths, kv_row, 0)
+    plan = plan_query(step, inputs.lengths, kv_row, 0 if step.T == 1 else query // step.G)
     writer = Writer(Lists(outputs.indices, outputs.counts, outputs.weights), kv_row, query, plan)
     writer.settle()
     search = search_for(step, sealing, num_warps, inputs, outputs, kv_row, query, plan)
@@ -561,7 +561,7 @@ class AttendInputs(NamedTuple):
     """What is attended to by the winners of a search, and the parts that are known already."""
 
     search: Inputs
-    query: Any  # [B, 1, N, H]
+    query: Any  # [B, T, N, H]
     key: Any
     value: Any
     logits: Logits
@@ -589,9 +589,10 @@ def cells_attend_kernel(
 ):
     """Searches, and attends to the winners as they are found: a sum needs them in no order."""
     kv_row, query = program // step.Q, program % step.Q
-    row, kv_head, token = kv_row // step.K, kv_row % step.K, jnp.int32(0)
-    head = kv_head * step.G + query
-    plan = plan_query(step, inputs.search.lengths, kv_row, 0)
+    row, kv_head = kv_row // step.K, kv_row % step.K
+    token, head = (jnp.int32(0), query) if step.T == 1 else (query // step.G, query % step.G)
+    head = kv_head * step.G + head
+    plan = plan_query(step, inputs.search.lengths, kv_row, 0 if step.T == 1 else token)
     search = search_for(
         step, sealing, num_warps, inputs.search, outputs.search, kv_row, query, plan
     )
@@ -628,7 +629,7 @@ def select_cells(
     weights: Float[Array, "R Q S"] | None,
     layer: Array | None = None,
 ) -> Lists:
-    """Everything of a selection that follows the tables, in one kernel, for one query token.
+    """Everything of a selection that follows the tables, in one kernel, for a few query tokens.
 
     Arguments and result are those of `select_threshold`, and the state of the cells.
 
@@ -701,7 +702,7 @@ def attend_cells(
     lengths: Lengths,
     layer: Array | None,
 ) -> Ended:
-    """Selects for one query token and attends to what is selected, in one kernel.
+    """Selects for a few query tokens and attends to what is selected, in one kernel.
 
     Args:
       step: the step.

@@ -431,14 +431,17 @@ def cells_pool_kernel(
 ):
     """Searches, and ends the step: of a pool nobody asks in which order it is."""
     place, of_pool = Place.of(step, program), step.of_pool
+    token, is_first = 0, place.head == 0
+    if step.T > 1:
+        token, is_first = place.token, is_first & (place.token == 0)
     plan, plan_of_pool = (
-        plan_query(x, inputs.search.lengths, place.kv_row, 0) for x in (step, of_pool)
+        plan_query(x, inputs.search.lengths, place.kv_row, token) for x in (step, of_pool)
     )
     search = search_for(
         of_pool, sealing, num_warps, inputs.search, outputs.search, *place.of_kv, plan_of_pool
     )
     fits = search.state_fits()
-    write_length(inputs.search.lengths, outputs.lengths, place.row, place.head == 0)
+    write_length(inputs.search.lengths, outputs.lengths, place.row, is_first)
     if outputs.search.lost is not None:
         cell = jnp.arange(step.config.num_cells, dtype=jnp.int32)
         backend.store(outputs.search.lost.at[(*place.of_kv, cell)], jnp.zeros(cell.size))
@@ -481,7 +484,7 @@ def attend_pool_of_cells(
     lengths: Lengths,
     layer: Array | None,
 ) -> Ended:
-    """Selects a pool for one query token and does the rest of a step, in one kernel.
+    """Selects a pool for a few query tokens and does the rest of a step, in one kernel.
 
     Arguments and result are those of `attend_pool`, which takes lists.
 

@@ -115,9 +115,7 @@ class Lengths(NamedTuple):
     high_water: Any = None
 
     @classmethod
-    def of(
-        cls, lengths: Any, counts: Any, span: Span | None, high_water: Any = None
-    ) -> "Lengths":
+    def of(cls, lengths: Any, counts: Any, span: Span | None, high_water: Any = None) -> "Lengths":
         """Those of a device."""
         offset = None if span is None else span.offset.reshape(1)
         return cls(lengths, counts, offset, high_water)
