@@ -110,6 +110,13 @@ CASES = {
         selector="cells", tuning=H100, K=1, G=16, H=16, of_value=34, S=300,
         sizes=sizes(heavy_size=33, sink_size=0), kv_layout="BKSH",
     ),
+    "cells of four query tokens": Case(
+        selector="cells", T=4, counts=True, dtype="bfloat16", kv_layout="BKSH"
+    ),
+    "cells of eight query tokens": Case(selector="cells", T=8, K=1, G=2),
+    "cells of three query tokens, all but the search apart": Case(
+        selector="cells", T=3, tuning=APART, counts=True, layers=2, layer=1
+    ),
     "more parts than are merged at once": Case(
         S=350, K=1, G=2, sizes=sizes(heavy_size=300), tuning=SMALL
     ),
@@ -277,6 +284,7 @@ ON_CHECKED_MEMORY = {
     "candidates from the sink on",
     "cells",
     "cells, all but the search apart",
+    "cells of eight query tokens",
     "layers of cells, too far",
 }
 

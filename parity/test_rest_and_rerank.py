@@ -153,6 +153,10 @@ CASES = {
     "a pool of more than there is": Case(sizes=sizes(heavy_size=40), S=70),
     "the inner product": Case(sizes=sizes(metric="ip")),
     "cells": Case(selector="cells", counts=True),
+    "cells of three query tokens": Case(selector="cells", T=3, counts=True, kv_layout="BKSH"),
+    "layers of cells of eight query tokens": Case(
+        selector="cells", T=8, K=1, G=2, layers=2, layer=1
+    ),
     "the middle layer": Case(layers=3, layer=1, T=2, counts=True),
     "layers of cells, from the end": Case(layers=3, layer=-7, selector="cells", kv_layout="BKSH"),
 }  # fmt: skip
@@ -184,9 +188,11 @@ INTERPRETED = {
     ("three query tokens", "rerank, codes"), ("many new tokens", "codes"), ("cells", "codes"),
     ("a pool of more than there is", "rerank"), ("no budget", "mean"),
     ("layers of cells, from the end", "rerank, mean"),
+    ("cells of three query tokens", "rerank, codes"),
 }  # fmt: skip
 ON_CHECKED_MEMORY = {
     ("cells", "rerank, codes"), ("the middle layer", "rerank, mean"), ("all sink", "codes"),
+    ("layers of cells of eight query tokens", "rerank"),
 }  # fmt: skip
 
 

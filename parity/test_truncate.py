@@ -256,10 +256,10 @@ def test_speculation_is_plain_decoding(rest):
 @pytest.mark.parametrize("rest", [False, "codes"])
 def test_speculation_by_kernels(rest):
     config = IndexerConfig(cells=True, estimate_rest=rest, rerank=2 if rest else 1, **SIZES)
-    sealing = test_cells.small_sealing(120, config)
+    sealing = state.Sealing(config.first_candidate, config.window_size, segment=64, block=64)
     with backend.interpreted():
         options = {"implementation": "triton", "selector": "cells"}
-        check_speculation(config, 120, 60, 6, options, sealing, most=4)
+        check_speculation(config, 200, 120, 12, options, sealing, most=5)
 
 
 @pytest.mark.gpu
