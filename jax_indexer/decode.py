@@ -20,7 +20,8 @@ from jax_indexer.config import (
 from jax_indexer.index import build_index, check_training, empty_index, rebuild
 from jax_indexer.kernels import backend, pipeline
 from jax_indexer.kernels.step import Step
-from jax_indexer.layout import KVLayout, key_letters, token_axis
+from jax_indexer.layout import KVLayout, cache_letters, key_letters, token_axis
+from jax_indexer.pages import has_pages, page_size_of, write_pages
 from jax_indexer.reference import Caches, Logits
 from jax_indexer.rope import COPIES, Rope, check_look_ahead
 from jax_indexer.sharding import Shard, by_shards
@@ -42,6 +43,7 @@ def decode_attention(
     selector: Selector | None = None,
     kv_layout: KVLayout = "BSKH",
     sequence_axis: str | None = None,
+    page_table: Int32[Array, "B pages"] | None = None,
 ) -> tuple[Float[Array, "B T N H'"], DecodeCache]:
     """A whole attention layer of a decode step.
 
@@ -73,6 +75,10 @@ def decode_attention(
         is whole. New tokens are the same on all devices along it; those that hold their positions
         keep them. Exchanges what `select` does, and outputs: one `all_gather` of 4 * (H' + 1) bytes
         a device and query. All devices along it return the same bits.
+      page_table: int32[B, pages] for a cache in pages, as `sparse_attention` takes it; a row that
+        lacks a page for one of its new tokens takes none. Pages that are written belong to one row,
+        which is the caller's duty; others may be shared, as those of a common prefix. None for a
+        cache in rows.
 
     Returns:
       [B, T, N, H'] in the query's dtype, computed in float32, and the cache after the step. No
@@ -80,8 +86,8 @@ def decode_attention(
 
     Raises:
       ValueError: for arguments of wrong type, shape or dtype, before anything is updated.
-      NotImplementedError: for an implementation or a selector that is not there, and for `rerank`
-        or `estimate_rest` with `sequence_axis`.
+      NotImplementedError: for an implementation or a selector that is not there, and for `rerank`,
+        `estimate_rest` or a page table with `sequence_axis`.
 
     Source: CONTRACT.md, section 4.
     """
@@ -97,6 +103,7 @@ def decode_attention(
         implementation,
         selector,
         sequence_axis,
+        page_table,
     )
     return _decode(
         query,
@@ -106,6 +113,7 @@ def decode_attention(
         counts,
         logits_of(scale, logits_soft_cap, query.shape[3]),
         _arguments.check_layer(layer),
+        page_table,
         config=config,
         implementation=implementation,
         selector=selector,
@@ -126,6 +134,7 @@ def _decode(
     counts: Array | None,
     logits: Logits,
     layer: Array | None,
+    page_table: Array | None,
     *,
     config: IndexerConfig,
     implementation: Implementation | None,
@@ -134,38 +143,52 @@ def _decode(
     sequence_axis: str | None,
 ) -> tuple[Array, DecodeCache]:
     def on_shard(
-        shard: Shard, query, key_new, value_new, key, value, index, counts, scale, soft_cap, layer
+        shard: Shard,
+        query,
+        key_new,
+        value_new,
+        key,
+        value,
+        index,
+        counts,
+        scale,
+        soft_cap,
+        layer,
+        page_table,
     ) -> tuple[Array, Array, Array, PQIndex]:
         del shard
         T, N = query.shape[1:3]
-        step = Step.of(index, config, T=T, N=N, kv_layout=kv_layout)
+        size = None if page_table is None else page_size_of(key, kv_layout)
+        step = Step.of(index, config, T=T, N=N, kv_layout=kv_layout, page_size=size)
         goes_on = config.rerank > 1 or bool(config.estimate_rest)
         chosen = selector or default_selector(config.pool, step.S, T, goes_on)
 
-        def xla(query, new, caches, index, counts, logits, layer):
-            span = Span.of(sequence_axis, step.S)
+        def xla(query, new, caches, index, counts, logits, layer, page_table):
+            places = layer, Span.of(sequence_axis, step.S), page_table
             return reference.decode(
-                query, new, caches, index, counts, logits, config, kv_layout, layer, span
+                query, new, caches, index, counts, logits, config, kv_layout, *places
             )
 
-        def triton(query, new, caches, index, counts, logits, layer):
-            span = Span.of(sequence_axis, step.S)
+        def triton(query, new, caches, index, counts, logits, layer, page_table):
+            places = layer, Span.of(sequence_axis, step.S), page_table
             return pipeline.launch_decode(
-                step, query, new, caches, index, counts, logits, chosen, layer, span
+                step, query, new, caches, index, counts, logits, chosen, *places
             )
 
         new, caches = Caches(key_new, value_new), Caches(key, value)
-        arguments = query, new, caches, index, counts, Logits(scale, soft_cap), layer
+        arguments = query, new, caches, index, counts, Logits(scale, soft_cap), layer, page_table
         out, caches, index = backend.dispatch(
             xla, triton, *arguments, implementation=implementation
         )
         return out, *caches, index
 
-    of_cache = key_letters(kv_layout), key_letters(kv_layout, head="H'")
+    in_pages = page_table is not None
+    of_cache = cache_letters(kv_layout, in_pages), cache_letters(kv_layout, in_pages, "H'")
     logits = jax.tree.map(lambda x: x.astype(jnp.float32), logits)
     out, key, value, index = by_shards(
         on_shard,
         results=("B T N H'", *of_cache, None),
+        rows_share=in_pages,
         query=("B T N H", query),
         key_new=(key_letters(kv_layout, "T"), key_new),
         value_new=(key_letters(kv_layout, "T", "H'"), value_new),
@@ -176,6 +199,7 @@ def _decode(
         scale=("", logits.scale),
         logits_soft_cap=("", logits.soft_cap),
         layer=("", layer),
+        page_table=("B pages", page_table),
     )
     return out, DecodeCache(key, value, index)
 
@@ -191,6 +215,8 @@ def empty_cache(
     dtype: Any = jnp.bfloat16,
     layers: int | None = None,
     kv_layout: KVLayout = "BSKH",
+    num_pages: int | None = None,
+    page_size: int | None = None,
 ) -> DecodeCache:
     """A cache without tokens, with all the state that the config needs; `prefill` puts prompts in.
 
@@ -208,6 +234,7 @@ def empty_cache(
       layers: how many layers share the arrays, along an axis in front of all of them; None for one
         layer without such an axis.
       kv_layout: order of the token and head axes of keys and values.
+      num_pages, page_size: of keys and values in pages, which go by a page table; None for rows.
 
     Returns:
       A DecodeCache.
@@ -226,7 +253,16 @@ def empty_cache(
         head_dim=head_dim,
         value_head_dim=head_dim if value_head_dim is None else value_head_dim,
         layers=1 if layers is None else layers,
+        num_pages=batch if num_pages is None else num_pages,
+        page_size=capacity if page_size is None else page_size,
     )
+    if (num_pages is None) != (page_size is None):
+        raise ValueError(
+            f"num_pages, page_size: expected both or neither, got {num_pages} and {page_size}; "
+            "pages have both"
+        )
+    if page_size is not None and sizes["page_size"] & (sizes["page_size"] - 1):
+        raise ValueError(f"page_size: expected a power of two, got {page_size}; use 16 to 256")
     dtype = float_dtype("dtype", dtype, "use jnp.bfloat16")
     B, S, K, H, of_value = (
         sizes[name] for name in ("batch", "capacity", "kv_heads", "head_dim", "value_head_dim")
@@ -238,8 +274,9 @@ def empty_cache(
         )
 
     def cache(head_dim: int) -> Array:
-        shape = (B, S, K, head_dim) if kv_layout == "BSKH" else (B, K, S, head_dim)
-        return jnp.zeros(shape, dtype)
+        rows, tokens = sizes["num_pages"], sizes["page_size"]
+        shape = (rows, tokens, K) if kv_layout == "BSKH" else (rows, K, tokens)
+        return jnp.zeros((*shape, head_dim), dtype)
 
     def empty() -> DecodeCache:
         index = empty_index(config, B, S, K, H, of_value)
@@ -266,6 +303,7 @@ def prefill(
     copies: int = COPIES,
     kv_layout: KVLayout = "BSKH",
     implementation: Implementation | None = None,
+    page_table: Int32[Array, "B pages"] | None = None,
 ) -> DecodeCache:
     """Puts prompts into a cache: their keys and values, codebooks trained on them, their codes.
 
@@ -291,6 +329,8 @@ def prefill(
       kv_layout: order of the token and head axes of keys and values.
       implementation: "triton", "xla", or None: Triton on an NVIDIA GPU where it supports the
         case, else XLA.
+      page_table: of a cache in pages, as `decode_attention` takes it: the prompts go there, and a
+        row without pages for all of its prompt keeps what it has. Training reads a copy in rows.
 
     Returns:
       A DecodeCache, with the index that `build_index` makes of each row that got a prompt.
@@ -302,7 +342,8 @@ def prefill(
 
     Source: CONTRACT.md, section 4.
     """
-    sizes = _arguments.check_prefill(key, value, lengths, config, cache, rows, layer, kv_layout)
+    of_cache = cache, rows, layer, kv_layout, page_table
+    sizes = _arguments.check_prefill(key, value, lengths, config, *of_cache)
     check_look_ahead(rope, look_ahead, copies, sizes["H"])
     options = {"seed": seed, "kv_layout": kv_layout, "implementation": implementation}
     options |= {"rope": rope, "look_ahead": look_ahead, "copies": copies}
@@ -319,6 +360,7 @@ def prefill(
         lengths,
         rows,
         layer,
+        page_table,
         kv_layout=kv_layout,
     )
     index = rebuild(
@@ -329,6 +371,7 @@ def prefill(
         value=caches.value if config.estimate_rest else None,
         lengths=prompt_lengths,
         layer=layer,
+        page_table=page_table,
         **options,
     )
     return DecodeCache(caches.key, caches.value, index)
@@ -341,12 +384,21 @@ def _put_prompts(
     lengths: Array,
     rows: Array | None,
     layer: Array | None,
+    page_table: Array | None,
     *,
     kv_layout: KVLayout,
 ) -> tuple[Caches, Array, Array]:
     """The caches with prompts at the start of some rows of a layer; clipped lengths, and rows."""
     lengths = jnp.clip(lengths, 0, prompts.key.shape[token_axis(kv_layout)])
     rows = jnp.ones_like(lengths, bool) if rows is None else rows
+
+    if page_table is not None:
+        size, tokens = page_size_of(caches.key, kv_layout), prompts.key.shape[token_axis(kv_layout)]
+        start = jnp.zeros_like(lengths)
+        rows &= has_pages(page_table, tokens, size)(start, lengths)
+        of_pages = start, jnp.where(rows, lengths, 0), page_table, kv_layout, layer
+        written = (write_pages(*x, *of_pages) for x in zip(caches, prompts, strict=True))
+        return Caches(*written), lengths, rows
 
     def put(cache: Array, prompt: Array) -> Array:
         start = [jnp.int32(0)] * cache.ndim

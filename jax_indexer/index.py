@@ -16,6 +16,7 @@ from jax_indexer.config import Implementation, IndexerConfig
 from jax_indexer.kernels import backend, centroid_sums, pipeline
 from jax_indexer.kernels.step import Step
 from jax_indexer.layout import KVLayout, head_axis, key_letters, token_axis
+from jax_indexer.pages import in_rows
 from jax_indexer.rope import COPIES, LookAhead, Rope, check_look_ahead
 from jax_indexer.sharding import Shard, by_shards
 from jax_indexer.state import (
@@ -48,6 +49,7 @@ def build_index(
     kv_layout: KVLayout = "BSKH",
     implementation: Implementation | None = None,
     sequence_axis: str | None = None,
+    page_table: Int32[Array, "B pages"] | None = None,
 ) -> PQIndex:
     """Trains codebooks on the keys of a prompt and encodes all of them.
 
@@ -80,6 +82,8 @@ def build_index(
         codebook: an `all_gather` of a count, 4 bytes a device, and two sums of C and of 63 keys,
         4 * D' bytes each; in every iteration one sum of 4 * C * (D' + 1) bytes; and where clusters
         are empty an `all_gather` of 4 * C * (D' + 1) bytes a device, and a sum of 4 bytes.
+      page_table: int32[B, pages] for caches in pages, as `sparse_attention` takes it: they are
+        copied into rows, of S = pages * page_size tokens, and trained on. None for caches in rows.
 
     Returns:
       A PQIndex with capacity S.
@@ -95,8 +99,10 @@ def build_index(
     _arguments.check_config(config)
     sizes = _arguments.Sizes()
     alone = _arguments.STACKED_ALONE
-    _arguments.check_key("key", key, "S", kv_layout, sizes, stacked=alone)
+    _arguments.check_key("key", key, "S", kv_layout, sizes, stacked=alone, page_table=page_table)
     _arguments.check_subspaces("key", config, sizes)
+    _arguments.check_page_table(page_table, sizes)
+    _arguments.check_whole_pages(page_table, sequence_axis)
     ahead = check_look_ahead(rope, look_ahead, copies, sizes["H"])
     devices = check_split_training(sequence_axis, lengths, config, ahead)
     if sizes["K"] > sizes["S"] * devices:  # nothing else here would tell that the axes are swapped
@@ -105,7 +111,8 @@ def build_index(
             f"S={sizes['S']}; pass the cache at its full capacity{sizes.understood('key')}"
         )
     _arguments.check_array("lengths", lengths, _arguments.NUMBERS, sizes)
-    _arguments.check_value(value, config, kv_layout, sizes, stacked=alone)
+    of_value = {"stacked": alone, "page_table": page_table}
+    _arguments.check_value(value, config, kv_layout, sizes, **of_value)
     _arguments.check_seed(seed)
     shape = sizes["B"], sizes["K"], config.num_subspaces, sizes["S"]
     codes = jax.ShapeDtypeStruct(shape, np.uint8)
@@ -115,6 +122,7 @@ def build_index(
         value,
         lengths,
         jax.device_put(np.uint32(seed)),
+        page_table,
         config=config,
         ahead=ahead,
         kv_layout=kv_layout,
@@ -139,6 +147,7 @@ def rebuild(
     kv_layout: KVLayout = "BSKH",
     implementation: Implementation | None = None,
     sequence_axis: str | None = None,
+    page_table: Int32[Array, "B pages"] | None = None,
 ) -> PQIndex:
     """Trains new codebooks for some rows and encodes their tokens again; nothing else changes.
 
@@ -162,7 +171,7 @@ def rebuild(
       kv_layout: order of the token and head axes of `key`.
       implementation: "triton", "xla", or None: Triton on an NVIDIA GPU where it supports the
         case, else XLA.
-      sequence_axis: as in `build_index`.
+      sequence_axis, page_table: as in `build_index`.
 
     Returns:
       A PQIndex of the same shapes.
@@ -173,9 +182,10 @@ def rebuild(
 
     Source: CONTRACT.md, section 4.
     """
-    sizes = _arguments.check_with_cache(index, key, config, kv_layout, layer)
+    sizes = _arguments.check_with_cache(index, key, config, kv_layout, layer, page_table)
+    _arguments.check_whole_pages(page_table, sequence_axis)
     _arguments.check_array("rows", rows, _arguments.ROWS, sizes)
-    _arguments.check_value(value, config, kv_layout, sizes)
+    _arguments.check_value(value, config, kv_layout, sizes, page_table=page_table)
     if lengths is not None:
         _arguments.check_array("lengths", lengths, _arguments.NUMBERS, sizes)
     _arguments.check_seed(seed)
@@ -191,6 +201,7 @@ def rebuild(
         rows,
         jax.device_put(np.uint32(seed)),
         _arguments.check_layer(layer),
+        page_table,
         config=config,
         ahead=ahead,
         kv_layout=kv_layout,
@@ -211,6 +222,7 @@ def rebuild_gain(
     kv_layout: KVLayout = "BSKH",
     implementation: Implementation | None = None,
     sequence_axis: str | None = None,
+    page_table: Int32[Array, "B pages"] | None = None,
 ) -> Float[Array, "B"]:
     """Says which rows `rebuild` would help: the share of their error that a first step removes.
 
@@ -238,6 +250,7 @@ def rebuild_gain(
       implementation: "triton", "xla", or None: Triton on an NVIDIA GPU where it supports the
         case, else XLA.
       sequence_axis: as in `build_index`. Exchanges the sums of one iteration, and of errors.
+      page_table: as in `build_index`.
 
     Returns:
       float32[B], in 0..1; 0 for rows without an error, and for those whose error overflows
@@ -249,7 +262,8 @@ def rebuild_gain(
 
     Source: CONTRACT.md, section 4.
     """
-    sizes = _arguments.check_with_cache(index, key, config, kv_layout, layer)
+    sizes = _arguments.check_with_cache(index, key, config, kv_layout, layer, page_table)
+    _arguments.check_whole_pages(page_table, sequence_axis)
     ahead = check_look_ahead(rope, look_ahead, copies, sizes["H"])
     check_split_training(sequence_axis, index.lengths, config, ahead)
     check_training(implementation, config, sizes, key, index)
@@ -257,6 +271,7 @@ def rebuild_gain(
         index,
         key,
         _arguments.check_layer(layer),
+        page_table,
         config=config,
         ahead=ahead,
         kv_layout=kv_layout,
@@ -582,6 +597,7 @@ def _build(
     value: Array | None,
     lengths: Array,
     seed: Array,
+    page_table: Array | None,
     *,
     config: IndexerConfig,
     ahead: LookAhead | None,
@@ -589,6 +605,9 @@ def _build(
     implementation: Implementation | None,
     sequence_axis: str | None,
 ) -> PQIndex:
+    key = in_rows(key, page_table, kv_layout, None)
+    value = None if value is None else in_rows(value, page_table, kv_layout, None)
+
     def on_shard(shard: Shard, key, value, lengths, seed) -> PQIndex:
         batch, capacity = key.shape[0], key.shape[token_axis(kv_layout)]
         kv_heads = key.shape[head_axis(kv_layout)]
@@ -616,6 +635,7 @@ def _rebuild(
     rows: Array,
     seed: Array,
     layer: Array | None,
+    page_table: Array | None,
     *,
     config: IndexerConfig,
     ahead: LookAhead | None,
@@ -623,6 +643,9 @@ def _rebuild(
     implementation: Implementation | None,
     sequence_axis: str | None,
 ) -> PQIndex:
+    places = page_table, kv_layout, layer, index.codes.shape[-1]
+    key = in_rows(key, *places)
+    value = None if value is None else in_rows(value, *places)
     one, key, value = layer_of((index, key, value), layer)
     lengths = one.lengths if lengths is None else lengths
     rebuilt = by_shards(
@@ -696,6 +719,7 @@ def _rebuild_gain(
     index: PQIndex,
     key: Array,
     layer: Array | None,
+    page_table: Array | None,
     *,
     config: IndexerConfig,
     ahead: LookAhead | None,
@@ -714,6 +738,7 @@ def _rebuild_gain(
         of_rows = (jnp.sum(x, axis=1) for x in errors)
         return kmeans.gain(*map(shard.sum_over_heads, of_rows))
 
+    key = in_rows(key, page_table, kv_layout, layer, index.codes.shape[-1])
     index, key = layer_of((index, key), layer)
     return by_shards(on_shard, index=(None, index), key=(key_letters(kv_layout), key))
 

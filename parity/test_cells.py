@@ -147,7 +147,7 @@ def by_kernels(index, key, config, counts=None, *, query=None):
         after = Lengths(lengths, None)
         launches |= pipeline.query_launches(of_query, query, index, after)
     made = pipeline.launched(step, launches)
-    index, _ = pipeline.appended(step, index, made, counts)
+    index, _ = pipeline.appended(step, index, made)
     if query is None:
         return index, None
     by_query = made["tables"].by_query

@@ -8,13 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 from jax.experimental import pallas as pl
-from jaxtyping import Float, Int32
+from jaxtyping import Float
 
 from jax_indexer.kernels import backend
 from jax_indexer.kernels.codebook import dimension_tiles, tiles
 from jax_indexer.kernels.step import Lengths, Step, raised_in, room_in
 from jax_indexer.layout import dimension_of
-from jax_indexer.state import PQIndex, Span
+from jax_indexer.state import PQIndex
 
 
 class Inputs(NamedTuple):
@@ -100,9 +100,8 @@ def append_launch(
     step: Step,
     key_new: Float[Array, "B _ _ H"],
     index: PQIndex,
-    counts: Int32[Array, "B"] | None,
+    before: Lengths,
     layer: Array | None = None,
-    span: Span | None = None,
 ) -> backend.Launch:
     """The launch that encodes the new keys that each row takes and writes their codes.
 
@@ -117,11 +116,12 @@ def append_launch(
         phi = None  # which is not read
     phi = None if phi is None else step.by_rows(phi)
     codes = step.by_rows(index.codes)
-    of_rows = backend.follows((step.B,), np.int32, index.lengths, counts, layer)
+    followed = before.lengths, before.counts, before.page_table, layer
+    of_rows = backend.follows((step.B,), np.int32, *followed)
     return backend.Launch(
         functools.partial(append_kernel, step=step, at_once=at_once),
         Inputs(
-            Lengths.of(index.lengths, counts, span, index.high_water),
+            before,
             key_new,
             step.by_rows(index.codebooks),
             phi,
@@ -131,8 +131,8 @@ def append_launch(
             jax.ShapeDtypeStruct(codes.shape, np.uint8),
             Lengths(
                 of_rows,
-                None if counts is None else of_rows,
-                high_water=None if index.high_water is None else of_rows,
+                None if before.counts is None else of_rows,
+                high_water=None if before.high_water is None else of_rows,
             ),
         ),
         programs=step.R * num_subspaces * pl.cdiv(step.T, at_once),

@@ -27,6 +27,7 @@ from jax_indexer.kernels import backend
 from jax_indexer.kernels.step import Lengths, Step, plan_after, plan_query, room_in
 from jax_indexer.kernels.tuning import H100, Tuning
 from jax_indexer.layout import KVLayout, head_axis, power_of_2_from, token_axis
+from jax_indexer.pages import page_and_slot
 from jax_indexer.reference import Attention, Caches, Logits, corrected_by, made_logits
 from jax_indexer.state import Rest
 
@@ -71,10 +72,32 @@ def block_of(key_size: int, value_size: int, tile: int, tuning: Tuning) -> int:
     return min(max(tokens, ROWS), tuning.most_attended)
 
 
+def in_page(
+    cache: Any, kv_layout: KVLayout, table: Any, row: Array, position: Array, wanted: Array
+) -> tuple[Array, Array, Array]:
+    """Pages of a row's positions, their slots there, and which of those wanted have a page.
+
+    A page beyond those there are is taken for the last.
+    """
+    number, slot = page_and_slot(position, cache.shape[token_axis(kv_layout)])
+    wanted &= number < table.shape[1]
+    page = backend.load(table.at[row, number], mask=wanted, other=-1)
+    return jnp.clip(page, 0, cache.shape[0] - 1), slot, wanted & (page >= 0)
+
+
 def read_rows(
-    cache: Any, kv_layout: KVLayout, row: Array, kv_head: Array, token: Array, wanted: Array
+    cache: Any,
+    kv_layout: KVLayout,
+    row: Array,
+    kv_head: Array,
+    token: Array,
+    wanted: Array,
+    page_table: Any = None,
 ) -> Float[Array, "block H"]:
-    """Some tokens' keys or values; 0 for those that are not wanted."""
+    """Some tokens' keys or values; 0 for those that are not wanted, or have no page."""
+    if page_table is not None:
+        row, token, wanted = in_page(cache, kv_layout, page_table, row, token, wanted)
+        row = row[:, None]
     size = cache.shape[3]
     d = jnp.arange(padded(size), dtype=jnp.int32)[None, :]
     mask = jnp.broadcast_to(wanted[:, None] & (d < size), (wanted.shape[0], d.size))
@@ -255,6 +278,7 @@ class ListedInputs(NamedTuple):
     indices: Any
     logits: Logits
     after: Lengths | None  # the step that made the lists
+    page_table: Any  # i32[B, pages] of caches in pages, else None
 
 
 class Entries(NamedTuple):
@@ -285,10 +309,12 @@ def read_listed(
     exists: Array,
 ) -> tuple[Array, Float[Array, "block H"], Float[Array, "block H_"]]:
     """Which entries of a list are positions of the caches, and their keys and values."""
-    live = exists & (position >= 0) & (position < inputs.key.shape[token_axis(kv_layout)])
+    capacity, table = inputs.key.shape[token_axis(kv_layout)], inputs.page_table
+    capacity *= 1 if table is None else table.shape[1]
+    live = exists & (position >= 0) & (position < capacity)
     position = jnp.where(live, position, 0)
     key, value = (
-        read_rows(cache, kv_layout, row, kv_head, position, live)
+        read_rows(cache, kv_layout, row, kv_head, position, live, table)
         for cache in (inputs.key, inputs.value)
     )
     return live, key, value
@@ -450,6 +476,12 @@ def write_kernel(program, inputs: WriteInputs, outputs: Caches, *, step: Step):
     if span is not None:
         start = start - span.offset
         is_mine &= (start + token >= 0) & (start + token < step.S)
+    table, own, place = inputs.before.page_table, row, start + token
+    if table is not None:  # of a page that is there, or the row would take nothing
+        number, place = page_and_slot(place, outputs.key.shape[token_axis(step.kv_layout)])
+        own = jnp.clip(
+            table[row, jnp.minimum(number, table.shape[1] - 1)], 0, outputs.key.shape[0] - 1
+        )
 
     @pl.when(is_mine)
     def _():
@@ -457,11 +489,10 @@ def write_kernel(program, inputs: WriteInputs, outputs: Caches, *, step: Step):
             size = cache.shape[3]
             d = jnp.arange(power_of_2_from(size), dtype=jnp.int32)
             of_new, of_cache = (
-                (x, kv_head) if step.kv_layout == "BSKH" else (kv_head, x)
-                for x in (token, start + token)
+                (x, kv_head) if step.kv_layout == "BSKH" else (kv_head, x) for x in (token, place)
             )
             found = backend.load(new.at[(row, *of_new, d)], mask=d < size, other=0)
-            backend.store(cache.at[(row, *of_cache, d)], found, mask=d < size)
+            backend.store(cache.at[(own, *of_cache, d)], found, mask=d < size)
 
 
 class AlwaysInputs(NamedTuple):
@@ -499,8 +530,10 @@ def always_kernel(program, inputs: AlwaysInputs, parts: Parts, *, step: Step, bl
     is_new = live & (new >= 0) & (new < room.taken)
     new = jnp.where(is_new, new, 0)
 
+    table = inputs.before.page_table
+
     def read(cache, new_ones):
-        old = read_rows(cache, step.kv_layout, row, kv_head, position, live & ~is_new)
+        old = read_rows(cache, step.kv_layout, row, kv_head, position, live & ~is_new, table)
         own = read_rows(new_ones, step.kv_layout, row, kv_head, new, is_new)
         return jnp.where(is_new[:, None], own, old)
 
@@ -545,7 +578,7 @@ def shapes_of_end(
     output = Attention(out, jax.ShapeDtypeStruct(query.shape[:3], np.float32))
     if lengths is None:
         return Ended(output, None)
-    after = after and after._replace(offset=None)  # which no length depends on
+    after = after and after._replace(offset=None, page_table=None)  # which no length depends on
     return Ended(
         output,
         jax.tree.map(lambda x: backend.follows(x.shape, np.int32, lengths, after, layer), lengths),
@@ -624,6 +657,7 @@ def launch_listed(
     middle: Middle | None = None,
     tuning: Tuning = H100,
     dtype: Any = None,
+    page_table: Int32[Array, "B pages"] | None = None,
 ) -> Ended:
     """Attends to lists.
 
@@ -639,6 +673,7 @@ def launch_listed(
       middle: of the lists of a step, what the other entries give.
       tuning: block sizes.
       dtype: of the output; None for the query's.
+      page_table: of caches in pages; None for caches in rows.
 
     Returns:
       The output, and lengths for those of `middle`.
@@ -649,6 +684,7 @@ def launch_listed(
     list_size, value_size = indices.shape[3], caches.value.shape[-1]
     together = sharing(query.shape[2] // caches.key.shape[head_axis(kv_layout) - 4])
     of_devices = after is not None and after.offset is not None
+    of_lists = after and after._replace(high_water=None, page_table=None)
     if step is not None and not of_devices:
         own = Entries(step.config.sink_size, list_size - step.config.window_size)
     elif own is None or (together == 1 and rest is None):
@@ -662,7 +698,7 @@ def launch_listed(
         num_parts = max(pl.cdiv(number, block), 1)
         return backend.Launch(
             functools.partial(kernel, kv_layout=kv_layout, block=block, own=own, **options),
-            ListedInputs(query, *caches, indices, vectors(logits), after),
+            ListedInputs(query, *caches, indices, vectors(logits), of_lists, page_table),
             shapes_of_parts(query, value_size, num_parts),
             programs=math.prod(query.shape[:3]) // heads * num_parts,
             state=Caches._fields,
@@ -684,7 +720,7 @@ def launch_listed(
     left_out = rest and LeftOut(rest.value, rest.log_mass, rest.log_heavy_mass)
     merge = backend.Launch(
         merge_kernel,
-        MergeInputs(parts, left_out, after, lengths),
+        MergeInputs(parts, left_out, after and after._replace(page_table=None), lengths),
         shapes_of_end(query, value_size, lengths, after, layer, dtype),
         programs=math.prod(query.shape[:3]),
         in_place=REACHED,

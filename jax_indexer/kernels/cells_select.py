@@ -603,7 +603,7 @@ def cells_attend_kernel(
     # Not before the search, which needs the registers.
     vector, logits = read_query(inputs.query, row, token, head), read_logits(inputs.logits)
     found = read_parts(inputs.known, row, token, head)
-    num_listed = plan.between(step.config)
+    num_listed, table = plan.between(step.config), inputs.search.lengths.page_table
     for first in range(0, step.num_middle, block):
         slot = first + jnp.arange(block, dtype=jnp.int32)
         at = search.outputs.positions.at[kv_row, query, slot]
@@ -613,7 +613,7 @@ def cells_attend_kernel(
         live = slot < num_listed
         position = jnp.where(live, jnp.clip(position, 0, step.S - 1), 0)
         key, value = (
-            read_rows(cache, step.kv_layout, row, kv_head, position, live)
+            read_rows(cache, step.kv_layout, row, kv_head, position, live, table)
             for cache in (inputs.key, inputs.value)
         )
         found = merge_two(found, attend(vector, key, value, live, logits))

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jaxtyping import Float, Int32, Shaped
@@ -30,11 +31,12 @@ from jax_indexer.kernels.threshold import select_threshold
 from jax_indexer.kernels.top_k import select_top_k
 from jax_indexer.kernels.value_sums import sum_values_launch
 from jax_indexer.layout import by_query_head
+from jax_indexer.pages import in_rows
 from jax_indexer.reference import (
     Caches,
     Logits,
+    Room,
     dense_weights,
-    make_room,
     merge_devices,
     raised,
 )
@@ -50,10 +52,11 @@ def append_launches(
     layer: Array | None = None,
     value: Any = None,
     span: Span | None = None,
+    page_table: Int32[Array, "B pages"] | None = None,
 ) -> dict[str, backend.Launch]:
     """The launches that append: codes, and what falls due in cells and sums for a few tokens."""
-    launches = {"codes": append_launch(step, key_new, index, counts, layer, span)}
-    before = Lengths.of(index.lengths, counts, span, index.high_water)
+    before = Lengths.of(index.lengths, counts, span, index.high_water, page_table)
+    launches = {"codes": append_launch(step, key_new, index, before, layer)}
     codes = backend.OutputOf("codes", "codes")
     if step.T > MOST_NEW:
         return launches
@@ -91,10 +94,10 @@ def appended(
     step: Step,
     index: PQIndex,
     made: dict[str, Any],
-    counts: Int32[Array, "B"] | None,
     layer: Array | None = None,
     value: Array | None = None,
     span: Span | None = None,
+    page_table: Int32[Array, "B pages"] | None = None,
 ) -> tuple[PQIndex, Lengths]:
     """The index after an append, and its layer's lengths; what many new tokens change is XLA's."""
     codes, after, cells = made["codes"].codes, made["codes"].after, index.cells
@@ -118,14 +121,17 @@ def appended(
     elif values is not None:
         assert value is not None
         lengths, high_water = layer_of((index.lengths, index.high_water), layer)
-        room, _ = make_room(lengths, counts, step.T, step.S)
+        taking = after.lengths != lengths
+        room = Room(jnp.clip(lengths, 0, step.S), jnp.where(taking, after.lengths - lengths, 0))
+        value = in_rows(value, page_table, step.kv_layout, layer, step.S)
         grown = *raised(high_water, room, step.S), step.T
         values = add_values(values, value, codes, *grown, step.config, step.kv_layout, layer)
     reached = index.lengths, index.high_water
     lengths, high_water = put_layer(reached, (after.lengths, after.high_water), layer)
     kept = {"cells": cells, "values": values, "high_water": high_water}
     index = dataclasses.replace(index, codes=codes, lengths=lengths, **kept)
-    return index, Lengths.of(after.lengths, after.counts, span, after.high_water)
+    reached = after.lengths, after.counts, span, after.high_water, page_table
+    return index, Lengths.of(*reached)
 
 
 def of_devices(step: Step, span: Span | None) -> Step:
@@ -147,7 +153,7 @@ def launch_append(
     """What `reference.append_tokens` does, in one launch, to one layer."""
     step = of_devices(step, span)
     made = launched(step, append_launches(step, key_new, index, counts, layer, value, span))
-    return appended(step, index, made, counts, layer, value, span)[0]
+    return appended(step, index, made, layer, value, span)[0]
 
 
 def launch_select(
@@ -198,7 +204,7 @@ def launch_step(
     before = Lengths.of(index.lengths, counts, span)
     of_query = query_launches(step, query, index, before, layer, plan_after)
     made = launched(step, first | of_query | others)
-    index, after = appended(step, index, made, counts, layer, value, span)
+    index, after = appended(step, index, made, layer, value, span)
     selection = selected(step, made, index, after, selector, layer, span)
     return with_weights(selection, weights_dtype, span), index
 
@@ -214,15 +220,17 @@ def launch_decode(
     selector: Selector,
     layer: Array | None = None,
     span: Span | None = None,
+    page_table: Int32[Array, "B pages"] | None = None,
 ) -> tuple[Float[Array, "B T N H_"], Caches, PQIndex]:
     """What `reference.decode` does: the step's tokens into the caches, and attention over them.
 
     What is always attended needs no selection: it goes beside what a selection begins with.
     """
     step = of_devices(step, span)
-    before = Lengths.of(index.lengths, counts, span)
+    before = Lengths.of(index.lengths, counts, span, page_table=page_table)
     written = Caches(*(backend.OutputOf("caches", field) for field in Caches._fields))
-    others = append_launches(step, new.key, index, counts, layer, written.value, span)
+    appends = step, new.key, index, counts, layer, written.value, span, page_table
+    others = append_launches(*appends)
     first = {
         "caches": write_launch(step, new, caches, before, layer),
         "always": always_launch(step, query, new, written, before, logits, layer),
@@ -232,7 +240,7 @@ def launch_decode(
     made = launched(step, first | of_query | others)
     caches, always = made["caches"], made["always"]
     lengths = Lengths(index.lengths, None, high_water=index.high_water)
-    index, after = appended(step, index, made, counts, layer, caches.value, span)
+    index, after = appended(step, index, made, layer, caches.value, span, page_table)
     has_pool = step.config.rerank > 1 or step.config.estimate_rest
     known = step, made["tables"], index, after, query, caches
     others = logits, always, lengths, layer
@@ -257,6 +265,7 @@ def launch_decode(
             middle=Middle(step, after, always, lengths),
             tuning=step.tuning,
             dtype=None if span is None else np.float32,
+            page_table=page_table,
         )
     output = ended.output
     if span is not None:
@@ -281,7 +290,7 @@ def selected(
     With `span` and `middle` lists have what lies between sink and window alone.
     """
     weights = made["weights"].weights if "weights" in made else None
-    tables = made["tables"]
+    tables, lengths = made["tables"], lengths._replace(page_table=None)
     lists = lists_from(step, tables, index, lengths, weights, selector, layer)
     if span is not None and step.config.heavy_size:
         codes = step.by_rows(index.codes)

@@ -84,6 +84,7 @@ class EndInputs(NamedTuple):
       logits: how to make logits.
       known: the parts of sink and window.
       rest: None without the rest.
+      page_table: i32[B, pages] of caches in pages, else None.
     """
 
     query: Any
@@ -92,6 +93,7 @@ class EndInputs(NamedTuple):
     logits: Logits
     known: Parts
     rest: Sources | None
+    page_table: Any
 
 
 class Scratch(NamedTuple):
@@ -159,7 +161,8 @@ class End(NamedTuple):
 
     def rows(self, cache: Any, position: Array, exists: Array) -> Array:
         place = self.place
-        return read_rows(cache, self.step.kv_layout, place.row, place.kv_head, position, exists)
+        of_row = self.step.kv_layout, place.row, place.kv_head
+        return read_rows(cache, *of_row, position, exists, self.inputs.page_table)
 
     def all_of_pool(self, query: Array, logits: Logits, block: int) -> Softmax:
         """Attention to all of the pool."""
@@ -384,9 +387,16 @@ def end_inputs(
     known: Parts,
     index: PQIndex,
     weighed: Weighed | None,
+    page_table: Array | None,
 ) -> EndInputs:
     """What a kernel attends to; of sums it takes those of the index."""
-    return EndInputs(query, *caches, vectors(logits), known, sources_of(step, index, weighed))
+    sources = sources_of(step, index, weighed)
+    return EndInputs(query, *caches, vectors(logits), known, sources, page_table)
+
+
+def _without_pages(after: Lengths) -> Lengths:
+    """For what reads no cache."""
+    return after._replace(page_table=None)
 
 
 def sources_of(step: Step, index: PQIndex, weighed: Weighed | None = None) -> Sources | None:
@@ -491,7 +501,7 @@ def attend_pool_of_cells(
     Source: CONTRACT.md, sections 3 and 4.
     """
     assert index.cells is not None
-    codes = step.by_rows(index.codes)
+    codes, table, after = step.by_rows(index.codes), after.page_table, _without_pages(after)
     search, _ = search_launch(step.of_pool, tables, codes, after, index.cells, None, layer)
     rest, reranks = step.config.estimate_rest, step.config.rerank > 1
     num_warps = step.tuning.warps_for_pool(step.config.num_cells, reranks or rest == "codes")
@@ -520,7 +530,7 @@ def attend_pool_of_cells(
         ),
         SearchedInputs(
             search.inputs,
-            end_inputs(step, query, caches, logits, known, index, None),
+            end_inputs(step, query, caches, logits, known, index, None, table),
             lengths,
         ),
         SearchedOutputs(
@@ -623,7 +633,7 @@ def attend_pool(
 
     Source: CONTRACT.md, section 4.
     """
-    codes = step.by_rows(index.codes)
+    codes, table, after = step.by_rows(index.codes), after.page_table, _without_pages(after)
     search = Inputs(after, None, tables.by_query, codes, None, None, None)
     weighed = None
     if step.config.estimate_rest:
@@ -633,7 +643,7 @@ def attend_pool(
         PoolInputs(
             indices,
             search,
-            end_inputs(step, query, caches, logits, known, index, weighed),
+            end_inputs(step, query, caches, logits, known, index, weighed, table),
             lengths,
         ),
         PoolOutputs(

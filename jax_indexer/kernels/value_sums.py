@@ -10,6 +10,7 @@ from jax import Array
 from jax.experimental import pallas as pl
 
 from jax_indexer.kernels import backend
+from jax_indexer.kernels.attend import in_page
 from jax_indexer.kernels.step import Lengths, Step, raised_in
 from jax_indexer.layout import power_of_2_from
 from jax_indexer.state import ValueSums, summed_until
@@ -42,8 +43,15 @@ def sum_values_kernel(program, inputs: Inputs, outputs: Sums, *, step: Step):
     d = jnp.arange(power_of_2_from(size), dtype=jnp.int32)
 
     def add(position: Array) -> None:
-        place = (position, kv_head) if step.kv_layout == "BSKH" else (kv_head, position)
-        value = backend.load(inputs.value.at[(row, *place, d)], mask=d < size, other=0)
+        own, place, is_there = row, position, d < size
+        if inputs.before.page_table is not None:
+            table = inputs.before.page_table
+            own, place, has_page = in_page(
+                inputs.value, step.kv_layout, table, row, position, position >= 0
+            )
+            is_there &= has_page
+        place = (place, kv_head) if step.kv_layout == "BSKH" else (kv_head, place)
+        value = backend.load(inputs.value.at[(own, *place, d)], mask=is_there, other=0)
         value = value.astype(jnp.float32)
         is_finite = jnp.sum(jnp.where(jnp.abs(value) < jnp.inf, 0, 1)) == 0
         code = jnp.int32(0)
