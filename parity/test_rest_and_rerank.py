@@ -188,11 +188,12 @@ INTERPRETED = {
     ("three query tokens", "rerank, codes"), ("many new tokens", "codes"), ("cells", "codes"),
     ("a pool of more than there is", "rerank"), ("no budget", "mean"),
     ("layers of cells, from the end", "rerank, mean"),
-    ("cells of three query tokens", "rerank, codes"),
+    ("cells of three query tokens", "codes"),
 }  # fmt: skip
 ON_CHECKED_MEMORY = {
     ("cells", "rerank, codes"), ("the middle layer", "rerank, mean"), ("all sink", "codes"),
     ("layers of cells of eight query tokens", "rerank"),
+    ("cells of three query tokens", "rerank, codes"),
 }  # fmt: skip
 
 
