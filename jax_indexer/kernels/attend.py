@@ -476,12 +476,12 @@ def write_kernel(program, inputs: WriteInputs, outputs: Caches, *, step: Step):
     if span is not None:
         start = start - span.offset
         is_mine &= (start + token >= 0) & (start + token < step.S)
-    table, own, place = inputs.before.page_table, row, start + token
+    table, of_row, slot = inputs.before.page_table, row, None
     if table is not None:  # of a page that is there, or the row would take nothing
-        number, place = page_and_slot(place, outputs.key.shape[token_axis(step.kv_layout)])
-        own = jnp.clip(
-            table[row, jnp.minimum(number, table.shape[1] - 1)], 0, outputs.key.shape[0] - 1
-        )
+        size = outputs.key.shape[token_axis(step.kv_layout)]
+        number, slot = page_and_slot(start + token, size)
+        page = table[row, jnp.minimum(number, table.shape[1] - 1)]
+        of_row = jnp.clip(page, 0, outputs.key.shape[0] - 1)
 
     @pl.when(is_mine)
     def _():
@@ -489,10 +489,11 @@ def write_kernel(program, inputs: WriteInputs, outputs: Caches, *, step: Step):
             size = cache.shape[3]
             d = jnp.arange(power_of_2_from(size), dtype=jnp.int32)
             of_new, of_cache = (
-                (x, kv_head) if step.kv_layout == "BSKH" else (kv_head, x) for x in (token, place)
+                (x, kv_head) if step.kv_layout == "BSKH" else (kv_head, x)
+                for x in (token, start + token if slot is None else slot)
             )
             found = backend.load(new.at[(row, *of_new, d)], mask=d < size, other=0)
-            backend.store(cache.at[(own, *of_cache, d)], found, mask=d < size)
+            backend.store(cache.at[(of_row, *of_cache, d)], found, mask=d < size)
 
 
 class AlwaysInputs(NamedTuple):
