@@ -21,6 +21,7 @@ from jax_indexer import (
     with_cells,
 )
 from jax_indexer.kernels import backend
+from jax_indexer.pages import in_rows
 from parity import oracle, test_cells
 from parity.test_kernels import UNOPTIMIZED
 
@@ -111,9 +112,9 @@ def at(tokens, position):
     return jnp.take_along_axis(tokens, place[:, :, None, None], axis=1)
 
 
-def begun(config, capacity, rng, sealing=None):
+def begun(config, capacity, rng, sealing=None, **pages):
     """An empty cache with codebooks; segments and blocks as they are said to be."""
-    cache = empty_cache(config, B, capacity, K, H, dtype=jnp.float32)
+    cache = empty_cache(config, B, capacity, K, H, dtype=jnp.float32, **pages)
     codebooks = jnp.asarray(rng.standard_normal(cache.index.codebooks.shape), jnp.float32)
     index = dataclasses.replace(cache.index, codebooks=codebooks)
     if config.cells:
@@ -206,14 +207,29 @@ def lists(query, index, config, selector):
     return got, select(query, bare, plain, implementation="xla")
 
 
-def check_speculation(config, capacity, rounds, checked_every, options, sealing=None, most=MOST):
-    """Drafts are accepted and rejected at random, rows restart: all is as in plain decoding."""
+def check_speculation(
+    config, capacity, rounds, checked_every, options, sealing=None, most=MOST, page_size=None
+):
+    """Drafts are accepted and rejected at random, rows restart: all is as in plain decoding.
+
+    That is by a cache in rows; with a page size speculation is by pages in random order.
+    """
     rng = np.random.default_rng(0)
     tokens = true_tokens(rng, capacity)
     decode = functools.partial(decode_attention, config=config, **options)
     start = begun(config, capacity, rng, sealing)
+    begun_as = start.index
     jit = functools.partial(jax.jit, compiler_options=UNOPTIMIZED)
     plain, plainly = jit(functools.partial(plain_decoding, decode=decode))(start, tokens)
+    table = None
+    if page_size is not None:
+        number = -(-capacity // page_size)
+        table = jnp.asarray(rng.permutation(B * number + 2)[: B * number], jnp.int32)
+        table = table.reshape(B, number)
+        decode = functools.partial(decode, page_table=table)
+        pages = {"num_pages": B * number + 2, "page_size": page_size}
+        start = begun(config, capacity, np.random.default_rng(0), sealing, **pages)
+        start = dataclasses.replace(start, index=jax.tree.map(jnp.copy, begun_as))
 
     def some(cache, numbers):
         def step(carry, number):
@@ -235,7 +251,11 @@ def check_speculation(config, capacity, rounds, checked_every, options, sealing=
         assert int(wrong) == 0
         if not config.estimate_rest:  # of which more is in the sums than plain decoding has
             assert float(difference) < 1e-4
-        check_cache(cache, plainly, config)
+        in_view = cache
+        if table is not None:
+            rows = (in_rows(x, table, "BSKH", None, capacity) for x in (cache.key, cache.value))
+            in_view = DecodeCache(*rows, cache.index)
+        check_cache(in_view, plainly, config)
         if config.cells:
             sealed += int((cache.index.cells.sealed(cache.index.high_water) > 3).sum())
         query = jnp.asarray(rng.standard_normal((B, most, K * G, H)), jnp.float32)
@@ -253,6 +273,19 @@ def test_speculation_is_plain_decoding(rest):
     check_speculation(config, 300, 600, 30, {"implementation": "xla"}, sealing)
 
 
+@pytest.mark.parametrize("implementation", ["xla", "kernels"])
+def test_speculation_in_pages(implementation):
+    config = IndexerConfig(cells=True, **SIZES)
+    sealing = state.Sealing(config.first_candidate, config.window_size, segment=64, block=64)
+    if implementation == "xla":
+        options = {"implementation": "xla"}
+        check_speculation(config, 200, 300, 30, options, sealing, page_size=16)
+        return
+    with backend.interpreted():
+        options = {"implementation": "triton", "selector": "cells"}
+        check_speculation(config, 200, 120, 12, options, sealing, most=5, page_size=32)
+
+
 @pytest.mark.parametrize("rest", [False, "codes"])
 def test_speculation_by_kernels(rest):
     config = IndexerConfig(cells=True, estimate_rest=rest, rerank=2 if rest else 1, **SIZES)
@@ -264,14 +297,19 @@ def test_speculation_by_kernels(rest):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(
-    ("rerank", "rest", "selector"),
-    [(1, False, "cells"), (1, False, "threshold"), (4, False, "cells"), (4, "codes", "cells")],
+    ("rerank", "rest", "selector", "page_size"),
+    [
+        (1, False, "cells", None),
+        (1, False, "threshold", 64),
+        (4, False, "cells", 16),
+        (4, "codes", "cells", None),
+    ],
 )
-def test_twenty_thousand_steps_of_speculation(rerank, rest, selector):
+def test_twenty_thousand_steps_of_speculation(rerank, rest, selector, page_size):
     config = IndexerConfig(cells=True, estimate_rest=rest, rerank=rerank, **SIZES)
     sealing = test_cells.small_sealing(2048, config)
     options = {"implementation": "triton", "selector": selector}
-    check_speculation(config, 2048, 20_000, 2000, options, sealing)
+    check_speculation(config, 2048, 20_000, 2000, options, sealing, page_size=page_size)
 
 
 def test_with_cells_keeps_a_high_water_that_sums_follow():
