@@ -121,8 +121,8 @@ def appended(
     elif values is not None:
         assert value is not None
         lengths, high_water = layer_of((index.lengths, index.high_water), layer)
-        taking = after.lengths != lengths
-        room = Room(jnp.clip(lengths, 0, step.S), jnp.where(taking, after.lengths - lengths, 0))
+        start = jnp.clip(lengths, 0, step.S)
+        room = Room(start, jnp.where(after.lengths != lengths, after.lengths - start, 0))
         value = in_rows(value, page_table, step.kv_layout, layer, step.S)
         grown = *raised(high_water, room, step.S), step.T
         values = add_values(values, value, codes, *grown, step.config, step.kv_layout, layer)
