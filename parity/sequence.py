@@ -172,7 +172,9 @@ def decode(x: dict[str, Any], case: Case, axis: str | None, **options: Any) -> d
 
     steps = {name: x[name] for name in ("query", "key", "value", "counts", "ended")}
     cache, found = lax.scan(step, cache, steps)
-    bare = dataclasses.replace(cache, index=dataclasses.replace(cache.index, cells=None))
+    bare = dataclasses.replace(
+        cache, index=dataclasses.replace(cache.index, cells=None, high_water=None)
+    )
     return found | {"cache": bare}
 
 
@@ -360,7 +362,7 @@ def check_training(split: tuple[int, int] = (2, 4), *, kernels: bool = False) ->
         other = jnp.roll(key, 1, axis=3)
         gain = rebuild_gain(index, other, config, **by)[:, None]
         again = rebuild(index, other, config, rows, **by)
-        return [dataclasses.replace(x, cells=None) for x in (index, again)], gain
+        return [dataclasses.replace(x, cells=None, high_water=None) for x in (index, again)], gain
 
     for exact in (True, False):
         for changes in (
