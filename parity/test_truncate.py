@@ -98,6 +98,17 @@ def test_truncation_writes_in_place_and_reads_no_state():
     assert memory.temp_size_in_bytes < 1024
 
 
+def test_nothing_is_compiled_again(compilations):
+    index = index_of([50, 60, 3], [50, 66, 3])
+    wanted = [jnp.asarray(x, jnp.int32) for x in ([49, 60, 3], [48, 59, 0], [0, 0, 0])]
+    index = truncate(index, wanted[0])
+    before = compilations()
+    for lengths in wanted[1:]:
+        index = truncate(index, lengths)
+    assert index.lengths.tolist() == [48, 59, 0]
+    assert compilations() == before
+
+
 # Speculation is plain decoding.
 
 
