@@ -275,7 +275,8 @@ def check_life(steps: int = 400, *, kernels: bool = False) -> None:
     """Rows grow, end and start again; the state of cells is always what codes and lengths say."""
     config = config_of(cells=True)
     case = Case(config=config, B=3, K=1, T=3, S=512, steps=steps, with_counts=True, mesh=(1, 1, 4))
-    sealing = Sealing(config.first_candidate, config.window_size, segment=32, block=8)
+    # With 3 tokens a step, and up to 64 in lists, no segment is counted before the last is sealed.
+    sealing = Sealing(config.first_candidate, config.window_size, segment=32, block=16)
     x, part = draw(case, 0), case.S // 4
     x["ended"] = np.random.default_rng(1).random((steps, case.B)) < 0.005
     index = dataclasses.replace(x["cache"].index, lengths=np.asarray([0, 100, 250], np.int32))
@@ -626,7 +627,7 @@ if __name__ == "__main__":
         check_meshes(options.number)
     elif options.what == "life":
         check_life()
-        check_life(120, kernels=True)
+        check_life(160, kernels=True)
     elif options.what == "training":
         check_training()
         check_training(kernels=True)
