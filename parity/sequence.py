@@ -279,7 +279,7 @@ def check_life(steps: int = 400, *, kernels: bool = False) -> None:
     sealing = Sealing(config.first_candidate, config.window_size, segment=32, block=16)
     x, part = draw(case, 0), case.S // 4
     x["ended"] = np.random.default_rng(1).random((steps, case.B)) < 0.005
-    index = dataclasses.replace(x["cache"].index, lengths=np.asarray([0, 100, 250], np.int32))
+    index = dataclasses.replace(x["cache"].index, lengths=np.asarray([0, 170, 370], np.int32))
     mesh = jax.make_mesh((4,), ("tokens",), axis_types=(AxisType.Auto,))
 
     def made(index):

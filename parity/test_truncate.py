@@ -146,7 +146,7 @@ def plain_decoding(cache, tokens, decode):
     return jnp.moveaxis(outs, 0, 1), cache
 
 
-def speculation(cache, tokens, plain, decode, key, *, most=MOST):
+def speculation(cache, tokens, plain, decode, key, *, config, most):
     """A step of up to 8 drafts, of which the first right ones stay; then rows may end.
 
     Returns the cache, the largest difference of an accepted token's output from that of plain
@@ -171,8 +171,7 @@ def speculation(cache, tokens, plain, decode, key, *, most=MOST):
     wrong = jnp.sum(cache.index.lengths != start + took)
     accepted = jnp.minimum(jnp.cumprod(is_right.astype(jnp.int32), axis=1).sum(axis=1), took)
     known = jnp.arange(most)[None] < accepted[:, None]
-    config_short = 6 + 3 + most + 4
-    known &= position + 1 > config_short
+    known &= position + 1 > config.pool.short_context(most)
     difference = jnp.abs(out - at(plain, position)).max(axis=(2, 3))
     difference = jnp.max(jnp.where(known, difference, 0))
 
@@ -246,7 +245,8 @@ def check_speculation(
         def step(carry, number):
             cache, difference, wrong = carry
             key = jax.random.fold_in(jax.random.key(0), number)
-            cache, one, other = speculation(cache, tokens, plain, decode, key, most=most)
+            of_all = cache, tokens, plain, decode, key
+            cache, one, other = speculation(*of_all, config=config, most=most)
             return (cache, jnp.maximum(difference, one), wrong + other), cache.index.lengths
 
         begin = cache, jnp.float32(0), jnp.int32(0)
@@ -277,9 +277,9 @@ def check_speculation(
     assert sealed > 0 or not config.cells
 
 
-@pytest.mark.parametrize("rest", [False, "codes"])
-def test_speculation_is_plain_decoding(rest):
-    config = IndexerConfig(cells=True, estimate_rest=rest, rerank=2 if rest else 1, **SIZES)
+@pytest.mark.parametrize(("rest", "rerank"), [(False, 1), (False, 4), ("codes", 2)])
+def test_speculation_is_plain_decoding(rest, rerank):
+    config = IndexerConfig(cells=True, estimate_rest=rest, rerank=rerank, **SIZES)
     sealing = test_cells.small_sealing(300, config)
     check_speculation(config, 300, 600, 30, {"implementation": "xla"}, sealing)
 
