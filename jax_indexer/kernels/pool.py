@@ -18,7 +18,6 @@ from jaxtyping import Float, Int32
 from jax_indexer.kernels import backend
 from jax_indexer.kernels.attend import (
     KEPT_STATE,
-    REACHED,
     ROWS,
     Ended,
     Kept,
@@ -87,7 +86,6 @@ class EndInputs(NamedTuple):
       known: the parts of sink and window.
       rest: None without the rest.
       kept: of caches in host memory.
-      page_table: i32[B, pages] of caches in pages, else None.
     """
 
     query: Any
@@ -97,7 +95,6 @@ class EndInputs(NamedTuple):
     known: Parts
     rest: Sources | None
     kept: Kept | None
-    page_table: Any
 
 
 class Scratch(NamedTuple):
@@ -164,8 +161,8 @@ class End(NamedTuple):
         return exists & (position >= first) & (position < last)
 
     def rows(self, fields: Sequence[str], position: Array, exists: Array) -> list[Array]:
-        inputs, at = self.inputs, (self.place.row, self.place.kv_head, position, exists)
-        return read_caches(inputs, fields, self.step.kv_layout, *at, inputs.page_table)
+        at = self.place.row, self.place.kv_head, position, exists
+        return read_caches(self.inputs, fields, self.step.kv_layout, *at)
 
     def all_of_pool(self, query: Array, logits: Logits, block: int) -> Softmax:
         """Attention to all of the pool."""
@@ -390,16 +387,10 @@ def end_inputs(
     index: PQIndex,
     weighed: Weighed | None,
     kept: Kept | None,
-    page_table: Array | None,
 ) -> EndInputs:
     """What a kernel attends to; of sums it takes those of the index."""
-    sources = sources_of(step, index, weighed)
-    return EndInputs(query, *caches, vectors(logits), known, sources, kept, page_table)
-
-
-def _without_pages(after: Lengths) -> Lengths:
-    """For what reads no cache."""
-    return after._replace(page_table=None)
+    rest = sources_of(step, index, weighed)
+    return EndInputs(query, *caches, vectors(logits), known, rest, kept)
 
 
 def sources_of(step: Step, index: PQIndex, weighed: Weighed | None = None) -> Sources | None:
@@ -415,7 +406,7 @@ STATE = (
     "end.value",
     "end.rest.sums",
     "end.rest.counts",
-    *REACHED,
+    "lengths",
     *(f"end.{field}" for field in KEPT_STATE),
 )
 
@@ -451,17 +442,14 @@ def cells_pool_kernel(
 ):
     """Searches, and ends the step: of a pool nobody asks in which order it is."""
     place, of_pool = Place.of(step, program), step.of_pool
-    token, is_first = 0, place.head == 0
-    if step.T > 1:
-        token, is_first = place.token, is_first & (place.token == 0)
     plan, plan_of_pool = (
-        plan_query(x, inputs.search.lengths, place.kv_row, token) for x in (step, of_pool)
+        plan_query(x, inputs.search.lengths, place.kv_row, 0) for x in (step, of_pool)
     )
     search = search_for(
         of_pool, sealing, num_warps, inputs.search, outputs.search, *place.of_kv, plan_of_pool
     )
     fits = search.state_fits()
-    write_length(inputs.search.lengths, outputs.lengths, place.row, is_first)
+    write_length(inputs.search.lengths, outputs.lengths, place.row, place.head == 0)
     if outputs.search.lost is not None:
         cell = jnp.arange(step.config.num_cells, dtype=jnp.int32)
         backend.store(outputs.search.lost.at[(*place.of_kv, cell)], jnp.zeros(cell.size))
@@ -501,11 +489,11 @@ def attend_pool_of_cells(
     caches: Caches,
     logits: Logits,
     known: Parts,
-    lengths: Lengths,
+    lengths: Array,
     layer: Array | None,
     kept: Kept | None = None,
 ) -> tuple[Ended, Int32[Array, "R Q E"]]:
-    """Selects a pool for a few query tokens and does the rest of a step, in one kernel.
+    """Selects a pool for one query token and does the rest of a step, in one kernel.
 
     Arguments and result are those of `attend_pool`, which takes lists. The pool comes with it, in
     an order of its own.
@@ -513,7 +501,7 @@ def attend_pool_of_cells(
     Source: CONTRACT.md, sections 3 and 4.
     """
     assert index.cells is not None
-    codes, table, after = step.by_rows(index.codes), after.page_table, _without_pages(after)
+    codes = step.by_rows(index.codes)
     search, _ = search_launch(step.of_pool, tables, codes, after, index.cells, None, layer)
     rest, reranks = step.config.estimate_rest, step.config.rerank > 1
     num_warps = step.tuning.warps_for_pool(step.config.num_cells, reranks or rest == "codes")
@@ -542,7 +530,7 @@ def attend_pool_of_cells(
         ),
         SearchedInputs(
             search.inputs,
-            end_inputs(step, query, caches, logits, known, index, None, kept, table),
+            end_inputs(step, query, caches, logits, known, index, None, kept),
             lengths,
         ),
         SearchedOutputs(
@@ -552,7 +540,7 @@ def attend_pool_of_cells(
             lengths_after,
         ),
         programs=search.programs,
-        in_place=REACHED,
+        in_place=("lengths",),
         state=(*(f"search.{name}" for name in search.state), *STATE),
         layer=layer,
     )
@@ -622,7 +610,7 @@ def attend_pool(
     indices: Int32[Array, "B T N P"],
     logits: Logits,
     known: Parts,
-    lengths: Lengths,
+    lengths: Array,
     layer: Array | None,
     kept: Kept | None = None,
 ) -> Ended:
@@ -647,7 +635,7 @@ def attend_pool(
 
     Source: CONTRACT.md, section 4.
     """
-    codes, table, after = step.by_rows(index.codes), after.page_table, _without_pages(after)
+    codes = step.by_rows(index.codes)
     search = Inputs(after, None, tables.by_query, codes, None, None, None)
     weighed = None
     if step.config.estimate_rest:
@@ -657,7 +645,7 @@ def attend_pool(
         PoolInputs(
             indices,
             search,
-            end_inputs(step, query, caches, logits, known, index, weighed, kept, table),
+            end_inputs(step, query, caches, logits, known, index, weighed, kept),
             lengths,
         ),
         PoolOutputs(
@@ -665,7 +653,7 @@ def attend_pool(
             *shapes_of_end(query, caches.value.shape[-1], lengths, after, layer),
         ),
         programs=step.B * step.T * step.N,
-        in_place=REACHED,
+        in_place=("lengths",),
         state=("search.codes", *STATE),
         layer=layer,
     )
