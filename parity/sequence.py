@@ -650,7 +650,7 @@ if __name__ == "__main__":
         check_meshes(options.number)
     elif options.what == "life":
         check_life()
-        check_life(160, kernels=True)
+        check_life(kernels=True)
     elif options.what == "training":
         check_training()
         check_training(kernels=True)
