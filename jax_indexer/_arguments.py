@@ -829,6 +829,16 @@ def check_decode(
     check_selector(selector, config.pool, sizes["T"], implementation, query, cache)
 
 
+def check_prompts(key: Any, value: Any, config: Any, kv_layout: Any) -> Sizes:
+    """Checks keys and values of prompts, whole or a chunk of them; returns sizes."""
+    check_config(config)
+    sizes = Sizes()
+    check_key("key", key, "s", kv_layout, sizes)
+    check_subspaces("key", config, sizes)
+    check_key("value", value, "s", kv_layout, sizes, head="H'")
+    return sizes
+
+
 def check_prefill(
     key: Any,
     value: Any,
@@ -840,11 +850,7 @@ def check_prefill(
     kv_layout: Any,
 ) -> Sizes:
     """Checks prompts, and that they fit into the cache that they go into; returns sizes."""
-    check_config(config)
-    sizes = Sizes()
-    check_key("key", key, "s", kv_layout, sizes)
-    check_subspaces("key", config, sizes)
-    check_key("value", value, "s", kv_layout, sizes, head="H'")
+    sizes = check_prompts(key, value, config, kv_layout)
     check_array("lengths", lengths, NUMBERS, sizes)
     if cache is None:
         for name, given in (("rows", rows), ("layer", layer)):
@@ -879,11 +885,7 @@ def check_chunk(
     implementation: Any,
 ) -> None:
     """Checks a chunk of prompts, and the cache that it goes into."""
-    check_config(config)
-    sizes = Sizes()
-    check_key("key", key, "s", kv_layout, sizes)
-    check_subspaces("key", config, sizes)
-    check_key("value", value, "s", kv_layout, sizes, head="H'")
+    sizes = check_prompts(key, value, config, kv_layout)
     check_array("start", start, NUMBERS, sizes)
     if counts is not None:
         check_array("counts", counts, NUMBERS, sizes)

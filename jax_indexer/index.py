@@ -22,7 +22,7 @@ from jax_indexer.memory import is_on_host, moved_to_device, not_mapped
 from jax_indexer.rope import COPIES, LookAhead, Rope, check_look_ahead
 from jax_indexer.sharding import Shard, by_shards
 from jax_indexer.state import PQIndex, Span, layer_of, put_layer, summed_until, varying_as
-from jax_indexer.values import add_chunk_of_values, empty_values, no_values
+from jax_indexer.values import add_many, empty_values, no_values
 
 # Tokens of a cache in host memory that are read at once, and encoded.
 ENCODED_AT_ONCE = 8192
@@ -695,7 +695,7 @@ def _appended_in_chunks(
             begin = jnp.broadcast_to(begin, end.shape)
             end = jnp.where(counts > 0, end, begin)
             of_chunk = read(value, position), codes, begin, end
-            values = add_chunk_of_values(values, *of_chunk, config, kv_layout)
+            values = add_many(values, *of_chunk, config, kv_layout)
         return bare, values
 
     bare = dataclasses.replace(index, cells=None, values=None)

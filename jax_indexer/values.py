@@ -74,20 +74,7 @@ def add_values(
     if most <= MOST_NEW:
         return _add_few(values, value, codes, first, last, most, config, kv_layout, layer)
     one, value, codes = layer_of((values, value, codes), layer)
-    return put_layer(values, _add_many(one, value, codes, first, last, config, kv_layout), layer)
-
-
-def add_chunk_of_values(
-    values: ValueSums,
-    value: Float[Array, "B _ _ H_"],
-    codes: UInt8[Array, "B K M n"],
-    first: Int32[Array, "B"],
-    last: Int32[Array, "B"],
-    config: IndexerConfig,
-    kv_layout: KVLayout,
-) -> ValueSums:
-    """Adds the values [first, last) of some tokens, by the codes of their keys."""
-    return _add_many(values, value, codes, first, last, config, kv_layout)
+    return put_layer(values, add_many(one, value, codes, first, last, config, kv_layout), layer)
 
 
 def _add_few(
@@ -131,7 +118,7 @@ def _at(layer: Array | None, layers: int, *sizes: int) -> tuple:
     return *front, *(x[..., None] for x in own)
 
 
-def _add_many(
+def add_many(
     values: ValueSums,
     value: Float[Array, "B _ _ H_"],
     codes: UInt8[Array, "B K M S"],
@@ -140,7 +127,10 @@ def _add_many(
     config: IndexerConfig,
     kv_layout: KVLayout,
 ) -> ValueSums:
-    """Row by row, so that those that do not grow cost little."""
+    """Adds the values [first, last) of some tokens, by the codes of their keys.
+
+    Row by row, so that those that do not grow cost little.
+    """
     capacity, axis = codes.shape[-1], token_axis(kv_layout) - 1
     chunk = min(SUMMED_AT_ONCE, capacity)
     number_of = np.arange(values.counts.shape[-1], dtype=np.uint8)[:, None]

@@ -374,6 +374,18 @@ def test_rows_that_restart_see_nothing_of_what_was_kept(name):
                 assert_recent(case, on_host)
 
 
+def run_on_two_devices(program):
+    """Runs a program that ends with "split", where JAX sees two CPUs."""
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env=os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout == "split\n", done.stderr[-3000:]
+
+
 MESHES = """
 import jax, numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
@@ -422,14 +434,7 @@ print("split")
 
 
 def test_rows_and_heads_are_split_over_explicit_axes():
-    done = subprocess.run(
-        [sys.executable, "-c", MESHES],
-        env=os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.stdout == "split\n", done.stderr[-3000:]
+    run_on_two_devices(MESHES)
 
 
 TOKENS = r"""
@@ -502,14 +507,7 @@ print("split")
 
 
 def test_tokens_are_split_for_sparse_attention_alone():
-    done = subprocess.run(
-        [sys.executable, "-c", TOKENS],
-        env=os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.stdout == "split\n", done.stderr[-3000:]
+    run_on_two_devices(TOKENS)
 
 
 # Kernels

@@ -188,8 +188,8 @@ ON_CHECKED_MEMORY = {
 }  # fmt: skip
 
 
-def is_run(runner, *what):
-    here = {"interpreter": INTERPRETED, "checked memory": ON_CHECKED_MEMORY}
+def is_run(runner, *what, interpreted=INTERPRETED, on_checked_memory=ON_CHECKED_MEMORY):
+    here = {"interpreter": interpreted, "checked memory": on_checked_memory}
     return runner == "triton" or what in here[runner]
 
 

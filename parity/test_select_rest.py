@@ -21,7 +21,15 @@ from jax_indexer.reference import Caches, Logits
 from parity import oracle
 from parity.test_decode_attention import Case, clipped, draw, layer_of, sizes
 from parity.test_kernels import RUNNERS, UNOPTIMIZED, Runner
-from parity.test_rest_and_rerank import CASES, HARD, IN_PARTS, TOLERANCE, options, with_sums
+from parity.test_rest_and_rerank import (
+    CASES,
+    HARD,
+    IN_PARTS,
+    TOLERANCE,
+    is_run,
+    options,
+    with_sums,
+)
 
 
 def case_of(name, option):
@@ -107,9 +115,7 @@ INTERPRETED = {
 ON_CHECKED_MEMORY = {("cells", "codes"), ("the middle layer", "mean"), ("all sink", "codes")}
 
 
-def is_run(runner, *what):
-    here = {"interpreter": INTERPRETED, "checked memory": ON_CHECKED_MEMORY}
-    return runner == "triton" or what in here[runner]
+HERE = {"interpreted": INTERPRETED, "on_checked_memory": ON_CHECKED_MEMORY}
 
 
 @pytest.mark.parametrize(
@@ -119,7 +125,7 @@ def is_run(runner, *what):
         for name in CASES
         for option in ("codes", "mean")
         for runner, marks in RUNNERS.items()
-        if is_run(runner, name, option)
+        if is_run(runner, name, option, **HERE)
     ],
 )
 def test_kernels_do_it(runner, name, option):
@@ -129,12 +135,10 @@ def test_kernels_do_it(runner, name, option):
     cache = with_sums(case, cache)
     soft_cap = np.float32(3) if case.counts else None
     arguments = jax.tree.map(jnp.asarray, (query, cache, counts))
-    *_, by_xla = (
-        select(
-            arguments[0], arguments[1].index, case.config, counts=arguments[2],
-            layer=of_layer(case), return_rest=True, logits_soft_cap=soft_cap, implementation="xla",
-        ).rest,
-    )  # fmt: skip
+    by_xla = select(
+        arguments[0], arguments[1].index, case.config, counts=arguments[2], layer=of_layer(case),
+        return_rest=True, logits_soft_cap=soft_cap, implementation="xla",
+    ).rest  # fmt: skip
     for tuning in (IN_PARTS, H100) if runner == "triton" else (IN_PARTS,):
         out, lse, rest = run(
             attend_by_kernels, query, cache, counts, np.float32(case.H**-0.5), soft_cap,
