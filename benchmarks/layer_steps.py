@@ -325,7 +325,7 @@ def layer_programs(
     query, key_new, lengths, index = jax_steps.shapes_of(w, config)
     if config.estimate_rest:
         values = jax.eval_shape(lambda: no_values(w.B, w.K, w.H, config))
-        index = dataclasses.replace(index, values=values)
+        index = dataclasses.replace(index, values=values, high_water=index.lengths)
     programs = {}
     if make is ours:
         options["selector"] = selector
@@ -382,7 +382,9 @@ class JaxLayer(LayerStep):
             config = config_for(w, selector)
             index = dataclasses.replace(jax_steps.index_of(inputs), lengths=index)
             index = with_cells(index, config) if config.cells else index
-            index = dataclasses.replace(index, values=self._sums(index, config))
+            if config.estimate_rest:
+                sums, lengths_of = self._sums(index, config), jnp.copy(lengths)
+                index = dataclasses.replace(index, values=sums, high_water=lengths_of)
             index, lengths = stacked((index, lengths), w.layers)
         self._index, self._query = index, jnp.asarray(inputs.query)
         self._arguments = self._query, *map(jnp.asarray, self.new), lengths

@@ -1,6 +1,6 @@
 """Sparse decode attention by product quantization for JAX on NVIDIA GPUs; see CONTRACT.md."""
 
-from jax_indexer.attend import sparse_attention
+from jax_indexer.attend import sparse_attention, to_physical
 from jax_indexer.config import IndexerConfig
 from jax_indexer.decode import decode_attention, empty_cache, prefill, prefill_chunk
 from jax_indexer.index import (
@@ -9,6 +9,7 @@ from jax_indexer.index import (
     rebuild,
     rebuild_gain,
     reset,
+    truncate,
     with_cells,
 )
 from jax_indexer.rope import Rope
@@ -37,5 +38,7 @@ __all__ = [
     "reset",
     "select",
     "sparse_attention",
+    "to_physical",
+    "truncate",
     "with_cells",
 ]

@@ -80,6 +80,7 @@ def annotated_arrays(owner: Any) -> dict[str, Expected]:
 QUERY = Expected(("B", "T", "N", "H"), FLOAT_DTYPES)
 NUMBERS = Expected(("B",), (np.dtype(jnp.int32),))
 ROWS = Expected(("B",), (np.dtype(bool),))
+PAGES = Expected(("B", "pages"), (np.dtype(jnp.int32),))
 
 
 class Sizes(dict[str, int]):
@@ -254,15 +255,21 @@ def check_key(
     head: str = "H",
     stacked: str = STACKED,
     may_be_on_host: bool = False,
+    page_table: Any = None,
 ) -> None:
     """Checks keys or values [B, tokens, K, head] in either layout; S tokens are a cache.
 
-    `stacked` says what to do about a cache with an axis of layers that is not expected.
+    `stacked` says what to do about a cache with an axis of layers that is not expected. With a page
+    table a cache has pages and their slots instead of rows and tokens.
     """
     check_choice("kv_layout", kv_layout, get_args(KVLayout))
     expected = Expected(tuple(key_letters(kv_layout, tokens, head).split()), FLOAT_DTYPES)
     fixes = {}
-    if tokens == "S":
+    if page_table is not None:
+        in_pages = {"B": "num_pages", tokens: "page_size"}
+        axes = tuple(in_pages.get(axis, axis) for axis in expected.axes)
+        expected = expected._replace(axes=axes).of(sizes)
+    elif tokens == "S":
         fixes = {expected.letters: _unstacked(stacked, sizes)} if np.ndim(key) == 5 else {}
         expected = expected.of(sizes)
     check_array(name, key, expected, sizes, fixes, kv_layout, may_be_on_host)
@@ -332,6 +339,26 @@ def check_recent(cache: DecodeCache, config: IndexerConfig, sizes: Sizes) -> Non
         )
     sizes.learn("config", R=recent_size(config))
     check_fields("cache.recent", cache.recent, sizes)
+
+
+def check_page_table(page_table: Any, sizes: Sizes) -> None:
+    """Checks the table of caches in pages, which are checked already, and learns S from it."""
+    if page_table is None:
+        return
+    check_array("page_table", page_table, PAGES, sizes)
+    size = sizes["page_size"]
+    if size & (size - 1):
+        raise ValueError(
+            f"{sizes.source['page_size']}: expected a page_size that is a power of two, got "
+            f"{size}; use 16 to 256"
+        )
+    most = sizes["pages"] * size
+    if sizes.setdefault("S", most) > most:
+        raise ValueError(
+            f"page_table: expected pages for S={sizes['S']} tokens of a row, got {sizes['pages']} "
+            f"of page_size={size}; make the table wider, with -1 for pages that are absent"
+        )
+    sizes.source.setdefault("S", "page_table")
 
 
 def check_layer(layer: Any) -> Array | None:
@@ -501,6 +528,7 @@ def check_index(index: Any, config: IndexerConfig, sizes: Sizes, name: str = "in
             f"{name}.cells: expected {wanted} with config.cells={config.cells}, got {got}; "
             f"use {advice}, or the config that the index was built with"
         )
+    check_high_water(index, sizes, name)
     if cells is None:
         return
     sizes.learn("config", **{"C**M+1": config.num_cells + 1})
@@ -535,6 +563,18 @@ def check_values(index: PQIndex, config: IndexerConfig, sizes: Sizes, name: str)
         check_fields(f"{name}.values", values, sizes, {"M'": fix, "C'": fix})
 
 
+def check_high_water(index: PQIndex, sizes: Sizes, name: str = "index") -> None:
+    """Checks the high water of an index, which is there if cells or sums follow it."""
+    if index.high_water is not None:
+        expected = annotated_arrays(PQIndex)["high_water"]
+        check_array(f"{name}.high_water", index.high_water, expected.of(sizes), sizes)
+    elif index.cells is not None or index.values is not None:
+        raise ValueError(
+            f"{name}.high_water: expected int32[B] with cells or sums of values, got None; keep "
+            "that of the index that these are from, or make cells with with_cells(index, config)"
+        )
+
+
 def check_value(
     value: Any,
     config: IndexerConfig,
@@ -543,6 +583,7 @@ def check_value(
     *,
     stacked: str = STACKED,
     may_be_on_host: bool = False,
+    page_table: Any = None,
 ) -> None:
     """Checks the cache of values, which is needed if sums of them are kept."""
     if config.estimate_rest and value is None:
@@ -556,8 +597,8 @@ def check_value(
             'leave it out, or use estimate_rest="codes" or "mean"'
         )
     if value is not None:
-        options = {"stacked": stacked, "may_be_on_host": may_be_on_host}
-        check_key("value", value, "S", kv_layout, sizes, head="H'", **options)
+        where = {"may_be_on_host": may_be_on_host, "page_table": page_table}
+        check_key("value", value, "S", kv_layout, sizes, head="H'", stacked=stacked, **where)
 
 
 def check_cells(cells: Any, sizes: Sizes, name: str = "index") -> None:
@@ -616,15 +657,18 @@ def check_with_cache(
     config: Any,
     kv_layout: Any,
     layer: Any,
+    page_table: Any,
     *,
     may_be_on_host: bool = False,
 ) -> Sizes:
     """Checks an index and the cache it is of; returns the sizes of the axes."""
     check_config(config)
     sizes = Sizes(stacked=layer is not None)
-    check_key("key", key, "S", kv_layout, sizes, may_be_on_host=may_be_on_host)
+    options = {"may_be_on_host": may_be_on_host, "page_table": page_table}
+    check_key("key", key, "S", kv_layout, sizes, **options)
     check_subspaces("key", config, sizes)
     check_index(index, config, sizes)
+    check_page_table(page_table, sizes)
     check_phi(index, config)
     return sizes
 
@@ -725,14 +769,16 @@ def check_step(query: Any, key_new: Any, kv_layout: Any, fix: str) -> None:
         )
 
 
-def check_selection(selection: Any, config: Any, sizes: Sizes) -> None:
+def check_selection(selection: Any, config: Any, sizes: Sizes, page_table: Any) -> None:
     """Checks that `selection` is one, of an index of the cache's capacity, and by `config`."""
     if not isinstance(selection, Selection):
         raise ValueError(
             f"selection: expected a Selection, got {type(selection).__name__}; "
             "pass what select returned"
         )
-    if selection.capacity not in (None, sizes["S"]):
+    if page_table is not None and (selection.capacity or 0) <= sizes["S"]:
+        pass  # pages may be more than a row takes
+    elif selection.capacity not in (None, sizes["S"]):
         raise ValueError(
             f"key: expected S={selection.capacity} tokens, as the index that selected has, got "
             f"S={sizes['S']}; pass the whole cache{sizes.understood('key')}"
@@ -797,6 +843,7 @@ def check_decode(
     implementation: Any,
     selector: Any,
     sequence_axis: Any,
+    page_table: Any,
 ) -> None:
     """Checks the arguments of `decode_attention`."""
     check_config(config)
@@ -806,7 +853,8 @@ def check_decode(
     check_subspaces("query", config, sizes)
     check_key("key_new", key_new, "T", kv_layout, sizes)
     check_key("value_new", value_new, "T", kv_layout, sizes, head="H'")
-    check_cache(cache, config, sizes, kv_layout, layer)
+    check_cache(cache, config, sizes, kv_layout, layer, page_table)
+    check_whole_pages(page_table, sequence_axis, cache.key)
     check_dtypes({"key_new": key_new, "value_new": value_new}, cache)
     whole = {"query": query, "key_new": key_new, "value_new": value_new, "counts": counts}
     parts = {
@@ -848,12 +896,13 @@ def check_prefill(
     rows: Any,
     layer: Any,
     kv_layout: Any,
+    page_table: Any,
 ) -> Sizes:
     """Checks prompts, and that they fit into the cache that they go into; returns sizes."""
     sizes = check_prompts(key, value, config, kv_layout)
     check_array("lengths", lengths, NUMBERS, sizes)
     if cache is None:
-        for name, given in (("rows", rows), ("layer", layer)):
+        for name, given in (("rows", rows), ("layer", layer), ("page_table", page_table)):
             if given is not None:
                 raise ValueError(
                     f"{name}: expected None without a cache, got {type(given).__name__}; "
@@ -862,7 +911,8 @@ def check_prefill(
         return sizes
     if rows is not None:
         check_array("rows", rows, ROWS, sizes)
-    check_cache(cache, config, sizes, kv_layout, layer)
+    check_cache(cache, config, sizes, kv_layout, layer, page_table)
+    check_whole_pages(page_table, None, cache.key)
     check_streamed(cache.key, None, config)
     check_dtypes({"key": key, "value": value}, cache)
     if sizes["s"] > sizes["S"]:
@@ -889,7 +939,7 @@ def check_chunk(
     check_array("start", start, NUMBERS, sizes)
     if counts is not None:
         check_array("counts", counts, NUMBERS, sizes)
-    check_cache(cache, config, sizes, kv_layout, layer)
+    check_cache(cache, config, sizes, kv_layout, layer, None)
     check_dtypes({"key": key, "value": value}, cache)
     whole = {"key": key, "value": value, "start": start, "counts": counts}
     parts = {
@@ -901,8 +951,24 @@ def check_chunk(
     check_implementation(implementation, key, cache)
 
 
+def check_whole_pages(page_table: Any, sequence_axis: Any, key: Any) -> None:
+    """Refuses pages of rows that several devices share, and pages in host memory."""
+    if page_table is None:
+        return
+    if sequence_axis is not None:
+        raise NotImplementedError(
+            "page_table: with sequence_axis each device needs pages of its own positions, which is "
+            "not there yet; leave one of them out"
+        )
+    if is_on_host(key):
+        raise NotImplementedError(
+            f"page_table: with caches in {PINNED_HOST} memory kernels need to write and keep rows "
+            "by their pages, which is not there yet; leave one of them out"
+        )
+
+
 def check_cache(
-    cache: Any, config: IndexerConfig, sizes: Sizes, kv_layout: Any, layer: Any
+    cache: Any, config: IndexerConfig, sizes: Sizes, kv_layout: Any, layer: Any, page_table: Any
 ) -> None:
     """Checks the arrays of a cache against each other and against the config."""
     if not isinstance(cache, DecodeCache):
@@ -911,9 +977,11 @@ def check_cache(
             "make one with empty_cache or prefill"
         )
     sizes.stacked = layer is not None
-    check_key("cache.key", cache.key, "S", kv_layout, sizes, may_be_on_host=True)
-    check_key("cache.value", cache.value, "S", kv_layout, sizes, head="H'", may_be_on_host=True)
+    options = {"may_be_on_host": True, "page_table": page_table}
+    check_key("cache.key", cache.key, "S", kv_layout, sizes, **options)
+    check_key("cache.value", cache.value, "S", kv_layout, sizes, head="H'", **options)
     check_index(cache.index, config, sizes, "cache.index")
+    check_page_table(page_table, sizes)
     check_phi(cache.index, config, "cache.index")
     check_recent(cache, config, sizes)
 

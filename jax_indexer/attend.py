@@ -16,8 +16,9 @@ from jax_indexer import _arguments, reference
 from jax_indexer.config import Implementation, IndexerConfig
 from jax_indexer.kernels import backend
 from jax_indexer.kernels.attend import Entries, launch_listed
-from jax_indexer.layout import KVLayout, key_letters
+from jax_indexer.layout import KVLayout, cache_letters
 from jax_indexer.memory import is_on_host, moved_to_device, not_mapped
+from jax_indexer.pages import in_rows, page_and_slot
 from jax_indexer.reference import Caches, Logits
 from jax_indexer.sharding import by_shards
 from jax_indexer.state import Rest, Selection
@@ -38,6 +39,7 @@ def sparse_attention(
     kv_layout: KVLayout = "BSKH",
     implementation: Implementation | None = None,
     sequence_axis: str | None = None,
+    page_table: Int32[Array, "B pages"] | None = None,
 ) -> Float[Array, "B T N H'"] | tuple[Float[Array, "B T N H'"], Float[Array, "B T N"]]:
     """Softmax attention of every query head over the tokens listed for it.
 
@@ -65,6 +67,10 @@ def sparse_attention(
         is whole. The selection is that of `select` on the device; outputs are merged by one
         `all_gather` of 4 * (H' + 1) bytes a device and query, the same bits on all devices.
         `config` is not used: what query heads have in common lies elsewhere on each device.
+      page_table: int32[B, pages] for caches in pages, [num_pages, page_size, K, H] or head-major:
+        page i of a row has its positions from i * page_size on, page_size a power of two. -1 for a
+        page that is absent, which reads as zeros; one beyond those there are is taken for the last.
+        Rows may share pages. None for caches in rows.
 
     Returns:
       [B, T, N, H'] in the query's dtype, computed in float32; zeros where nothing is listed. With
@@ -76,17 +82,20 @@ def sparse_attention(
     Raises:
       ValueError: for arguments of wrong type, shape or dtype, and on meshes of Explicit axes for
         caches that are split by tokens.
-      NotImplementedError: for an implementation that is not there.
+      NotImplementedError: for an implementation that is not there, and for a page table with
+        `sequence_axis`.
 
     Source: CONTRACT.md, section 4.
     """
     sizes = _arguments.Sizes(stacked=layer is not None)
-    _arguments.check_key("key", key, "S", kv_layout, sizes, may_be_on_host=True)
+    of_cache = {"may_be_on_host": True, "page_table": page_table}
+    _arguments.check_key("key", key, "S", kv_layout, sizes, **of_cache)
     _arguments.check_array("query", query, _arguments.QUERY, sizes)
     _arguments.check_groups(sizes)
-    _arguments.check_selection(selection, config, sizes)
-    of_value = {"head": "H'", "may_be_on_host": True}
-    _arguments.check_key("value", value, "S", kv_layout, sizes, **of_value)
+    _arguments.check_page_table(page_table, sizes)
+    _arguments.check_whole_pages(page_table, sequence_axis, key)
+    _arguments.check_selection(selection, config, sizes, page_table)
+    _arguments.check_key("value", value, "S", kv_layout, sizes, head="H'", **of_cache)
     _arguments.check_same_memory(("key", "value"), key, value)
     _arguments.check_choice("return_lse", return_lse, (True, False))
     _arguments.check_rest(rest, config, sizes)
@@ -103,6 +112,7 @@ def sparse_attention(
         logits_of(scale, logits_soft_cap, sizes["H"]),
         rest,
         _arguments.check_layer(layer),
+        page_table,
         own=None if config is None or sequence_axis is not None else Entries.of(config),
         kv_layout=kv_layout,
         implementation=implementation,
@@ -146,6 +156,7 @@ def _attend(
     logits: Logits,
     rest: Rest | None,
     layer: Array | None,
+    page_table: Array | None,
     *,
     own: Entries | None,
     kv_layout: KVLayout,
@@ -155,40 +166,43 @@ def _attend(
     if is_on_host(key):
         key, value = not_mapped((key, value), "key")
 
-    def xla(query, key, value, indices, logits, rest, layer):
+    def xla(query, key, value, indices, logits, rest, layer, page_table):
         key, value = moved_to_device((key, value))
+        key, value = (in_rows(x, page_table, kv_layout, layer) for x in (key, value))
         entry = np.arange(indices.shape[-1])
         heavy = None if own is None else (entry >= own.first) & (entry < own.last)
         return reference.attend(
             query, key, value, indices, logits, kv_layout, layer, dtype, rest, heavy
         )
 
-    def triton(query, key, value, indices, logits, rest, layer):
+    def triton(query, key, value, indices, logits, rest, layer, page_table):
         caches = Caches(key, value)
-        options = {"own": own, "rest": rest, "dtype": dtype}
+        options = {"own": own, "rest": rest, "dtype": dtype, "page_table": page_table}
         ended = launch_listed(query, caches, indices, logits, layer, kv_layout, **options)
         return ended.output
 
     def on_shards(function, has_gradients):
-        def on_shard(shard, query, key, value, indices, scale, soft_cap, rest, layer):
+        def on_shard(shard, query, key, value, indices, scale, soft_cap, rest, layer, page_table):
             del shard
             logits = Logits(scale, soft_cap)
-            return tuple(function(query, key, value, indices, logits, rest, layer))
+            return tuple(function(query, key, value, indices, logits, rest, layer, page_table))
 
-        def call(query, key, value, logits, indices, rest, layer):
+        def call(query, key, value, logits, indices, rest, layer, page_table):
             logits = jax.tree.map(lambda x: x.astype(jnp.float32), logits)
             found = by_shards(
                 on_shard,
                 has_gradients=has_gradients,
                 results=("B T N H'", "B T N"),
+                rows_share=page_table is not None,
                 query=("B T N H", query),
-                key=(key_letters(kv_layout), key),
-                value=(key_letters(kv_layout, head="H'"), value),
+                key=(cache_letters(kv_layout, page_table is not None), key),
+                value=(cache_letters(kv_layout, page_table is not None, "H'"), value),
                 selection=("B T N P", indices),
                 scale=("", logits.scale),
                 logits_soft_cap=("", logits.soft_cap),
                 rest=(None, rest),
                 layer=("", layer),
+                page_table=("B pages", page_table),
             )
             return reference.Attention(*found)
 
@@ -196,7 +210,7 @@ def _attend(
 
     differentiable = on_shards(xla, has_gradients=True)
     if implementation == "xla":
-        return differentiable(query, key, value, logits, indices, rest, layer)
+        return differentiable(query, key, value, logits, indices, rest, layer, page_table)
 
     def dispatched(*arguments):
         return backend.dispatch(xla, triton, *arguments, implementation=implementation)
@@ -208,13 +222,57 @@ def _attend(
         return attend(*arguments), arguments
 
     def backward(arguments, cotangents):
-        *floats, indices, rest, layer = arguments
+        *floats, indices, rest, layer, page_table = arguments
 
         def function_of(*floats):
-            return differentiable(*floats, indices=indices, rest=rest, layer=layer)
+            others = {"indices": indices, "rest": rest, "layer": layer, "page_table": page_table}
+            return differentiable(*floats, **others)
 
         _, pull_back = jax.vjp(function_of, *floats)
-        return (*pull_back(cotangents), None, None, None)
+        return (*pull_back(cotangents), None, None, None, None)
 
     attend.defvjp(forward, backward)
-    return attend(query, key, value, logits, indices, rest, layer)
+    return attend(query, key, value, logits, indices, rest, layer, page_table)
+
+
+def to_physical(
+    selection: Selection, page_table: Int32[Array, "B pages"], *, page_size: int
+) -> Int32[Array, "B T N P"]:
+    """The slots that lists name in a cache of pages, for consumers other than those here.
+
+    Args:
+      selection: what `select` returned, or lists of another kind.
+      page_table: int32[B, pages], as `sparse_attention` takes it.
+      page_size: tokens of a page, a power of two.
+
+    Returns:
+      int32[B, T, N, P], page * page_size + slot: places in a cache [num_pages * page_size, ...], in
+      the order of the positions. -1 past a list's count, and for what lies on no page of the row.
+
+    Raises:
+      ValueError: for arguments of wrong type, shape or dtype.
+
+    Source: CONTRACT.md, section 4.
+    """
+    sizes = _arguments.Sizes()
+    sizes.learn("page_size", **_arguments.check_sizes(page_size=page_size))
+    if not isinstance(selection, Selection):
+        raise ValueError(
+            f"selection: expected a Selection, got {type(selection).__name__}; "
+            "pass what select returned"
+        )
+    lists = _arguments.annotated_arrays(Selection)["indices"]
+    _arguments.check_array("selection.indices", selection.indices, lists, sizes)
+    if selection.capacity is not None:
+        sizes.learn("selection", S=selection.capacity)
+    _arguments.check_page_table(page_table, sizes)
+    return _to_physical(selection.indices, page_table, page_size=sizes["page_size"])
+
+
+@functools.partial(backend.jit, static_argnames=("page_size",))
+def _to_physical(indices: Array, page_table: Array, *, page_size: int) -> Array:
+    number, slot = page_and_slot(indices, page_size)
+    flat = jnp.where(number < 0, page_table.shape[1], number).reshape(len(indices), -1)
+    page = jnp.take_along_axis(page_table, flat, axis=1, mode="fill", fill_value=-1)
+    page = page.reshape(indices.shape)
+    return jnp.where(page < 0, -1, page * page_size + slot)

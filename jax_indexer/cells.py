@@ -14,7 +14,7 @@ That takes many steps, a little work in each, in place:
    read into a ring, and written from there MOST_NEW tokens later;
 3. the segment's tokens are written into the gaps, and are sealed.
 
-How far a row has come follows from its length: `sealed_at` and `progress`.
+How far a row has come follows from its high water: `sealed_at` and `progress`.
 
 Source: the inverted multi-index of Babenko and Lempitsky (2012).
 """
@@ -89,7 +89,7 @@ def empty_rows(cells: Cells, rows: Bool[Array, "B"]) -> Cells:
 def seal(
     cells: Cells,
     codes: UInt8[Array, "B K M S"],
-    lengths: Int32[Array, "B"],
+    high_water: Int32[Array, "B"],
     rows: Bool[Array, "B"],
     config: IndexerConfig,
     span: Span | None = None,
@@ -99,7 +99,7 @@ def seal(
     Args:
       cells: the state so far, which other rows keep.
       codes: of all tokens.
-      lengths: tokens in each row; clipped to 0..S.
+      high_water: the most tokens each row has had; clipped to 0..S.
       rows: which rows.
       config: what the index was built with.
       span: which positions the codes are of, where others are on other devices.
@@ -108,8 +108,8 @@ def seal(
       The new state.
     """
     capacity = span.capacity if span else codes.shape[-1]
-    lengths = jnp.clip(lengths, 0, capacity)
-    sealed = jnp.maximum(lengths - cells.sealing.margin, cells.sealing.first_candidate)
+    high_water = jnp.clip(high_water, 0, capacity)
+    sealed = jnp.maximum(high_water - cells.sealing.margin, cells.sealing.first_candidate)
     first = config.first_candidate
     listed = (first, sealed) if span is None else (span.clip(first), span.clip(sealed))
     starts, order = _listed(codes, *listed, config)
@@ -157,7 +157,7 @@ def grow(
     Args:
       cells: the state before.
       codes: of all tokens, the new ones included.
-      before: tokens in each row before, in 0..S.
+      before: the high water of each row before, in 0..S.
       after: and after.
       config: what the index was built with.
       span: which positions the codes are of, where others are on other devices.

@@ -18,6 +18,8 @@ Estimate = Literal[False, "mean", "codes"]
 # Limits of the "cells" selector: a program holds all cells, and a place and a cell share a word.
 MOST_CELLS = 16384
 LARGEST_BUDGET_OF_CELLS = (1 << 15) - 1
+# Query tokens of a step that searches cells: what is sealed is a candidate of each of them.
+MOST_TOKENS_OF_CELLS = 8
 # Where it is faster than the "threshold" selector: tokens of a cache from which on, and cells up to
 # which.
 CELLS_FROM = 32768
@@ -181,8 +183,8 @@ def float_dtype(name: str, value: Any, fix: str) -> np.dtype:
 
 def beyond_cells(config: IndexerConfig, num_query_tokens: int) -> str | None:
     """What the "cells" selector takes instead of this, or None."""
-    if num_query_tokens > 1:
-        return f"one query token, not T={num_query_tokens}"
+    if num_query_tokens > MOST_TOKENS_OF_CELLS:
+        return f"up to {MOST_TOKENS_OF_CELLS} query tokens, not T={num_query_tokens}"
     if config.heavy_size > LARGEST_BUDGET_OF_CELLS:
         return f"budgets up to {LARGEST_BUDGET_OF_CELLS}, not heavy_size={config.heavy_size}"
     return None
@@ -193,9 +195,9 @@ def default_selector(
 ) -> Selector:
     """The selector that "triton" takes where none is named.
 
-    With `config.cells` it is "cells" for one query token, where reranking or the rest `goes_on` in
-    the same kernel, or for caches of 32768 tokens or more, up to 4096 cells and a float32 table;
-    otherwise "threshold".
+    With `config.cells` it is "cells" for up to 8 query tokens, where reranking or the rest
+    `goes_on` in the same kernel, or for caches of 32768 tokens or more, up to 4096 cells and a
+    float32 table; otherwise "threshold".
     """
     if not config.cells or beyond_cells(config, num_query_tokens):
         return "threshold"

@@ -24,8 +24,9 @@ from jax_indexer.index import build_index, check_training, empty_index, rebuild
 from jax_indexer.kernels import backend, pipeline
 from jax_indexer.kernels.chunks import put
 from jax_indexer.kernels.step import Step
-from jax_indexer.layout import KVLayout, key_letters, token_axis
+from jax_indexer.layout import KVLayout, cache_letters, key_letters, token_axis
 from jax_indexer.memory import moved_to_device, moved_to_host, not_mapped
+from jax_indexer.pages import has_pages, page_size_of, write_pages
 from jax_indexer.recent import empty_recent, kept_size, write_recent
 from jax_indexer.reference import Caches, Logits
 from jax_indexer.rope import COPIES, Rope, check_look_ahead
@@ -48,6 +49,7 @@ def decode_attention(
     selector: Selector | None = None,
     kv_layout: KVLayout = "BSKH",
     sequence_axis: str | None = None,
+    page_table: Int32[Array, "B pages"] | None = None,
 ) -> tuple[Float[Array, "B T N H'"], DecodeCache]:
     """A whole attention layer of a decode step.
 
@@ -79,6 +81,10 @@ def decode_attention(
         is whole. New tokens are the same on all devices along it; those that hold their positions
         keep them. Exchanges what `select` does, and outputs: one `all_gather` of 4 * (H' + 1) bytes
         a device and query. All devices along it return the same bits.
+      page_table: int32[B, pages] for a cache in pages, as `sparse_attention` takes it; a row that
+        lacks a page for one of its new tokens takes none. Pages that are written belong to one row,
+        which is the caller's duty; others may be shared, as those of a common prefix. None for a
+        cache in rows.
 
     Returns:
       [B, T, N, H'] in the query's dtype, computed in float32, and the cache after the step. No
@@ -87,8 +93,8 @@ def decode_attention(
     Raises:
       ValueError: for arguments of wrong type, shape or dtype, before anything is updated.
       NotImplementedError: for an implementation or a selector that is not there, for `rerank`,
-        `estimate_rest` or a cache in host memory with `sequence_axis`, and for more tokens than a
-        step takes into a cache in host memory.
+        `estimate_rest`, a page table or a cache in host memory with `sequence_axis`, for pages in
+        host memory, and for more tokens than a step takes into a cache in host memory.
 
     Source: CONTRACT.md, section 4.
     """
@@ -104,6 +110,7 @@ def decode_attention(
         implementation,
         selector,
         sequence_axis,
+        page_table,
     )
     return _decode(
         query,
@@ -113,6 +120,7 @@ def decode_attention(
         counts,
         logits_of(scale, logits_soft_cap, query.shape[3]),
         _arguments.check_layer(layer),
+        page_table,
         config=config,
         implementation=implementation,
         selector=selector,
@@ -133,6 +141,7 @@ def _decode(
     counts: Array | None,
     logits: Logits,
     layer: Array | None,
+    page_table: Array | None,
     *,
     config: IndexerConfig,
     implementation: Implementation | None,
@@ -153,16 +162,18 @@ def _decode(
         scale,
         soft_cap,
         layer,
+        page_table,
     ) -> tuple[Array, Array, Array, PQIndex, Recent | None]:
         del shard
         T, N = query.shape[1:3]
-        step = Step.of(index, config, T=T, N=N, kv_layout=kv_layout)
+        size = None if page_table is None else page_size_of(key, kv_layout)
+        step = Step.of(index, config, T=T, N=N, kv_layout=kv_layout, page_size=size)
         goes_on = config.rerank > 1 or bool(config.estimate_rest)
         chosen = selector or default_selector(config.pool, step.S, T, goes_on)
 
-        def xla(query, new, caches, index, recent, counts, logits, layer):
+        def xla(query, new, caches, index, recent, counts, logits, layer, page_table):
             before, span = layer_of(index.lengths, layer), Span.of(sequence_axis, step.S)
-            arguments = index, counts, logits, config, kv_layout, layer, span
+            arguments = index, counts, logits, config, kv_layout, layer, span, page_table
             out, written, index = reference.decode(query, new, moved_to_device(caches), *arguments)
             if recent is None:
                 return out, written, index, None
@@ -170,14 +181,15 @@ def _decode(
             recent = write_recent(recent, new, room, config, kv_layout, layer)
             return out, moved_to_host(written), index, recent
 
-        def triton(query, new, caches, index, recent, counts, logits, layer):
-            span = Span.of(sequence_axis, step.S)
+        def triton(query, new, caches, index, recent, counts, logits, layer, page_table):
+            places = layer, Span.of(sequence_axis, step.S), page_table
             return pipeline.launch_decode(
-                step, query, new, caches, index, recent, counts, logits, chosen, layer, span
+                step, query, new, caches, index, recent, counts, logits, chosen, *places
             )
 
         new, caches = Caches(key_new, value_new), Caches(key, value)
-        arguments = query, new, caches, index, recent, counts, Logits(scale, soft_cap), layer
+        of_state = counts, Logits(scale, soft_cap), layer, page_table
+        arguments = query, new, caches, index, recent, *of_state
         if recent is not None:
             arguments = not_mapped(arguments, "cache")
         out, caches, index, recent = backend.dispatch(
@@ -185,11 +197,13 @@ def _decode(
         )
         return out, *caches, index, recent
 
-    of_cache = key_letters(kv_layout), key_letters(kv_layout, head="H'")
+    in_pages = page_table is not None
+    of_cache = cache_letters(kv_layout, in_pages), cache_letters(kv_layout, in_pages, "H'")
     logits = jax.tree.map(lambda x: x.astype(jnp.float32), logits)
     out, key, value, index, recent = by_shards(
         on_shard,
         results=("B T N H'", *of_cache, None, None),
+        rows_share=in_pages,
         query=("B T N H", query),
         key_new=(key_letters(kv_layout, "T"), key_new),
         value_new=(key_letters(kv_layout, "T", "H'"), value_new),
@@ -201,6 +215,7 @@ def _decode(
         scale=("", logits.scale),
         logits_soft_cap=("", logits.soft_cap),
         layer=("", layer),
+        page_table=("B pages", page_table),
     )
     return out, DecodeCache(key, value, index, recent)
 
@@ -218,6 +233,8 @@ def empty_cache(
     kv_layout: KVLayout = "BSKH",
     memory_kind: str | None = None,
     kept_rows: int | None = None,
+    num_pages: int | None = None,
+    page_size: int | None = None,
 ) -> DecodeCache:
     """A cache without tokens, with all the state that the config needs; `prefill` puts prompts in.
 
@@ -240,12 +257,14 @@ def empty_cache(
         then. None for the device.
       kept_rows: with it, how many tokens' keys and values of each kv head stay on the device once
         they were listed; None for 16 times the `heavy_size` (`rerank` counted) of a query head.
+      num_pages, page_size: of keys and values in pages, which go by a page table; None for rows.
 
     Returns:
       A DecodeCache.
 
     Raises:
       ValueError: for a size or dtype that is none, and for a kind of memory that is not there.
+      NotImplementedError: for pages in host memory.
 
     Source: CONTRACT.md, section 4.
     """
@@ -259,14 +278,28 @@ def empty_cache(
         value_head_dim=head_dim if value_head_dim is None else value_head_dim,
         layers=1 if layers is None else layers,
         kept_rows=kept_size(config) if kept_rows is None else kept_rows,
+        num_pages=batch if num_pages is None else num_pages,
+        page_size=capacity if page_size is None else page_size,
     )
     _arguments.check_memory_kind(memory_kind)
+    if memory_kind is not None and (num_pages, page_size) != (None, None):
+        raise NotImplementedError(
+            f"num_pages, page_size: with memory_kind={memory_kind!r} kernels need to write and "
+            "keep rows by their pages, which is not there yet; leave them out"
+        )
     if memory_kind is None and kept_rows is not None:
         raise ValueError(
             f"kept_rows: expected None for a cache on the device, got {kept_rows!r}; leave it out, "
             'or use memory_kind="pinned_host"'
         )
     kept = min(sizes["kept_rows"], sizes["capacity"])
+    if (num_pages is None) != (page_size is None):
+        raise ValueError(
+            f"num_pages, page_size: expected both or neither, got {num_pages} and {page_size}; "
+            "pages have both"
+        )
+    if page_size is not None and sizes["page_size"] & (sizes["page_size"] - 1):
+        raise ValueError(f"page_size: expected a power of two, got {page_size}; use 16 to 256")
     dtype = float_dtype("dtype", dtype, "use jnp.bfloat16")
     B, S, K, H, of_value = (
         sizes[name] for name in ("batch", "capacity", "kv_heads", "head_dim", "value_head_dim")
@@ -278,8 +311,9 @@ def empty_cache(
         )
 
     def cache(head_dim: int) -> Array:
-        shape = (B, S, K, head_dim) if kv_layout == "BSKH" else (B, K, S, head_dim)
-        return jnp.zeros(shape, dtype)
+        rows, tokens = sizes["num_pages"], sizes["page_size"]
+        shape = (rows, tokens, K) if kv_layout == "BSKH" else (rows, K, tokens)
+        return jnp.zeros((*shape, head_dim), dtype)
 
     def stacked(one: Any) -> Any:
         if layers is None:
@@ -320,6 +354,7 @@ def prefill(
     copies: int = COPIES,
     kv_layout: KVLayout = "BSKH",
     implementation: Implementation | None = None,
+    page_table: Int32[Array, "B pages"] | None = None,
 ) -> DecodeCache:
     """Puts prompts into a cache: their keys and values, codebooks trained on them, their codes.
 
@@ -346,6 +381,8 @@ def prefill(
       kv_layout: order of the token and head axes of keys and values.
       implementation: "triton", "xla", or None: Triton on an NVIDIA GPU where it supports the
         case, else XLA.
+      page_table: of a cache in pages, as `decode_attention` takes it: the prompts go there, and a
+        row without pages for all of its prompt keeps what it has. Training reads a copy in rows.
 
     Returns:
       A DecodeCache, with the index that `build_index` makes of each row that got a prompt.
@@ -357,7 +394,8 @@ def prefill(
 
     Source: CONTRACT.md, section 4.
     """
-    sizes = _arguments.check_prefill(key, value, lengths, config, cache, rows, layer, kv_layout)
+    of_cache = cache, rows, layer, kv_layout, page_table
+    sizes = _arguments.check_prefill(key, value, lengths, config, *of_cache)
     check_look_ahead(rope, look_ahead, copies, sizes["H"])
     options = {"seed": seed, "kv_layout": kv_layout, "implementation": implementation}
     options |= {"rope": rope, "look_ahead": look_ahead, "copies": copies}
@@ -385,6 +423,7 @@ def prefill(
         lengths,
         rows,
         layer,
+        page_table,
         kv_layout=kv_layout,
     )
     index = rebuild(
@@ -395,6 +434,7 @@ def prefill(
         value=caches.value if config.estimate_rest else None,
         lengths=prompt_lengths,
         layer=layer,
+        page_table=page_table,
         **options,
     )
     return DecodeCache(caches.key, caches.value, index)
@@ -516,12 +556,21 @@ def _put_prompts(
     lengths: Array,
     rows: Array | None,
     layer: Array | None,
+    page_table: Array | None,
     *,
     kv_layout: KVLayout,
 ) -> tuple[Caches, Array, Array]:
     """The caches with prompts at the start of some rows of a layer; clipped lengths, and rows."""
     lengths = jnp.clip(lengths, 0, prompts.key.shape[token_axis(kv_layout)])
     rows = jnp.ones_like(lengths, bool) if rows is None else rows
+
+    if page_table is not None:
+        size, tokens = page_size_of(caches.key, kv_layout), prompts.key.shape[token_axis(kv_layout)]
+        start = jnp.zeros_like(lengths)
+        rows &= has_pages(page_table, tokens, size)(start, lengths)
+        of_pages = start, jnp.where(rows, lengths, 0), page_table, kv_layout, layer
+        written = (write_pages(*x, *of_pages) for x in zip(caches, prompts, strict=True))
+        return Caches(*written), lengths, rows
 
     def put(cache: Array, prompt: Array) -> Array:
         start = [jnp.int32(0)] * cache.ndim

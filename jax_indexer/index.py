@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -19,13 +19,25 @@ from jax_indexer.kernels.chunks import take
 from jax_indexer.kernels.step import Step
 from jax_indexer.layout import KVLayout, head_axis, key_letters, token_axis
 from jax_indexer.memory import is_on_host, moved_to_device, not_mapped
+from jax_indexer.pages import in_rows
 from jax_indexer.rope import COPIES, LookAhead, Rope, check_look_ahead
 from jax_indexer.sharding import Shard, by_shards
-from jax_indexer.state import PQIndex, Span, layer_of, put_layer, summed_until, varying_as
+from jax_indexer.state import (
+    MOST_BACK,
+    DecodeCache,
+    PQIndex,
+    Span,
+    layer_of,
+    put_layer,
+    summed_until,
+    varying_as,
+)
 from jax_indexer.values import add_many, empty_values, no_values
 
 # Tokens of a cache in host memory that are read at once, and encoded.
 ENCODED_AT_ONCE = 8192
+
+CacheOrIndex = TypeVar("CacheOrIndex", DecodeCache, PQIndex)
 
 # What is static about training.
 TRAINED_BY = ("config", "ahead", "kv_layout", "implementation", "sequence_axis")
@@ -44,6 +56,7 @@ def build_index(
     kv_layout: KVLayout = "BSKH",
     implementation: Implementation | None = None,
     sequence_axis: str | None = None,
+    page_table: Int32[Array, "B pages"] | None = None,
 ) -> PQIndex:
     """Trains codebooks on the keys of a prompt and encodes all of them.
 
@@ -76,6 +89,8 @@ def build_index(
         codebook: an `all_gather` of a count, 4 bytes a device, and two sums of C and of 63 keys,
         4 * D' bytes each; in every iteration one sum of 4 * C * (D' + 1) bytes; and where clusters
         are empty an `all_gather` of 4 * C * (D' + 1) bytes a device, and a sum of 4 bytes.
+      page_table: int32[B, pages] for caches in pages, as `sparse_attention` takes it: they are
+        copied into rows, of S = pages * page_size tokens, and trained on. None for caches in rows.
 
     Returns:
       A PQIndex with capacity S.
@@ -91,8 +106,10 @@ def build_index(
     _arguments.check_config(config)
     sizes = _arguments.Sizes()
     alone = _arguments.STACKED_ALONE
-    _arguments.check_key("key", key, "S", kv_layout, sizes, stacked=alone)
+    _arguments.check_key("key", key, "S", kv_layout, sizes, stacked=alone, page_table=page_table)
     _arguments.check_subspaces("key", config, sizes)
+    _arguments.check_page_table(page_table, sizes)
+    _arguments.check_whole_pages(page_table, sequence_axis, key)
     ahead = check_look_ahead(rope, look_ahead, copies, sizes["H"])
     devices = check_split_training(sequence_axis, {"lengths": lengths}, config, ahead)
     if sizes["K"] > sizes["S"] * devices:  # nothing else here would tell that the axes are swapped
@@ -101,7 +118,8 @@ def build_index(
             f"S={sizes['S']}; pass the cache at its full capacity{sizes.understood('key')}"
         )
     _arguments.check_array("lengths", lengths, _arguments.NUMBERS, sizes)
-    _arguments.check_value(value, config, kv_layout, sizes, stacked=alone)
+    of_value = {"stacked": alone, "page_table": page_table}
+    _arguments.check_value(value, config, kv_layout, sizes, **of_value)
     _arguments.check_seed(seed)
     shape = sizes["B"], sizes["K"], config.num_subspaces, sizes["S"]
     codes = jax.ShapeDtypeStruct(shape, np.uint8)
@@ -111,6 +129,7 @@ def build_index(
         value,
         lengths,
         jax.device_put(np.uint32(seed)),
+        page_table,
         config=config,
         ahead=ahead,
         kv_layout=kv_layout,
@@ -135,6 +154,7 @@ def rebuild(
     kv_layout: KVLayout = "BSKH",
     implementation: Implementation | None = None,
     sequence_axis: str | None = None,
+    page_table: Int32[Array, "B pages"] | None = None,
 ) -> PQIndex:
     """Trains new codebooks for some rows and encodes their tokens again; nothing else changes.
 
@@ -161,7 +181,7 @@ def rebuild(
       kv_layout: order of the token and head axes of `key`.
       implementation: "triton", "xla", or None: Triton on an NVIDIA GPU where it supports the
         case, else XLA.
-      sequence_axis: as in `build_index`.
+      sequence_axis, page_table: as in `build_index`.
 
     Returns:
       A PQIndex of the same shapes.
@@ -172,9 +192,12 @@ def rebuild(
 
     Source: CONTRACT.md, section 4.
     """
-    sizes = _arguments.check_with_cache(index, key, config, kv_layout, layer, may_be_on_host=True)
+    of_cache = index, key, config, kv_layout, layer, page_table
+    sizes = _arguments.check_with_cache(*of_cache, may_be_on_host=True)
+    _arguments.check_whole_pages(page_table, sequence_axis, key)
     _arguments.check_array("rows", rows, _arguments.ROWS, sizes)
-    _arguments.check_value(value, config, kv_layout, sizes, may_be_on_host=True)
+    of_value = {"may_be_on_host": True, "page_table": page_table}
+    _arguments.check_value(value, config, kv_layout, sizes, **of_value)
     _arguments.check_streamed(key, value, config)
     if lengths is not None:
         _arguments.check_array("lengths", lengths, _arguments.NUMBERS, sizes)
@@ -191,6 +214,7 @@ def rebuild(
         rows,
         jax.device_put(np.uint32(seed)),
         _arguments.check_layer(layer),
+        page_table,
         config=config,
         ahead=ahead,
         kv_layout=kv_layout,
@@ -211,6 +235,7 @@ def rebuild_gain(
     kv_layout: KVLayout = "BSKH",
     implementation: Implementation | None = None,
     sequence_axis: str | None = None,
+    page_table: Int32[Array, "B pages"] | None = None,
 ) -> Float[Array, "B"]:
     """Says which rows `rebuild` would help: the share of their error that a first step removes.
 
@@ -238,6 +263,7 @@ def rebuild_gain(
       implementation: "triton", "xla", or None: Triton on an NVIDIA GPU where it supports the
         case, else XLA.
       sequence_axis: as in `build_index`. Exchanges the sums of one iteration, and of errors.
+      page_table: as in `build_index`.
 
     Returns:
       float32[B], in 0..1; 0 for rows without an error, and for those whose error overflows
@@ -249,7 +275,8 @@ def rebuild_gain(
 
     Source: CONTRACT.md, section 4.
     """
-    sizes = _arguments.check_with_cache(index, key, config, kv_layout, layer)
+    sizes = _arguments.check_with_cache(index, key, config, kv_layout, layer, page_table)
+    _arguments.check_whole_pages(page_table, sequence_axis, key)
     ahead = check_look_ahead(rope, look_ahead, copies, sizes["H"])
     check_split_training(sequence_axis, {"index.lengths": index.lengths}, config, ahead, index)
     check_training(implementation, config, sizes, key, index)
@@ -257,6 +284,7 @@ def rebuild_gain(
         index,
         key,
         _arguments.check_layer(layer),
+        page_table,
         config=config,
         ahead=ahead,
         kv_layout=kv_layout,
@@ -300,9 +328,62 @@ def reset(
         _arguments.check_cells(index.cells, sizes)
     if index.values is not None:
         _arguments.check_fields("index.values", index.values, sizes)
+    _arguments.check_high_water(index, sizes)
     whole = {"rows": rows} if sequence_axis is not None else {}
     _arguments.check_sequence_axis(sequence_axis, whole, {"index": index}, without={})
     return _reset(index, rows, _arguments.check_layer(layer))
+
+
+def truncate(
+    cache: CacheOrIndex,
+    lengths: Int32[Array, "B"],
+    *,
+    layer: int | Int32[Array, ""] | None = None,
+) -> CacheOrIndex:
+    """Takes the last tokens of rows back, as drafts that were rejected; nothing else changes.
+
+    A row gets the length that is wanted if that is at most its own and at most 8 below its high
+    water, the most tokens it has had since it began: what is further back may be in the state of
+    "cells" and in sums of values. Any other row keeps its length, and that is the report. An index
+    that has neither goes back as far as is wanted. What is recent of a cache in host memory reaches
+    back as far as a high water allows, so there has to be one.
+
+    Args:
+      cache: a DecodeCache or a PQIndex; donate it to have it updated in place.
+      lengths: int32[B], tokens that rows are to have; their own for rows that keep all.
+      layer: which layer, clipped to those there are, where arrays have an axis of layers in front;
+        None for all of them.
+
+    Returns:
+      The same, with other lengths.
+
+    Raises:
+      ValueError: for arguments of wrong type, shape or dtype.
+      NotImplementedError: for a cache in host memory without `config.cells` or `estimate_rest`.
+
+    Source: CONTRACT.md, section 4.
+    """
+    if isinstance(cache, DecodeCache):
+        if cache.recent is not None and getattr(cache.index, "high_water", None) is None:
+            raise NotImplementedError(
+                f"cache: with {_arguments.IN_HOST_MEMORY} rows go back as far as their high water "
+                "allows, which an index without cells and sums of values does not have; use "
+                'cells=True or estimate_rest="codes"'
+            )
+        return dataclasses.replace(cache, index=truncate(cache.index, lengths, layer=layer))
+    if not isinstance(cache, PQIndex):
+        raise ValueError(
+            f"cache: expected a DecodeCache or a PQIndex, got {type(cache).__name__}; "
+            "pass what decode_attention or append returned"
+        )
+    stacked = layer is not None or getattr(cache.lengths, "ndim", 1) == 2
+    sizes = _arguments.Sizes(stacked=stacked)
+    numbers = _arguments.NUMBERS
+    _arguments.check_array("index.lengths", cache.lengths, numbers.of(sizes), sizes)
+    _arguments.check_array("lengths", lengths, numbers, sizes)
+    _arguments.check_high_water(cache, sizes)
+    after = _truncated(cache.lengths, cache.high_water, lengths, _arguments.check_layer(layer))
+    return dataclasses.replace(cache, lengths=after)
 
 
 def with_cells(
@@ -315,7 +396,8 @@ def with_cells(
     """Makes the state of the "cells" selector for an index that was made without it.
 
     For an index from given codebooks and codes; `build_index` makes the state by itself, and all
-    other functions keep it up to date.
+    other functions keep it up to date. A row's high water becomes its length, if sums of values do
+    not follow one already that `truncate` could have come from.
 
     Args:
       index: the index; a state that it has is made anew.
@@ -454,10 +536,26 @@ def _reset(index: PQIndex, rows: Array, layer: Array | None) -> PQIndex:
     return _emptied(index, rows)
 
 
+@functools.partial(backend.jit, static_argnames=())
+def _truncated(
+    lengths: Array, high_water: Array | None, wanted: Array, layer: Array | None
+) -> Array:
+    wanted = jnp.broadcast_to(wanted, lengths.shape)
+    is_taken = (wanted >= 0) & (wanted <= lengths)
+    if high_water is not None:
+        is_taken &= wanted >= high_water - MOST_BACK
+    if layer is not None:
+        layer = jnp.clip(layer, 0, len(lengths) - 1)
+        is_taken &= (jnp.arange(len(lengths), dtype=jnp.int32) == layer)[:, None]
+    return jnp.where(is_taken, wanted, lengths)
+
+
 def _emptied(index: PQIndex, rows: Array) -> PQIndex:
+    high_water = index.high_water
     return dataclasses.replace(
         index,
         lengths=jnp.where(rows, 0, index.lengths),
+        high_water=None if high_water is None else jnp.where(rows, 0, high_water),
         cells=None if index.cells is None else empty_rows(index.cells, rows),
         values=None if index.values is None else empty_values(index.values, rows),
     )
@@ -473,16 +571,23 @@ def _with_cells(
         cells = no_cells(batch, kv_heads, capacity, config)
         every_row = jnp.ones_like(index.lengths, bool)
         span = Span.of(sequence_axis, capacity)
-        cells = seal(cells, index.codes, index.lengths, every_row, config, span)
-        return dataclasses.replace(index, cells=cells)
+        lengths = jnp.clip(index.lengths, 0, span.capacity if span else capacity)
+        high_water = lengths
+        if index.values is not None and index.high_water is not None:
+            back = index.high_water - lengths
+            high_water = jnp.where((back >= 0) & (back <= MOST_BACK), index.high_water, lengths)
+        cells = seal(cells, index.codes, high_water, every_row, config, span)
+        return dataclasses.replace(index, cells=cells, high_water=high_water)
 
     def make(index: PQIndex) -> PQIndex:
         return by_shards(on_shard, index=(None, index))
 
     bare = dataclasses.replace(index, cells=None)
     if layer is not None:
-        cells = put_layer(index.cells, make(layer_of(bare, layer)).cells, layer)
-        return dataclasses.replace(index, cells=cells)
+        made = make(layer_of(bare, layer))
+        made = made.cells, made.high_water
+        cells, high_water = put_layer((index.cells, index.high_water), made, layer)
+        return dataclasses.replace(index, cells=cells, high_water=high_water)
     return lax.map(make, bare) if index.lengths.ndim == 2 else make(bare)
 
 
@@ -512,6 +617,7 @@ def empty_index(
             no_values(batch, kv_heads, value_head_dim, config) if config.estimate_rest else None
         ),
         capacity=capacity * devices,
+        high_water=(jnp.zeros(batch, jnp.int32) if config.cells or config.estimate_rest else None),
     )
 
 
@@ -521,6 +627,7 @@ def _build(
     value: Array | None,
     lengths: Array,
     seed: Array,
+    page_table: Array | None,
     *,
     config: IndexerConfig,
     ahead: LookAhead | None,
@@ -528,6 +635,9 @@ def _build(
     implementation: Implementation | None,
     sequence_axis: str | None,
 ) -> PQIndex:
+    key = in_rows(key, page_table, kv_layout, None)
+    value = None if value is None else in_rows(value, page_table, kv_layout, None)
+
     def on_shard(shard: Shard, key, value, lengths, seed) -> PQIndex:
         batch, capacity = key.shape[0], key.shape[token_axis(kv_layout)]
         kv_heads = key.shape[head_axis(kv_layout)]
@@ -557,6 +667,7 @@ def _rebuild(
     rows: Array,
     seed: Array,
     layer: Array | None,
+    page_table: Array | None,
     *,
     config: IndexerConfig,
     ahead: LookAhead | None,
@@ -564,6 +675,9 @@ def _rebuild(
     implementation: Implementation | None,
     sequence_axis: str | None,
 ) -> PQIndex:
+    places = page_table, kv_layout, layer, index.codes.shape[-1]
+    key = in_rows(key, *places)
+    value = None if value is None else in_rows(value, *places)
     one, of_cache = layer_of(index, layer), layer
     lengths = one.lengths if lengths is None else lengths
     if is_on_host(key):
@@ -633,14 +747,16 @@ def _rebuilt(
     if span is None:
         return _appended(started, key, value, lengths, *arguments)
     # Each device encodes what it holds, as if it were all.
-    bare = dataclasses.replace(started, cells=None)
+    bare = dataclasses.replace(started, cells=None, high_water=None)
     bare, counts = varying_as((bare, span.clip(lengths)), key)
     codes = _appended(bare, key, value, counts, *arguments).codes
     lengths = jnp.where(rows, lengths, started.lengths)
-    cells = started.cells
-    if cells is not None:
-        cells = seal(cells, codes, lengths, rows, config, span)
-    return dataclasses.replace(started, codes=codes, lengths=lengths, cells=cells)
+    cells, high_water = started.cells, started.high_water
+    if cells is not None and high_water is not None:
+        high_water = jnp.where(rows, lengths, high_water)
+        cells = seal(cells, codes, high_water, rows, config, span)
+    kept = {"cells": cells, "high_water": high_water}
+    return dataclasses.replace(started, codes=codes, lengths=lengths, **kept)
 
 
 def _taken(
@@ -698,13 +814,15 @@ def _appended_in_chunks(
             values = add_many(values, *of_chunk, config, kv_layout)
         return bare, values
 
-    bare = dataclasses.replace(index, cells=None, values=None)
+    bare = dataclasses.replace(index, cells=None, values=None, high_water=None)
     chunks = lax.div(jnp.max(lengths) + (chunk - 1), jnp.int32(chunk))
     bare, values = lax.fori_loop(0, chunks, add, (bare, index.values))
-    cells = index.cells
-    if cells is not None:
-        cells = seal(cells, bare.codes, bare.lengths, lengths > 0, config)
-    return dataclasses.replace(bare, cells=cells, values=values)
+    cells, high_water = index.cells, index.high_water
+    if high_water is not None:
+        high_water = jnp.where(lengths > 0, lengths, high_water)
+    if cells is not None and high_water is not None:
+        cells = seal(cells, bare.codes, high_water, lengths > 0, config)
+    return dataclasses.replace(bare, cells=cells, values=values, high_water=high_water)
 
 
 @functools.partial(backend.jit, static_argnames=TRAINED_BY)
@@ -712,6 +830,7 @@ def _rebuild_gain(
     index: PQIndex,
     key: Array,
     layer: Array | None,
+    page_table: Array | None,
     *,
     config: IndexerConfig,
     ahead: LookAhead | None,
@@ -730,6 +849,7 @@ def _rebuild_gain(
         of_rows = (jnp.sum(x, axis=1) for x in errors)
         return kmeans.gain(*map(shard.sum_over_heads, of_rows))
 
+    key = in_rows(key, page_table, kv_layout, layer, index.codes.shape[-1])
     index, key = layer_of((index, key), layer)
     return by_shards(on_shard, index=(None, index), key=(key_letters(kv_layout), key))
 

@@ -32,6 +32,12 @@ def key_letters(kv_layout: KVLayout, tokens: str = "S", head: str = "H") -> str:
     return f"B {tokens} K {head}" if kv_layout == "BSKH" else f"B K {tokens} {head}"
 
 
+def cache_letters(kv_layout: KVLayout, in_pages: bool, head: str = "H") -> str:
+    """The axes of a cache of keys or values, in rows or in pages."""
+    letters = key_letters(kv_layout, head=head)
+    return letters.replace("B", "page").replace("S", "slot") if in_pages else letters
+
+
 def head_major(key: Shaped[Array, "B _ _ H"], kv_layout: KVLayout) -> Shaped[Array, "B K S H"]:
     """Keys or values [B, K, S, H] from either layout."""
     return key if kv_layout == "BKSH" else key.swapaxes(1, 2)

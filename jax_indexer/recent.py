@@ -12,7 +12,7 @@ from jaxtyping import Float, Int32
 from jax_indexer.config import IndexerConfig
 from jax_indexer.layout import KVLayout, token_axis
 from jax_indexer.reference import Caches, Room
-from jax_indexer.state import MOST_NEW, NOT_SUMMED, Recent, layer_of, put_layer
+from jax_indexer.state import MOST_NEW, UNSETTLED, Recent, layer_of, put_layer
 
 # Lists of one query head that have room among the rows that are kept for a kv head, unless said.
 KEPT_LISTS = 16
@@ -21,9 +21,10 @@ KEPT_LISTS = 16
 def ring_size(config: IndexerConfig) -> int:
     """Tokens of the ring.
 
-    Values are summed NOT_SUMMED tokens before the window, while as many as MOST_NEW are written.
+    What was written last lies below the high water. Values are summed UNSETTLED tokens before its
+    window, while it rises by as many as MOST_NEW; windows of rows that went back begin later.
     """
-    return config.window_size + NOT_SUMMED + MOST_NEW
+    return config.window_size + UNSETTLED + MOST_NEW
 
 
 def recent_size(config: IndexerConfig) -> int:

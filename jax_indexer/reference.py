@@ -5,6 +5,7 @@ Letters are those of CONTRACT.md, section 2.
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -27,6 +28,7 @@ from jax_indexer.layout import (
     subvectors_of,
     token_axis,
 )
+from jax_indexer.pages import has_pages, in_rows, page_size_of, write_pages
 from jax_indexer.rope import LookAhead, most_squared, positions_on, turned
 from jax_indexer.state import (
     MOST_NEW,
@@ -534,7 +536,11 @@ class Room(NamedTuple):
 
 
 def make_room(
-    lengths: Int32[Array, "*B"], counts: Int32[Array, "*B"] | None, num_new: int, capacity: int
+    lengths: Int32[Array, "*B"],
+    counts: Int32[Array, "*B"] | None,
+    num_new: int,
+    capacity: int,
+    has_room: Callable[[Array, Array], Array] | None = None,
 ) -> tuple[Room, Int32[Array, "*B"]]:
     """Room for each row's new tokens: all of them, or none where they would pass the capacity.
 
@@ -543,14 +549,30 @@ def make_room(
       counts: how many of the new tokens each row takes, clipped to 0..num_new; None for all.
       num_new: t, the new tokens.
       capacity: S.
+      has_room: of starts and numbers of tokens, what else says whether there is room; None for
+        nothing.
 
     Returns:
       The room, and the lengths after it, which are what they were where none is taken.
     """
     start = jnp.clip(lengths, 0, capacity)
     wanted = jnp.full_like(lengths, num_new) if counts is None else jnp.clip(counts, 0, num_new)
-    taken = jnp.where(start + wanted <= capacity, wanted, 0)
+    fits = start + wanted <= capacity
+    if has_room is not None:
+        fits &= has_room(start, wanted)
+    taken = jnp.where(fits, wanted, 0)
     return Room(start, taken), jnp.where(taken > 0, start + taken, lengths)
+
+
+def raised(
+    high_water: Int32[Array, "*B"], room: Room, capacity: int
+) -> tuple[Int32[Array, "*B"], Int32[Array, "*B"]]:
+    """The high water of rows before their new tokens and after them, clipped to 0..S.
+
+    One that lies below the row's length, as that was set by hand, is taken for that.
+    """
+    before = jnp.maximum(jnp.clip(high_water, 0, capacity), room.start)
+    return before, jnp.maximum(before, room.start + room.taken)
 
 
 def append_tokens(
@@ -573,12 +595,17 @@ def append_tokens(
     phi = index.phi if config.metric == "ip" else None
     codebooks, phi = layer_of((index.codebooks, phi), layer)
     new = encode_tokens(key_new, codebooks, phi, room.taken, config)
-    codes, cells, after = index.codes, index.cells, room.start + room.taken
+    codes, cells, high_water = index.codes, index.cells, index.high_water
+    before = after = room.start
+    if high_water is not None:
+        capacity = span.capacity if span else codes.shape[-1]
+        before, after = raised(layer_of(high_water, layer), room, capacity)
+        high_water = put_layer(high_water, after, layer)
     codes = write_tokens(codes, new, room, codes.ndim - 1, layer, span)
     if cells is not None:
         one, its_codes = layer_of((cells, codes), layer)
         if key_new.shape[2] <= MOST_NEW:
-            one = grow(one, its_codes, room.start, after, config, span)
+            one = grow(one, its_codes, before, after, config, span)
         else:
             one = seal(one, its_codes, after, room.taken > 0, config, span)
         cells = put_layer(cells, one, layer)
@@ -586,10 +613,11 @@ def append_tokens(
     if values is not None:
         assert value is not None
         values = add_values(
-            values, value, codes, room.start, after, key_new.shape[2], config, kv_layout, layer
+            values, value, codes, before, after, key_new.shape[2], config, kv_layout, layer
         )
     lengths = put_layer(index.lengths, lengths, layer)
-    return dataclasses.replace(index, codes=codes, lengths=lengths, cells=cells, values=values)
+    kept = {"cells": cells, "values": values, "high_water": high_water}
+    return dataclasses.replace(index, codes=codes, lengths=lengths, **kept)
 
 
 def write_tokens(
@@ -1067,22 +1095,28 @@ def decode(
     kv_layout: KVLayout,
     layer: Int32[Array, ""] | None = None,
     span: Span | None = None,
+    page_table: Int32[Array, "B pages"] | None = None,
 ) -> tuple[Float[Array, "B T N H_"], Caches, PQIndex]:
-    """A layer's decode step: new keys and values are written, then the selected are attended to."""
-    axis = token_axis(kv_layout) - 4
+    """A layer's decode step: new keys and values are written, then the selected are attended to.
+
+    Caches in pages are written in place, and read by a copy in rows.
+    """
+    axis, num_tokens = token_axis(kv_layout) - 4, query.shape[1]
     capacity = span.capacity if span else index.codes.shape[-1]
-    before = layer_of(index.lengths, layer)
-    room, lengths = make_room(before, counts, query.shape[1], capacity)
-    caches = Caches(
-        *(
-            write_tokens(cache, x, room, cache.ndim + axis, layer, span)
-            for cache, x in zip(caches, new, strict=True)
-        )
-    )
-    index = append_tokens(
-        new.key, index, room, lengths, config, kv_layout, layer, caches.value, span
-    )
+    before, has_room = layer_of(index.lengths, layer), None
+    if page_table is not None:
+        has_room = has_pages(page_table, num_tokens, page_size_of(caches.key, kv_layout))
+    room, lengths = make_room(before, counts, num_tokens, capacity, has_room)
+
+    def write(cache: Array, x: Array) -> Array:
+        if page_table is not None:
+            return write_pages(cache, x, *room, page_table, kv_layout, layer)
+        return write_tokens(cache, x, room, cache.ndim + axis, layer, span)
+
+    caches = Caches(*(write(cache, x) for cache, x in zip(caches, new, strict=True)))
+    rows = Caches(*(in_rows(x, page_table, kv_layout, layer, capacity) for x in caches))
+    index = append_tokens(new.key, index, room, lengths, config, kv_layout, layer, rows.value, span)
     taken = None if counts is None else room.taken
     one = layer_of(index, layer)
-    out = attend_selected(query, caches, one, taken, logits_of, config, kv_layout, layer, span)
+    out = attend_selected(query, rows, one, taken, logits_of, config, kv_layout, layer, span)
     return out, caches, index

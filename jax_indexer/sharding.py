@@ -66,6 +66,7 @@ def by_shards(
     *,
     has_gradients: bool = False,
     results: Sequence[str | None] | None = None,
+    rows_share: bool = False,
     **arguments: tuple[str | None, Any],
 ) -> Any:
     """Calls function(shard, *arguments) on each device for the rows and heads that are there.
@@ -75,6 +76,7 @@ def by_shards(
       has_gradients: whether gradients flow through it: then it is all jnp, which the compiler
         splits by itself on a mesh of Auto axes.
       results: for each of several results the letters of its axes, None for a state.
+      rows_share: whether rows have something in common, pages of a cache: then they stay together.
       **arguments: by name, in the order that the function takes them: the letters of an array's
         axes, and the array; or None, and a state, whose letters are known. What is None stays so.
 
@@ -92,6 +94,11 @@ def by_shards(
         for (name, (letters, _)), value in zip(arguments.items(), values, strict=True)
         for x in _named(name, letters, value)
     ]
+    if rows_share:
+        named = [
+            x._replace(letters=["B, with page_table," if y == "B" else y for y in x.letters])
+            for x in named
+        ]
     meshes = [jax.typeof(x.array).sharding.mesh for x in named]
     if explicit := [mesh for mesh in meshes if AxisType.Explicit in mesh.axis_types]:
         return _by_type(function, values, named, explicit[0], results)

@@ -9,11 +9,16 @@ import numpy as np
 from jax import Array, lax
 from jaxtyping import Float, Float32, Int32, UInt8
 
-from jax_indexer.config import IndexerConfig
+from jax_indexer.config import MOST_TOKENS_OF_CELLS, IndexerConfig
 from jax_indexer.layout import power_of_2_from
 
 # New tokens that an update of cells takes; where more come at once, all of the row is listed anew.
-MOST_NEW = 8
+MOST_NEW = MOST_TOKENS_OF_CELLS
+# Tokens below a row's high water that `truncate` goes back to, at the most.
+MOST_BACK = 8
+# A query sees so many tokens less than the high water, at the most: what these may take back, or
+# see in their window, is neither sealed nor summed.
+UNSETTLED = MOST_BACK + MOST_NEW - 1
 # Tokens that are counted for each new one.
 RATE = 4
 SMALLEST_SEGMENT = 512
@@ -21,8 +26,6 @@ SMALLEST_SEGMENT = 512
 # than the most.
 MOVES, MOST_MOVES = 128, 512
 SMALLEST_BLOCK, LARGE_BLOCK = 256, 4096
-# Tokens before the window whose values are in no sum yet.
-NOT_SUMMED = 2 * MOST_NEW - 1
 
 
 class Span(NamedTuple):
@@ -78,7 +81,7 @@ class Span(NamedTuple):
         return dataclasses.replace(sealing, first_candidate=self.clip(sealing.first_candidate))
 
     def length(self, length: Any, sealing: "Sealing") -> Any:
-        """What `progress` and `sealed_at` see of a row's length, for a capacity of `reach`."""
+        """What `progress` and `sealed_at` see of a row's high water, for a capacity of `reach`."""
         return self.clip(length, sealing.margin)
 
     def reach(self, sealing: "Sealing") -> int:
@@ -104,8 +107,8 @@ class Sealing:
 
     @property
     def margin(self) -> int:
-        """Tokens at the end of a row that are not sealed: the window, and what an append writes."""
-        return max(self.window_size, MOST_NEW)
+        """Tokens below the high water that are not sealed: windows, and what is taken back."""
+        return min(self.window_size + UNSETTLED, np.iinfo(np.int32).max)
 
     @property
     def ring(self) -> int:
@@ -118,7 +121,7 @@ class Sealing:
 
     def most_tail(self, capacity: int) -> int:
         """Candidates in the tail, at the most."""
-        return self.most_waiting(capacity) + self.margin - self.window_size
+        return self.most_waiting(capacity) + UNSETTLED
 
 
 def sealing_for(
@@ -180,9 +183,9 @@ class Cells:
     base: Int32[Array, "B"]
     sealing: Sealing = dataclasses.field(metadata={"static": True})
 
-    def sealed(self, lengths: Int32[Array, "B"]) -> Int32[Array, "B"]:
-        """The position up to which candidates are sealed, in rows of these lengths."""
-        return sealed_at(lengths, self.base, self.sealing, self.order.shape[-1])
+    def sealed(self, high_water: Int32[Array, "B"]) -> Int32[Array, "B"]:
+        """The position up to which candidates are sealed, in rows with this high water."""
+        return sealed_at(high_water, self.base, self.sealing, self.order.shape[-1])
 
 
 @jax.tree_util.register_dataclass
@@ -191,8 +194,8 @@ class ValueSums:
     """Sums of candidates' values by code, which those that are not attended are estimated from.
 
     With `config.estimate_rest="codes"` M' is M and C' is C; with "mean" both are 1, as if all keys
-    had the one code. They cover the candidates up to NOT_SUMMED tokens before the window of the
-    row's last token; a value that is not finite is left out.
+    had the one code. They cover the candidates up to UNSETTLED tokens before the window of the
+    high water's last token; a value that is not finite is left out.
 
     Attributes:
       sums: of the values of each code.
@@ -203,9 +206,9 @@ class ValueSums:
     counts: Int32[Array, "B K M' C'"]
 
 
-def summed_until(lengths: Int32[Array, "B"], config: IndexerConfig) -> Int32[Array, "B"]:
-    """The position up to which candidates' values are summed in rows of these lengths."""
-    until = jnp.maximum(lengths - NOT_SUMMED, 0) - config.window_size
+def summed_until(high_water: Int32[Array, "B"], config: IndexerConfig) -> Int32[Array, "B"]:
+    """The position up to which candidates' values are summed in rows with this high water."""
+    until = jnp.maximum(high_water - UNSETTLED, 0) - config.window_size
     return jnp.maximum(until, config.first_candidate)
 
 
@@ -222,6 +225,8 @@ class PQIndex:
       phi: inner-product metric only, else None: the largest squared norm of a training subvector.
       cells: state of the "cells" selector with `config.cells`, else None.
       values: sums of values with `config.estimate_rest`, else None.
+      high_water: the most tokens a row has had since it began, which `cells` and `values` follow;
+        None where there are neither.
       capacity: S of whole rows, static, by which a part of them is known for one; None where it is
         not known, as in an index that was made by hand.
 
@@ -234,6 +239,7 @@ class PQIndex:
     phi: Float[Array, "B K M"] | None = None
     cells: Cells | None = None
     values: ValueSums | None = None
+    high_water: Int32[Array, "B"] | None = None
     capacity: int | None = dataclasses.field(default=None, metadata={"static": True})
 
 
@@ -385,11 +391,11 @@ class Progress(NamedTuple):
     done: Array
 
 
-def progress(length: Array, sealed: Array, sealing: Sealing, capacity: int) -> Progress:
+def progress(high_water: Array, sealed: Array, sealing: Sealing, capacity: int) -> Progress:
     """How far a row is, for scalars or arrays of them.
 
     Args:
-      length: tokens in the row; clipped to 0..S.
+      high_water: the most tokens the row has had; clipped to 0..S.
       sealed: the position up to which its candidates are sealed.
       sealing: how tokens are sealed.
       capacity: S.
@@ -397,9 +403,9 @@ def progress(length: Array, sealed: Array, sealing: Sealing, capacity: int) -> P
     Returns:
       A Progress, the same for all heads of the row.
     """
-    length = jnp.minimum(jnp.maximum(length, 0), capacity)
+    high_water = jnp.minimum(jnp.maximum(high_water, 0), capacity)
     # Step by step: sizes may be so large that a sum would overflow.
-    waiting = jnp.maximum(jnp.maximum(length - sealing.margin, 0) - sealed, 0)
+    waiting = jnp.maximum(jnp.maximum(high_water - sealing.margin, 0) - sealed, 0)
     entries = jnp.maximum(sealed - sealing.first_candidate, 0)
     moves = _moves(entries, sealing)
     missing = jnp.maximum(sealing.segment - waiting, 0)
@@ -417,14 +423,14 @@ def _moves(entries: Array, sealing: Sealing) -> Array:
     return lax.div(entries + (sealing.block - 1), jnp.full_like(entries, sealing.block))
 
 
-def sealed_at(length: Array, base: Array, sealing: Sealing, capacity: int) -> Array:
-    """The position up to which candidates are sealed, for scalars or arrays of lengths.
+def sealed_at(high_water: Array, base: Array, sealing: Sealing, capacity: int) -> Array:
+    """The position up to which candidates are sealed, for scalars or arrays of them.
 
-    A segment is sealed at a length that follows from how many were before it, so that nothing but
-    the length need be kept.
+    A segment is sealed at a high water that follows from how many were before it, so that nothing
+    but that need be kept.
 
     Args:
-      length: tokens in the row; clipped to 0..S.
+      high_water: the most tokens the row has had; clipped to 0..S.
       base: as in Cells.
       sealing: how tokens are sealed.
       capacity: S.
@@ -436,7 +442,7 @@ def sealed_at(length: Array, base: Array, sealing: Sealing, capacity: int) -> Ar
     first = sealing.first_candidate
     most = max(capacity, first) if isinstance(first, int) else jnp.maximum(first, capacity)
     base = jnp.minimum(jnp.maximum(base, first), most)
-    now = progress(length, base, sealing, capacity)
+    now = progress(high_water, base, sealing, capacity)
     # Of segments before it a segment needs so many tokens: i * segment + moves(i) < behind. It is
     # the last with i * segment < behind, or the one before, since moves take less than a segment.
     behind = now.waiting - (sealing.segment + 2 * MOST_NEW)

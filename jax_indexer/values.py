@@ -60,7 +60,7 @@ def add_values(
       values: the sums so far.
       value: the cache after.
       codes: of all tokens.
-      before: tokens in each row before, in 0..S.
+      before: the high water of each row before, in 0..S.
       after: likewise, afterwards.
       most: by how many tokens a row grows, at the most.
       config: what the index was built with.
@@ -70,7 +70,7 @@ def add_values(
     Returns:
       The sums after.
     """
-    first, last = (summed_until(lengths, config) for lengths in (before, after))
+    first, last = (summed_until(x, config) for x in (before, after))
     if most <= MOST_NEW:
         return _add_few(values, value, codes, first, last, most, config, kv_layout, layer)
     one, value, codes = layer_of((values, value, codes), layer)

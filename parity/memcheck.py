@@ -223,7 +223,8 @@ def check_cells(inputs: Inputs) -> None:
         before = dataclasses.replace(index, lengths=jnp.maximum(start - back, 0))
         now = dataclasses.replace(index, cells=with_cells(before, config).cells)
         for first in (start - 1, start):  # what is due in both steps is done in one or the other
-            now = dataclasses.replace(now, lengths=jnp.maximum(first, 0))
+            lengths = jnp.maximum(first, 0)
+            now = dataclasses.replace(now, lengths=lengths, high_water=lengths)
             got, now = pipeline.launch_step(step, query, key_new, now, None, "cells")
         if number == 0:
             np.testing.assert_array_equal(got.indices, inputs.listed().indices)
@@ -287,7 +288,7 @@ def check_pool(inputs: Inputs) -> None:
         # As by many tokens at once: XLA's own scatter of a few reads past its indices.
         grown = nothing, index.lengths, max(S, MOST_NEW + 1)
         values = add_values(values, caches.value, index.codes, *grown, its_config, "BSKH", None)
-        state = dataclasses.replace(state, values=values)
+        state = dataclasses.replace(state, values=values, high_water=index.lengths)
         before = jax.tree.map(lambda x: jnp.stack([x, x]), (state, caches))
         step = Step.of(before[0], its_config, T=T, N=N)
         arguments = query, new, before[1], before[0], None, counts, logits, selector
@@ -299,7 +300,7 @@ def check_pool(inputs: Inputs) -> None:
 
 
 def has_cells(T: int, config: IndexerConfig) -> bool:
-    return T == 1 and config.num_cells <= MOST_CELLS
+    return T <= MOST_NEW and config.num_cells <= MOST_CELLS
 
 
 CHECKS = {

@@ -344,6 +344,9 @@ IP_CASES = [
 ]
 
 
+OPTIONAL = ("cells", "values", "high_water")
+
+
 def call(function, **changes):
     """Calls a function with good arguments but for the changes, which may name an attribute."""
     kinds = {"index": PQIndex, "selection": Selection, "cache": DecodeCache}
@@ -354,7 +357,7 @@ def call(function, **changes):
             value = IP_INDEX if is_ip and name == "index" else value
             fields = {k: made(k, v, f"{path}.{k}") for k, v in value.items()}
             rest = {k.removeprefix(f"{path}."): v for k, v in changes.items() if "." in k}
-            fields |= {k: v for k, v in rest.items() if k in fields or k in ("cells", "values")}
+            fields |= {k: v for k, v in rest.items() if k in fields or k in OPTIONAL}
             return kinds[name](**fields)
         return value
 
@@ -449,7 +452,8 @@ def with_sums(function, config=SUMMED, of=(1, 1)):
     """Changes to good arguments: a config that keeps sums of values, and sums by `of` codes."""
     sums = ValueSums(f32(B, K, *of, VALUE_H), i32(B, K, *of))
     path = {"decode_attention": "cache.index", "prefill": "cache.index"}.get(function, "index")
-    return {"config": config} | ({} if function == "build_index" else {f"{path}.values": sums})
+    kept = {f"{path}.values": sums, f"{path}.high_water": i32(B)}
+    return {"config": config} | ({} if function == "build_index" else kept)
 
 
 TAKES_VALUE = ("build_index", "rebuild", "append", "indexer_next")

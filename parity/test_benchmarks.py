@@ -1366,7 +1366,7 @@ def test_a_decode_goes_on_until_a_segment_is_sealed(folder, gpu, monkeypatch):
     assert (first["status"], first["segment"]) == ("ok", 64)
     assert (second["workload"], second["status"]) == ("wide", "ok")
     assert first["warm"]["count"] == first["steps"] == 64 + 2 + 16 + 2
-    assert sealed == [[[192, 192], [256, 256]], [[192], [256]]]
+    assert sealed == [[[178, 178], [242, 242]], [[178], [242]]]
     assert main(["report"]) == 0
     assert "| `seed` | 84 | 64 |" in texts(folder)[1]
 

@@ -73,8 +73,9 @@ def sealed_anew(index, config, sealing=None, **changes):
     index = dataclasses.replace(index, **changes)
     rows, kv_heads, _, capacity = index.codes.shape
     none = cells.no_cells(rows, kv_heads, capacity, config, sealing or index.cells.sealing)
-    made = cells.seal(none, index.codes, index.lengths, jnp.ones(rows, bool), config)
-    return dataclasses.replace(index, cells=made)
+    high_water = jnp.clip(index.lengths, 0, capacity)
+    made = cells.seal(none, index.codes, high_water, jnp.ones(rows, bool), config)
+    return dataclasses.replace(index, cells=made, high_water=high_water)
 
 
 def check_state(index, config):
@@ -85,9 +86,13 @@ def check_state(index, config):
     for m in range(config.num_subspaces):
         digit = index.codes[:, :, m] & (config.num_centroids - 1)
         number = number * config.num_centroids + digit
-    sealed = np.asarray(index.cells.sealed(jnp.asarray(index.lengths)))
-    last = np.clip(index.lengths, 0, capacity) - config.window_size
-    assert (sealed <= np.maximum(last, config.first_candidate)).all()
+    sealed = np.asarray(index.cells.sealed(jnp.asarray(index.high_water)))
+    lengths = np.clip(index.lengths, 0, capacity)
+    assert (lengths <= index.high_water).all()
+    assert (lengths >= index.high_water - state.MOST_BACK).all()
+    last = index.high_water - config.window_size
+    least = last - (state.MOST_BACK + state.MOST_NEW - 1)
+    assert (sealed + now.counted <= np.maximum(least, config.first_candidate)).all()
     assert (last - sealed <= sealing.most_tail(capacity)).all()
     for b, k in np.ndindex(number.shape[:2]):
         positions = np.arange(config.first_candidate, sealed[b])
@@ -125,8 +130,8 @@ def check_segment(kept, row, now, waiting, listed):
 
 
 def progress_of(index):
-    sealed, capacity = index.cells.sealed(index.lengths), index.codes.shape[-1]
-    return state.progress(index.lengths, sealed, index.cells.sealing, capacity)
+    sealed, capacity = index.cells.sealed(index.high_water), index.codes.shape[-1]
+    return state.progress(index.high_water, sealed, index.cells.sealing, capacity)
 
 
 def by_kernels(index, key, config, counts=None, *, query=None):
@@ -139,7 +144,8 @@ def by_kernels(index, key, config, counts=None, *, query=None):
     launches = pipeline.append_launches(step, key, index, counts)
     if query is not None:
         of_query = dataclasses.replace(step, T=1)
-        launches |= pipeline.query_launches(of_query, query, index, Lengths(lengths, None))
+        after = Lengths(lengths, None)
+        launches |= pipeline.query_launches(of_query, query, index, after)
     made = pipeline.launched(step, launches)
     index, _ = pipeline.appended(step, index, made)
     if query is None:
@@ -164,7 +170,7 @@ def advanced(index, config, tokens):
 def lists_of(table, index, config, dtype=F32, tuning=SMALL_BLOCKS):
     """What the cells kernel and the reference select from the same table."""
     step = Step.of(index, config, N=table.shape[2], weights_dtype=dtype, tuning=tuning)
-    lengths, weights = Lengths(index.lengths, None), None
+    lengths, weights = Lengths(index.lengths, None, high_water=index.high_water), None
     if dtype is not None:
         made = pipeline.launched(step, {"weights": weights_launch(step, lengths)})
         weights = made["weights"].weights
@@ -201,11 +207,11 @@ def test_a_segment_is_done_before_the_next_begins(capacity):
 @pytest.mark.parametrize(
     ("capacity", "block", "segment", "most_tail"),
     [
-        (1000, 256, 512, 532),
-        (32768, 256, 512, 656),
-        (131072, 1024, 512, 656),
-        (1 << 20, 4096, 512, 784),
-        (3 << 20, 8192, 1024, 1424),
+        (1000, 256, 512, 547),
+        (32768, 256, 512, 671),
+        (131072, 1024, 512, 671),
+        (1 << 20, 4096, 512, 799),
+        (3 << 20, 8192, 1024, 1439),
     ],
 )
 def test_segments_and_blocks(capacity, block, segment, most_tail):
@@ -345,7 +351,7 @@ def test_many_tokens_at_once_are_all_sealed_and_other_rows_keep_their_bits():
     key = jnp.asarray(np.random.default_rng(0).standard_normal((B, 9, K, 8)), F32)
     after = append(index, key, config, counts=jnp.asarray([9, 0, 1], jnp.int32))
     check_state(after, config)
-    assert after.cells.sealed(after.lengths).tolist() == [21, 3, 53]
+    assert after.cells.sealed(after.lengths).tolist() == [10, 3, 42]
     jax.tree.map(lambda x, y: np.testing.assert_array_equal(x[1], y[1]), after.cells, index.cells)
 
 
@@ -358,7 +364,7 @@ def test_built_reset_and_rebuilt_rows():
     some = jnp.asarray([True, False, False])
     emptied = reset(index, some)
     check_state(emptied, config)
-    assert emptied.cells.sealed(emptied.lengths).tolist() == [3, 62, 3]
+    assert emptied.cells.sealed(emptied.lengths).tolist() == [3, 51, 3]
     # Appended to, a row is sealed again.
     grown = emptied
     for first in range(0, 120, 8):
@@ -368,7 +374,7 @@ def test_built_reset_and_rebuilt_rows():
     assert grown.cells.sealed(grown.lengths)[0] > 3
     again = rebuild(grown, key, config, some, lengths=jnp.asarray([90, 1, 1], jnp.int32))
     check_state(again, config)
-    assert again.cells.sealed(again.lengths).tolist() == [82, 62, 3]
+    assert again.cells.sealed(again.lengths).tolist() == [71, 51, 3]
     none = rebuild(grown, key, config, some, lengths=jnp.zeros(B, jnp.int32))
     check_state(none, config)
 
@@ -512,9 +518,8 @@ def test_winners_in_the_tail():
             codes = empty.codes
             if all_best:
                 codes = jnp.broadcast_to(best[:, None], codes.shape)
-            index = dataclasses.replace(
-                empty, codes=codes, lengths=jnp.full(B, length + config.window_size, jnp.int32)
-            )
+            lengths = jnp.full(B, length + empty.cells.sealing.margin, jnp.int32)
+            index = dataclasses.replace(empty, codes=codes, lengths=lengths, high_water=lengths)
             check_lists(*run(table, index))
 
 
@@ -658,8 +663,8 @@ def test_what_cells_cannot_do_is_said():
         select(query, without, plain, selector="cells")
     with pytest.raises(ValueError, match=r"^config\.cells: expected True"):
         with_cells(index, plain)
-    with pytest.raises(NotImplementedError, match=r"^selector: .*T=2"):
-        indexer_next(jnp.zeros((B, 2, K * G, 8), F32), jnp.zeros((B, 2, K, 8), F32), index, config,
+    with pytest.raises(NotImplementedError, match=r"^selector: .*up to 8 query tokens, not T=9"):
+        indexer_next(jnp.zeros((B, 9, K * G, 8), F32), jnp.zeros((B, 9, K, 8), F32), index, config,
                      selector="cells")  # fmt: skip
     with pytest.raises(NotImplementedError, match=r"^selector: "):
         select(query, index, config, selector="cells", implementation="xla")

@@ -110,6 +110,13 @@ CASES = {
         selector="cells", tuning=H100, K=1, G=16, H=16, of_value=34, S=300,
         sizes=sizes(heavy_size=33, sink_size=0), kv_layout="BKSH",
     ),
+    "cells of four query tokens": Case(
+        selector="cells", T=4, counts=True, dtype="bfloat16", kv_layout="BKSH"
+    ),
+    "cells of eight query tokens": Case(selector="cells", T=8, K=1, G=2),
+    "cells of three query tokens, all but the search apart": Case(
+        selector="cells", T=3, tuning=APART, counts=True, layers=2, layer=1
+    ),
     "more parts than are merged at once": Case(
         S=350, K=1, G=2, sizes=sizes(heavy_size=300), tuning=SMALL
     ),
@@ -277,6 +284,7 @@ ON_CHECKED_MEMORY = {
     "candidates from the sink on",
     "cells",
     "cells, all but the search apart",
+    "cells of eight query tokens",
     "layers of cells, too far",
 }
 
@@ -497,12 +505,9 @@ def merge(parts, lengths, after):
     query = jax.ShapeDtypeStruct((*parts[0].largest.shape[:3], 1), np.float32)
     shapes = kernels.shapes_of_end(query, parts[0].values.shape[-1], lengths, after, None)
     inputs = kernels.MergeInputs(parts, None, after, lengths)
-    return backend.launch(
-        backend.Launch(
-            kernels.merge_kernel, inputs, shapes, parts[0].total[..., 0].size, ("lengths",)
-        ),
-        num_warps=4,
-    )
+    programs = parts[0].total[..., 0].size
+    merge = backend.Launch(kernels.merge_kernel, inputs, shapes, programs, kernels.REACHED)
+    return backend.launch(merge, num_warps=4)
 
 
 @pytest.mark.parametrize("numbers", [(1,), (3, 1), (2, 35)], ids=str)
@@ -521,9 +526,12 @@ def test_parts_are_merged_and_lengths_replaced(run, numbers):
         return kernels.Parts(largest, total, values)
 
     parts = tuple(draw_parts(number) for number in numbers)
-    after = Lengths(np.array([4, 0, 7], np.int32), None)
-    ended = run(merge, parts, np.array([3, 0, 9], np.int32), after)
-    np.testing.assert_array_equal(ended.lengths, after.lengths)
+    before, after = (
+        Lengths(np.array(x, np.int32), None, high_water=np.array(y, np.int32))
+        for x, y in (([3, 0, 9], [4, 5, 9]), ([4, 0, 7], [4, 8, 9]))
+    )
+    ended = run(merge, parts, before, after)
+    jax.tree.map(np.testing.assert_array_equal, ended.lengths, after)
     together = (np.concatenate(x, axis=3) for x in zip(*parts, strict=True))
     for one, other in zip(ended.output, merged(together), strict=True):
         close(one, other, "float32")
@@ -535,9 +543,12 @@ def search_and_attend(table, query, caches, index, known, *, config, tuning):
     """What follows a table by cells, as the last kernel of a step."""
     step = Step.of(index, config, N=query.shape[2], tuning=tuning)
     logits = Logits(jnp.float32(0.5), None)
-    tables, after = tables_from(table, step), Lengths(index.lengths, None)
+    tables = tables_from(table, step)
+    after, before = (
+        Lengths(index.lengths + x, None, high_water=index.high_water + x) for x in (0, 1)
+    )
     of_cells = step, tables, index, after, query, caches, logits, known
-    ended, _ = attend_cells(*of_cells, index.lengths + 1, None)
+    ended, _ = attend_cells(*of_cells, before, None)
     return ended
 
 
@@ -575,7 +586,8 @@ def test_the_winners_among_cells_are_attended_to_once_each(run, kind):
         ended.output, oracle.attention(query, *caches, listed, scale=0.5), strict=True
     ):
         close(one, other, "float32")
-    np.testing.assert_array_equal(ended.lengths, index.lengths)
+    np.testing.assert_array_equal(ended.lengths.lengths, index.lengths)
+    np.testing.assert_array_equal(ended.lengths.high_water, index.high_water)
     for name, writes in run.writes.items():
         if "output" in name:
             assert (writes == 1).all(), name

@@ -301,7 +301,8 @@ def check_a_long_decode(config, capacity, steps, chunk, *, by_cells="cells"):
     shape = LAYERS, BATCH, capacity, KV_HEADS, HEAD_DIM
     key, value = (integers(*shape, dtype=jnp.bfloat16) for _ in range(2))
     if config.estimate_rest:
-        index = dataclasses.replace(index, values=summed_anew(value, index, config))
+        values = summed_anew(value, index, config)
+        index = dataclasses.replace(index, values=values, high_water=jnp.copy(index.lengths))
     plain = jax.tree.map(jnp.copy, (key, value, index.codes, index.codebooks, index.lengths))
     index = with_cells(index, config) if config.cells else index
     cache = DecodeCache(key, value, index)
@@ -381,13 +382,14 @@ def check_a_long_decode(config, capacity, steps, chunk, *, by_cells="cells"):
 def summed_anew(value, index, config):
     """The sums of values that are integers: whatever their order, float32 is exact."""
 
-    def of_layer(value, codes, lengths):
+    def of_layer(value, codes, high_water):
         batch, _, kv_heads, size = value.shape
-        grown = jnp.zeros_like(lengths), jnp.clip(lengths, 0, value.shape[1]), value.shape[1]
+        grown = jnp.zeros_like(high_water), high_water, value.shape[1]
         empty = no_values(batch, kv_heads, size, config)
         return add_values(empty, value, codes, *grown, config, "BSKH", None)
 
-    return jax.vmap(of_layer)(value, index.codes, index.lengths)
+    reached = index.lengths if index.high_water is None else index.high_water
+    return jax.vmap(of_layer)(value, index.codes, reached)
 
 
 @pytest.mark.parametrize("by_cells", ["cells", "threshold"])

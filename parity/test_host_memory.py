@@ -33,6 +33,7 @@ from jax_indexer import (
     reset,
     select,
     sparse_attention,
+    truncate,
 )
 from jax_indexer.kernels import backend
 from jax_indexer.kernels.chunks import put, take
@@ -70,7 +71,8 @@ LOWERED = {
     "lists": (LARGE_PLAIN, "BKSH", 3, 2),
     "cells": (LARGE_CELLS, "BSKH", 3, 1),
     "pool of cells": (LARGE_POOL, "BSKH", None, 1),
-    "pool": (LARGE_POOL, "BSKH", 3, 2),
+    "pool of cells, drafts": (LARGE_POOL, "BSKH", 3, 3),
+    "pool": (dataclasses.replace(LARGE_POOL, cells=False), "BSKH", 3, 2),
 }
 
 
@@ -107,7 +109,9 @@ CASES = {
     "cells": Case("triton", CELLS, selector="cells"),
     "cells, layers": Case("triton", CELLS, layer=2, selector="cells"),
     "cells, lists": Case("triton", MANY, selector="cells"),
+    "cells, drafts": Case("triton", CELLS, T=3, selector="cells"),
     "pool of cells, the rest": Case("triton", ALL),
+    "pool of cells, the rest, drafts": Case("triton", ALL, T=3),
     "pool, the rest, several tokens": Case("triton", MEAN, T=2),
     "nothing is always attended": Case("triton", NO_WINDOW, T=3),
 }
@@ -162,20 +166,25 @@ def without_recent(cache):
 
 
 def assert_recent(case, cache):
-    """What is recent is what the host's copy holds, and maps of what is kept agree."""
-    recent, key, value, lengths = (
+    """What is recent is what the host's copy holds, and maps of what is kept agree.
+
+    The ring ends with what was written last, below the high water where there is one.
+    """
+    written = cache.index.lengths if cache.index.high_water is None else cache.index.high_water
+    recent, key, value, lengths, written = (
         jax.tree.map(np.asarray, x)
-        for x in (cache.recent, cache.key, cache.value, cache.index.lengths)
+        for x in (cache.recent, cache.key, cache.value, cache.index.lengths, written)
     )
     if case.layer is not None:
         take = lambda x: x[case.layer]  # noqa: E731
-        recent, key, value, lengths = (jax.tree.map(take, x) for x in (recent, key, value, lengths))
+        of_layers = recent, key, value, lengths, written
+        recent, key, value, lengths, written = (jax.tree.map(take, x) for x in of_layers)
     if case.kv_layout == "BKSH":
         key, value = key.swapaxes(1, 2), value.swapaxes(1, 2)
     for row in range(B):
         always = np.arange(lengths[row])
         ring, sink = ring_size(case.config), case.config.sink_size
-        always = always[(always < sink) | (always >= lengths[row] - ring)]
+        always = always[(always < sink) | (always >= written[row] - ring)]
         place = np.asarray(place_of(jnp.asarray(always, jnp.int32), case.config))
         np.testing.assert_array_equal(recent.key[row, place], key[row, always])
         np.testing.assert_array_equal(recent.value[row, place], value[row, always])
@@ -218,6 +227,42 @@ def test_steps_are_those_of_caches_on_the_device_bit_by_bit(name):
             recent = assert_recent(case, on_host)
     if case.implementation == "triton":
         assert (recent.slot_of >= 0).any()
+
+
+DRAFTS = {
+    "xla, layers, all, head-major": Case("xla", ALL, "BKSH", 1, 8),
+    "cells, layers": Case("triton", CELLS, layer=2, T=4, selector="cells"),
+    "pool of cells, the rest": Case("triton", ALL, T=4),
+}
+
+
+@pytest.mark.parametrize("name", DRAFTS)
+def test_drafts_are_taken_back_as_on_the_device(name):
+    """Rows go back as far as they may, and the ring has all that the next steps read there."""
+    case = DRAFTS[name]
+    step, rng = jax.jit(case.decode), np.random.default_rng(0)
+
+    def one(index):
+        return index if case.layer is None else layer_of(index, jnp.int32(case.layer))
+
+    with case.runs():
+        on_device, on_host = filled(case)
+        for i in range(9):
+            query = draw(4 + i, B, case.T, N, H)
+            new = (tokens(case, 30 + i, case.T), tokens(case, 60 + i, case.T, VALUE_H))
+            counts = jnp.asarray(rng.integers(case.T - 1, case.T + 1, B), jnp.int32)
+            expected, on_device = step(query, *new, on_device, counts=counts)
+            out, on_host = step(query, *new, on_host, counts=counts)
+            np.testing.assert_array_equal(np.asarray(out), np.asarray(expected))
+            index = one(on_device.index)
+            lengths = index.high_water - 8 if i % 3 == 1 else index.lengths
+            pair = on_device, on_host
+            on_device, on_host = (truncate(x, lengths, layer=case.layer) for x in pair)
+            np.testing.assert_array_equal(one(on_host.index).lengths, lengths)
+            assert_equal(without_recent(on_host), on_device)
+            assert_recent(case, on_host)
+    # What was sealed and summed went on.
+    assert (np.asarray(one(on_host.index).high_water) > LENGTHS + 8).all()
 
 
 @pytest.mark.parametrize("name", ["xla, layers, all, head-major", "pool of cells, the rest"])
@@ -678,6 +723,8 @@ def test_bad_input_is_refused_before_anything_compiles():
     with pytest.raises(NotImplementedError, match="up to 8 tokens a step"):
         decode_attention(draw(3, B, 9, N, H), *many, on_host, config)
     every, number = jnp.ones(B, bool), jnp.asarray(LENGTHS)
+    with pytest.raises(NotImplementedError, match=r"cache: .* go back as far as their high water"):
+        truncate(on_host, number)
     with pytest.raises(ValueError, match="key: expected an array on the device"):
         build_index(on_host.key, number, config)
     with pytest.raises(ValueError, match="key: expected an array on the device"):
@@ -690,6 +737,26 @@ def test_bad_input_is_refused_before_anything_compiles():
     index = empty_cache(rest, B, S, K, H, value_head_dim=VALUE_H).index
     with pytest.raises(ValueError, match="value: expected an array on the device"):
         append(index, new[0], rest, value=on_host.value)
+
+
+def test_pages_in_host_memory_are_not_there_yet():
+    with pytest.raises(NotImplementedError, match=r"num_pages, page_size: .* not there yet"):
+        empty_cache(PLAIN, B, S, K, H, memory_kind="pinned_host", num_pages=26, page_size=16)
+    case, on_device, on_host = an_index_and_caches()
+    key, value = (jax.device_put(jnp.zeros((26, 16, K, x)), HOST) for x in (H, VALUE_H))
+    paged, config = dataclasses.replace(on_host, key=key, value=value), case.config
+    table = {"page_table": jnp.zeros((B, 13), jnp.int32)}
+    query, new = draw(3, B, 1, N, H), (tokens(case, 4, 1), tokens(case, 5, 1, VALUE_H))
+    selected, every = select(query, on_device.index, config), jnp.ones(B, bool)
+    prompt = *prompts(case, 1, 120), jnp.asarray(LENGTHS), config
+    for function in (
+        lambda: decode_attention(query, *new, paged, config, **table),
+        lambda: sparse_attention(query, key, value, selected, **table),
+        lambda: rebuild(paged.index, key, config, every, **table),
+        lambda: prefill(*prompt, cache=paged, **table),
+    ):
+        with pytest.raises(NotImplementedError, match=r"page_table: .* not there yet"):
+            function()
 
 
 @pytest.mark.parametrize("implementation", ["xla", None])

@@ -539,8 +539,6 @@ def test_a_decode_step_of_a_layer_lowers_to_kernels_alone(name, selector, layers
     """Which write caches and state in place, in a launch for all that needs no selection."""
     shape = {"B": 1, "T": 1, "K": 2, "S": 5000, "H": 64, "of_value": 64, **ATTENTION[name]}
     by_cells = "cells" in selector
-    if by_cells and shape["T"] > 1:
-        pytest.skip("cells take one query token")
     # The middle of a short list is attended to where it is found.
     apart = selector != "cells"
     heavy = 300 if apart else 100

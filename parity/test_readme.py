@@ -16,7 +16,7 @@ README = ROOT / "README.md"
 
 def test_the_examples_run_as_pasted(capsys):
     found = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
-    decode, serve, parts, million, devices = found
+    decode, serve, drafts, parts, million, devices = found
     scope = {}
     exec(compile(decode, README.name, "exec"), scope)
     assert scope["cache"].index.lengths.tolist() == [[3008], [3008]]
@@ -24,6 +24,10 @@ def test_the_examples_run_as_pasted(capsys):
     exec(compile(serve, README.name, "exec"), scope)
     assert scope["cache"].index.lengths.tolist() == [[3000], [0]]
     assert scope["drifted"].tolist() == [False]
+    exec(compile(drafts, README.name, "exec"), scope)
+    assert scope["paged"].index.lengths.tolist() == [3001]
+    assert scope["paged"].index.high_water.tolist() == [3004]
+    assert scope["out"].shape == (1, 4, 8, 64)
     exec(compile(parts, README.name, "exec"), scope)
     shape = scope["selection"].indices.shape
     assert capsys.readouterr().out == f"{shape} [64 64 64 64 64 64 64 64]\n"

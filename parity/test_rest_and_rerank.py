@@ -73,7 +73,9 @@ def with_sums(case, cache):
     values = found[0]
     if case.layers is not None:
         values = jax.tree.map(lambda *x: np.stack(x), *found)
-    return dataclasses.replace(cache, index=dataclasses.replace(index, values=values))
+    high_water = np.clip(index.lengths, 0, index.codes.shape[-1])
+    index = dataclasses.replace(index, values=values, high_water=high_water)
+    return dataclasses.replace(cache, index=index)
 
 
 @functools.partial(
@@ -151,6 +153,10 @@ CASES = {
     "a pool of more than there is": Case(sizes=sizes(heavy_size=40), S=70),
     "the inner product": Case(sizes=sizes(metric="ip")),
     "cells": Case(selector="cells", counts=True),
+    "cells of three query tokens": Case(selector="cells", T=3, counts=True, kv_layout="BKSH"),
+    "layers of cells of eight query tokens": Case(
+        selector="cells", T=8, K=1, G=2, layers=2, layer=1
+    ),
     "the middle layer": Case(layers=3, layer=1, T=2, counts=True),
     "layers of cells, from the end": Case(layers=3, layer=-7, selector="cells", kv_layout="BKSH"),
 }  # fmt: skip
@@ -182,9 +188,12 @@ INTERPRETED = {
     ("three query tokens", "rerank, codes"), ("many new tokens", "codes"), ("cells", "codes"),
     ("a pool of more than there is", "rerank"), ("no budget", "mean"),
     ("layers of cells, from the end", "rerank, mean"),
+    ("cells of three query tokens", "codes"),
 }  # fmt: skip
 ON_CHECKED_MEMORY = {
     ("cells", "rerank, codes"), ("the middle layer", "rerank, mean"), ("all sink", "codes"),
+    ("layers of cells of eight query tokens", "rerank"),
+    ("cells of three query tokens", "rerank, codes"),
 }  # fmt: skip
 
 
@@ -417,7 +426,7 @@ def test_sums_after_many_steps_are_those_built_anew(T, rest):
 def check_sums(cache, config, kv_layout="BSKH"):
     cache = jax.tree.map(np.asarray, cache)
     index = cache.index
-    sums, counts = oracle.value_sums(cache.value, index.codes, index.lengths, config, kv_layout)
+    sums, counts = oracle.value_sums(cache.value, index.codes, index.high_water, config, kv_layout)
     np.testing.assert_array_equal(index.values.counts, counts)
     np.testing.assert_array_equal(index.values.sums, sums)
     assert counts.sum() > 0

@@ -1,5 +1,6 @@
 """Rows split over devices, each check of `parity.sequence` in a process with host devices."""
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -72,7 +73,7 @@ def test_kernels_on_checked_memory(tokens, middle):
             sealing = Sealing(config.first_candidate, config.window_size, segment=8, block=8)
             cells = no_cells(B, K, part, config, sealing)
             cells = seal(cells, local.codes, lengths - 30, jnp.ones(B, bool), config, span)
-            local = PQIndex(local.codebooks, local.codes, lengths, cells=cells)
+            local = dataclasses.replace(local, cells=cells, high_water=lengths)
         step = pipeline.of_devices(Step.of(local, config, T=tokens, N=N), span)
         with checked(device):
             grown = pipeline.launch_append(step, key, local, None, span=span)

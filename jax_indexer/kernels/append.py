@@ -8,13 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 from jax.experimental import pallas as pl
-from jaxtyping import Float, Int32
+from jaxtyping import Float
 
 from jax_indexer.kernels import backend
 from jax_indexer.kernels.codebook import dimension_tiles, tiles
-from jax_indexer.kernels.step import Lengths, Step, room_in
+from jax_indexer.kernels.step import Lengths, Step, raised_in, room_in
 from jax_indexer.layout import dimension_of
-from jax_indexer.state import PQIndex, Span
+from jax_indexer.state import PQIndex
 
 
 class Inputs(NamedTuple):
@@ -51,6 +51,8 @@ def append_kernel(program, inputs: Inputs, outputs: Outputs, *, step: Step, at_o
         outputs.after.lengths[row] = length
         if outputs.after.counts is not None:
             outputs.after.counts[row] = room.taken
+        if outputs.after.high_water is not None:
+            outputs.after.high_water[row] = raised_in(step, inputs.before, row)[1]
 
     centroid = jnp.arange(num_centroids, dtype=jnp.int32)
     one_tile = len(dimension_tiles(num_centroids, dimensions, step.tuning)) == 1
@@ -98,9 +100,8 @@ def append_launch(
     step: Step,
     key_new: Float[Array, "B _ _ H"],
     index: PQIndex,
-    counts: Int32[Array, "B"] | None,
+    before: Lengths,
     layer: Array | None = None,
-    span: Span | None = None,
 ) -> backend.Launch:
     """The launch that encodes the new keys that each row takes and writes their codes.
 
@@ -115,11 +116,12 @@ def append_launch(
         phi = None  # which is not read
     phi = None if phi is None else step.by_rows(phi)
     codes = step.by_rows(index.codes)
-    of_rows = backend.follows((step.B,), np.int32, index.lengths, counts, layer)
+    followed = before.lengths, before.counts, before.page_table, layer
+    of_rows = backend.follows((step.B,), np.int32, *followed)
     return backend.Launch(
         functools.partial(append_kernel, step=step, at_once=at_once),
         Inputs(
-            Lengths.of(index.lengths, counts, span),
+            before,
             key_new,
             step.by_rows(index.codebooks),
             phi,
@@ -127,10 +129,14 @@ def append_launch(
         ),
         Outputs(
             jax.ShapeDtypeStruct(codes.shape, np.uint8),
-            Lengths(of_rows, None if counts is None else of_rows),
+            Lengths(
+                of_rows,
+                None if before.counts is None else of_rows,
+                high_water=None if before.high_water is None else of_rows,
+            ),
         ),
         programs=step.R * num_subspaces * pl.cdiv(step.T, at_once),
         in_place=("codes",),
-        state=("before.lengths", "codebooks", "phi", "codes"),
+        state=("before.lengths", "before.high_water", "codebooks", "phi", "codes"),
         layer=layer,
     )

@@ -27,12 +27,15 @@ from jax_indexer.kernels import backend
 from jax_indexer.kernels.step import Lengths, Step, plan_after, plan_query, room_in
 from jax_indexer.kernels.tuning import H100, Tuning
 from jax_indexer.layout import KVLayout, head_axis, power_of_2_from, token_axis
+from jax_indexer.pages import page_and_slot
 from jax_indexer.recent import place_of
 from jax_indexer.reference import Attention, Caches, Logits, corrected_by, made_logits
 from jax_indexer.state import Recent, Rest
 
 # Queries that share what they attend to, at the most: what a tensor core takes at the least.
 ROWS = 16
+# What a step replaces last, in the memory of what was before.
+REACHED = ("lengths.lengths", "lengths.high_water")
 # Parts that are merged at once.
 MERGED_AT_ONCE = 16
 
@@ -70,10 +73,32 @@ def block_of(key_size: int, value_size: int, tile: int, tuning: Tuning) -> int:
     return min(max(tokens, ROWS), tuning.most_attended)
 
 
+def in_page(
+    cache: Any, kv_layout: KVLayout, table: Any, row: Array, position: Array, wanted: Array
+) -> tuple[Array, Array, Array]:
+    """Pages of a row's positions, their slots there, and which of those wanted have a page.
+
+    A page beyond those there are is taken for the last.
+    """
+    number, slot = page_and_slot(position, cache.shape[token_axis(kv_layout)])
+    wanted &= number < table.shape[1]
+    page = backend.load(table.at[row, number], mask=wanted, other=-1)
+    return jnp.clip(page, 0, cache.shape[0] - 1), slot, wanted & (page >= 0)
+
+
 def read_rows(
-    cache: Any, kv_layout: KVLayout, row: Array, kv_head: Array, token: Array, wanted: Array
+    cache: Any,
+    kv_layout: KVLayout,
+    row: Array,
+    kv_head: Array,
+    token: Array,
+    wanted: Array,
+    page_table: Any = None,
 ) -> Float[Array, "block H"]:
-    """Some tokens' keys or values; 0 for those that are not wanted."""
+    """Some tokens' keys or values; 0 for those that are not wanted, or have no page."""
+    if page_table is not None:
+        row, token, wanted = in_page(cache, kv_layout, page_table, row, token, wanted)
+        row = row[:, None]
     size = cache.shape[3]
     d = jnp.arange(padded(size), dtype=jnp.int32)[None, :]
     mask = jnp.broadcast_to(wanted[:, None] & (d < size), (wanted.shape[0], d.size))
@@ -106,6 +131,7 @@ def read_caches(
     kv_head: Array,
     token: Array,
     wanted: Array,
+    page_table: Any = None,
 ) -> list[Array]:
     """`read_rows` of caches, from what is kept on the device where it is there.
 
@@ -113,11 +139,12 @@ def read_caches(
       inputs: with `kept`, None for caches on the device, and the caches.
       fields: which caches.
       kv_layout: of the caches.
-      row, kv_head, token, wanted: as in `read_rows`.
+      row, kv_head, token, wanted, page_table: as in `read_rows`; rows that are kept have no pages.
     """
     kept, at = inputs.kept, (row, kv_head)
     if kept is None:
-        return [read_rows(getattr(inputs, x), kv_layout, *at, token, wanted) for x in fields]
+        place = kv_layout, *at, token, wanted, page_table
+        return [read_rows(getattr(inputs, x), *place) for x in fields]
     slot = backend.load(kept.slot_of.at[(*at, token)], mask=wanted, other=-1)
     is_near = slot >= 0
     slot = jnp.where(is_near, slot, 0)
@@ -304,6 +331,7 @@ class ListedInputs(NamedTuple):
     logits: Logits
     after: Lengths | None  # the step that made the lists
     kept: Kept | None
+    page_table: Any  # i32[B, pages] of caches in pages, else None
 
 
 class Entries(NamedTuple):
@@ -334,9 +362,12 @@ def read_listed(
     exists: Array,
 ) -> tuple[Array, Float[Array, "block H"], Float[Array, "block H_"]]:
     """Which entries of a list are positions of the caches, and their keys and values."""
-    live = exists & (position >= 0) & (position < inputs.key.shape[token_axis(kv_layout)])
+    capacity, table = inputs.key.shape[token_axis(kv_layout)], inputs.page_table
+    capacity *= 1 if table is None else table.shape[1]
+    live = exists & (position >= 0) & (position < capacity)
     position = jnp.where(live, position, 0)
-    key, value = read_caches(inputs, Caches._fields, kv_layout, row, kv_head, position, live)
+    of_row = row, kv_head, position, live
+    key, value = read_caches(inputs, Caches._fields, kv_layout, *of_row, table)
     return live, key, value
 
 
@@ -420,7 +451,7 @@ class MergeInputs(NamedTuple):
       parts: in the order they are added.
       rest: what the lists leave out, or None.
       after: lengths after the step, or None.
-      lengths: not read.
+      lengths: `Lengths` of all layers, or None; not read.
     """
 
     parts: tuple[Parts, ...]
@@ -430,7 +461,7 @@ class MergeInputs(NamedTuple):
 
 
 class Ended(NamedTuple):
-    """An output, and i32[B] lengths in the memory of those before a step, if it is one."""
+    """An output, and `Lengths` in the memory of those before a step, if it is one."""
 
     output: Attention
     lengths: Any
@@ -442,7 +473,9 @@ def write_length(after: Lengths | None, lengths: Any, row: Array, is_first: Arra
 
         @pl.when(is_first)
         def _():
-            lengths[row] = after.lengths[row]
+            lengths.lengths[row] = after.lengths[row]
+            if lengths.high_water is not None:
+                lengths.high_water[row] = after.high_water[row]
 
 
 def read_rest(
@@ -509,6 +542,12 @@ def write_kernel(program, inputs: WriteInputs, outputs: Written, *, step: Step, 
     if span is not None:
         start = start - span.offset
         is_mine &= (start + token >= 0) & (start + token < step.S)
+    table, of_row, slot = inputs.before.page_table, row, None
+    if table is not None:  # of a page that is there, or the row would take nothing
+        size = outputs.key.shape[token_axis(step.kv_layout)]
+        number, slot = page_and_slot(start + token, size)
+        page = table[row, jnp.minimum(number, table.shape[1] - 1)]
+        of_row = jnp.clip(page, 0, outputs.key.shape[0] - 1)
 
     @pl.when(is_mine)
     def _():
@@ -517,12 +556,12 @@ def write_kernel(program, inputs: WriteInputs, outputs: Written, *, step: Step, 
             d = jnp.arange(power_of_2_from(size), dtype=jnp.int32)
             of_new, of_cache = (
                 (x, kv_head) if step.kv_layout == "BSKH" else (kv_head, x)
-                for x in (token, start + token)
+                for x in (token, start + token if slot is None else slot)
             )
             if is_recent:
                 of_cache = place_of(room.start + token, step.config), kv_head
             found = backend.load(new.at[(row, *of_new, d)], mask=d < size, other=0)
-            backend.store(cache.at[(row, *of_cache, d)], found, mask=d < size)
+            backend.store(cache.at[(of_row, *of_cache, d)], found, mask=d < size)
         if is_recent:
             forget(outputs, row, kv_head, room.start + token)
 
@@ -580,9 +619,10 @@ def always_kernel(
 
     place = place_of(position, step.config) if is_recent else position
     kv_layout = "BSKH" if is_recent else step.kv_layout
+    table = inputs.before.page_table
 
     def read(cache, new_ones):
-        old = read_rows(cache, kv_layout, row, kv_head, place, live & ~is_new)
+        old = read_rows(cache, kv_layout, row, kv_head, place, live & ~is_new, table)
         own = read_rows(new_ones, step.kv_layout, row, kv_head, new, is_new)
         return jnp.where(is_new[:, None], own, old)
 
@@ -617,7 +657,7 @@ def shapes_of_parts(query: Any, value_size: int, num_parts: int) -> Parts:
 def shapes_of_end(
     query: Any,
     value_size: int,
-    lengths: Array | None,
+    lengths: Lengths | None,
     after: Lengths | None,
     layer: Array | None,
     dtype: Any = None,
@@ -627,8 +667,11 @@ def shapes_of_end(
     output = Attention(out, jax.ShapeDtypeStruct(query.shape[:3], np.float32))
     if lengths is None:
         return Ended(output, None)
-    after = after and after._replace(offset=None)  # which no length depends on
-    return Ended(output, backend.follows(lengths.shape, np.int32, lengths, after, layer))
+    after = after and after._replace(offset=None, page_table=None)  # which no length depends on
+    return Ended(
+        output,
+        jax.tree.map(lambda x: backend.follows(x.shape, np.int32, lengths, after, layer), lengths),
+    )
 
 
 def write_launch(
@@ -703,7 +746,7 @@ class Middle(NamedTuple):
     step: Step
     after: Lengths
     known: Parts
-    lengths: Array
+    lengths: Lengths
     kept: Kept | None = None
 
 
@@ -720,6 +763,7 @@ def launch_listed(
     middle: Middle | None = None,
     tuning: Tuning = H100,
     dtype: Any = None,
+    page_table: Int32[Array, "B pages"] | None = None,
 ) -> Ended:
     """Attends to lists.
 
@@ -735,6 +779,7 @@ def launch_listed(
       middle: of the lists of a step, what the other entries give.
       tuning: block sizes.
       dtype: of the output; None for the query's.
+      page_table: of caches in pages; None for caches in rows.
 
     Returns:
       The output, and lengths for those of `middle`.
@@ -745,6 +790,7 @@ def launch_listed(
     list_size, value_size = indices.shape[3], caches.value.shape[-1]
     together = sharing(query.shape[2] // caches.key.shape[head_axis(kv_layout) - 4])
     of_devices = after is not None and after.offset is not None
+    of_lists = after and after._replace(high_water=None, page_table=None)
     if step is not None and not of_devices:
         own = Entries(step.config.sink_size, list_size - step.config.window_size)
     elif own is None or (together == 1 and rest is None):
@@ -758,7 +804,7 @@ def launch_listed(
         num_parts = max(pl.cdiv(number, block), 1)
         return backend.Launch(
             functools.partial(kernel, kv_layout=kv_layout, block=block, own=own, **options),
-            ListedInputs(query, *caches, indices, vectors(logits), after, kept),
+            ListedInputs(query, *caches, indices, vectors(logits), of_lists, kept, page_table),
             shapes_of_parts(query, value_size, num_parts),
             programs=math.prod(query.shape[:3]) // heads * num_parts,
             state=(*Caches._fields, *KEPT_STATE),
@@ -780,11 +826,11 @@ def launch_listed(
     left_out = rest and LeftOut(rest.value, rest.log_mass, rest.log_heavy_mass)
     merge = backend.Launch(
         merge_kernel,
-        MergeInputs(parts, left_out, after, lengths),
+        MergeInputs(parts, left_out, after and after._replace(page_table=None), lengths),
         shapes_of_end(query, value_size, lengths, after, layer, dtype),
         programs=math.prod(query.shape[:3]),
-        in_place=("lengths",),
-        state=("lengths",),
+        in_place=REACHED,
+        state=REACHED,
         layer=layer,
     )
     num_parts = sum(part.largest.shape[3] for part in parts)

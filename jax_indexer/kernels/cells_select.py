@@ -22,6 +22,7 @@ from jax_indexer.config import LARGEST_BUDGET_OF_CELLS
 from jax_indexer.kernels import backend
 from jax_indexer.kernels.attend import (
     KEPT_STATE,
+    REACHED,
     Ended,
     Kept,
     Parts,
@@ -222,9 +223,9 @@ class Search(NamedTuple):
         return backend.load(at, mask=exists, other=None if exists is None else 0)
 
     def state_fits(self) -> Array:
-        """Whether the state was made for this length.
+        """Whether the state was made for these lengths.
 
-        One that was not, as the length was set by hand, is not used. What is not seen of it here
+        One that was not, as lengths were set by hand, is not used. What is not seen of it here
         may make lists wrong, but no access leaves an array.
         """
         plan, cells = self.plan, self.step.config.num_cells
@@ -534,13 +535,14 @@ def search_for(
 ) -> Search:
     """A program's search."""
     row = kv_row // step.K
-    length, base, reach = inputs.lengths.lengths[row], inputs.base[row], step.S
+    high_water, base, reach = inputs.lengths.high_water[row], inputs.base[row], step.S
     span = inputs.lengths.span(step)
     if span is not None:
-        length, base, reach = span.length(length, sealing), span.clip(base), span.reach(sealing)
+        high_water, base = span.length(high_water, sealing), span.clip(base)
+        reach = span.reach(sealing)
         sealing = span.of_sealing(sealing)
-    sealed = sealed_at(length, base, sealing, reach)
-    state = progress(length, sealed, sealing, reach)
+    sealed = sealed_at(high_water, base, sealing, reach)
+    state = progress(high_water, sealed, sealing, reach)
     place = backend.lanes(max(power_of_2_from(step.budget), 32 * num_warps))
     return Search(step, sealing, inputs, outputs, kv_row, query, plan, sealed, state, place)
 
@@ -549,7 +551,7 @@ def cells_select_kernel(
     program, inputs: Inputs, outputs: Outputs, *, step: Step, sealing: Sealing, num_warps: int
 ):
     kv_row, query = program // step.Q, program % step.Q
-    plan = plan_query(step, inputs.lengths, kv_row, 0)
+    plan = plan_query(step, inputs.lengths, kv_row, 0 if step.T == 1 else query // step.G)
     writer = Writer(Lists(outputs.indices, outputs.counts, outputs.weights), kv_row, query, plan)
     writer.settle()
     search = search_for(step, sealing, num_warps, inputs, outputs, kv_row, query, plan)
@@ -561,7 +563,7 @@ class AttendInputs(NamedTuple):
     """What is attended to by the winners of a search, and the parts that are known already."""
 
     search: Inputs
-    query: Any  # [B, 1, N, H]
+    query: Any  # [B, T, N, H]
     key: Any
     value: Any
     logits: Logits
@@ -590,9 +592,10 @@ def cells_attend_kernel(
 ):
     """Searches, and attends to the winners as they are found: a sum needs them in no order."""
     kv_row, query = program // step.Q, program % step.Q
-    row, kv_head, token = kv_row // step.K, kv_row % step.K, jnp.int32(0)
-    head = kv_head * step.G + query
-    plan = plan_query(step, inputs.search.lengths, kv_row, 0)
+    row, kv_head = kv_row // step.K, kv_row % step.K
+    token, head = (jnp.int32(0), query) if step.T == 1 else (query // step.G, query % step.G)
+    head = kv_head * step.G + head
+    plan = plan_query(step, inputs.search.lengths, kv_row, 0 if step.T == 1 else token)
     search = search_for(
         step, sealing, num_warps, inputs.search, outputs.search, kv_row, query, plan
     )
@@ -603,7 +606,7 @@ def cells_attend_kernel(
     # Not before the search, which needs the registers.
     vector, logits = read_query(inputs.query, row, token, head), read_logits(inputs.logits)
     found = read_parts(inputs.known, row, token, head)
-    num_listed = plan.between(step.config)
+    num_listed, table = plan.between(step.config), inputs.search.lengths.page_table
     for first in range(0, step.num_middle, block):
         slot = first + jnp.arange(block, dtype=jnp.int32)
         at = search.outputs.positions.at[kv_row, query, slot]
@@ -613,7 +616,7 @@ def cells_attend_kernel(
         live = slot < num_listed
         position = jnp.where(live, jnp.clip(position, 0, step.S - 1), 0)
         at = row, kv_head, position, live
-        key, value = read_caches(inputs, Caches._fields, step.kv_layout, *at)
+        key, value = read_caches(inputs, Caches._fields, step.kv_layout, *at, table)
         found = merge_two(found, attend(vector, key, value, live, logits))
     write_output(outputs.output, row, token, head, found)
 
@@ -627,7 +630,7 @@ def select_cells(
     weights: Float[Array, "R Q S"] | None,
     layer: Array | None = None,
 ) -> Lists:
-    """Everything of a selection that follows the tables, in one kernel, for one query token.
+    """Everything of a selection that follows the tables, in one kernel, for a few query tokens.
 
     Arguments and result are those of `select_threshold`, and the state of the cells.
 
@@ -697,11 +700,11 @@ def attend_cells(
     caches: Caches,
     logits: Logits,
     known: Parts,
-    lengths: Array,
+    lengths: Lengths,
     layer: Array | None,
     kept: Kept | None = None,
 ) -> tuple[Ended, Int32[Array, "R Q E"]]:
-    """Selects for one query token and attends to what is selected, in one kernel.
+    """Selects for a few query tokens and attends to what is selected, in one kernel.
 
     Args:
       step: the step.
@@ -740,11 +743,11 @@ def attend_cells(
             *shapes_of_end(query, value_size, lengths, after, layer),
         ),
         programs=search.programs,
-        in_place=("lengths",),
+        in_place=REACHED,
         state=(
             *(f"search.{name}" for name in search.state),
             *Caches._fields,
-            "lengths",
+            *REACHED,
             *KEPT_STATE,
         ),
         layer=layer,

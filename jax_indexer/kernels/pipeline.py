@@ -32,7 +32,15 @@ from jax_indexer.kernels.threshold import select_threshold
 from jax_indexer.kernels.top_k import select_top_k
 from jax_indexer.kernels.value_sums import sum_values_launch
 from jax_indexer.layout import by_query_head
-from jax_indexer.reference import Caches, Logits, dense_weights, merge_devices
+from jax_indexer.pages import in_rows
+from jax_indexer.reference import (
+    Caches,
+    Logits,
+    Room,
+    dense_weights,
+    merge_devices,
+    raised,
+)
 from jax_indexer.state import MOST_NEW, PQIndex, Recent, Selection, Span, layer_of, put_layer
 from jax_indexer.values import add_values
 
@@ -45,14 +53,16 @@ def append_launches(
     layer: Array | None = None,
     value: Any = None,
     span: Span | None = None,
+    page_table: Int32[Array, "B pages"] | None = None,
     is_recent: bool = False,
 ) -> dict[str, backend.Launch]:
     """The launches that append: codes, and what falls due in cells and sums for a few tokens.
 
     With `is_recent` the value is what is recent of a cache in host memory.
     """
-    launches = {"codes": append_launch(step, key_new, index, counts, layer, span)}
-    before, codes = Lengths.of(index.lengths, counts, span), backend.OutputOf("codes", "codes")
+    before = Lengths.of(index.lengths, counts, span, index.high_water, page_table)
+    launches = {"codes": append_launch(step, key_new, index, before, layer)}
+    codes = backend.OutputOf("codes", "codes")
     if step.T > MOST_NEW:
         return launches
     if index.cells is not None:
@@ -94,6 +104,7 @@ def appended(
     layer: Array | None = None,
     value: Array | None = None,
     span: Span | None = None,
+    page_table: Int32[Array, "B pages"] | None = None,
 ) -> tuple[PQIndex, Lengths]:
     """The index after an append, and its layer's lengths; what many new tokens change is XLA's."""
     codes, after, cells = made["codes"].codes, made["codes"].after, index.cells
@@ -108,19 +119,26 @@ def appended(
     elif cells is not None:
         one, its_codes, before = layer_of((cells, codes, index.lengths), layer)
         # A row that takes nothing keeps its length, whatever that is.
-        one = seal(one, its_codes, after.lengths, after.lengths != before, step.config, span)
+        taking = after.lengths != before
+        one = seal(one, its_codes, after.high_water, taking, step.config, span)
         cells = put_layer(cells, one, layer)
     values = index.values
     if "values" in made:
         values = replaced(values, made["values"])
     elif values is not None:
         assert value is not None
-        before = jnp.clip(layer_of(index.lengths, layer), 0, step.S)
-        grown = before, jnp.clip(after.lengths, 0, step.S), step.T
+        lengths, high_water = layer_of((index.lengths, index.high_water), layer)
+        start = jnp.clip(lengths, 0, step.S)
+        room = Room(start, jnp.where(after.lengths != lengths, after.lengths - start, 0))
+        value = in_rows(value, page_table, step.kv_layout, layer, step.S)
+        grown = *raised(high_water, room, step.S), step.T
         values = add_values(values, value, codes, *grown, step.config, step.kv_layout, layer)
-    lengths = put_layer(index.lengths, after.lengths, layer)
-    index = dataclasses.replace(index, codes=codes, lengths=lengths, cells=cells, values=values)
-    return index, Lengths.of(after.lengths, after.counts, span)
+    reached = index.lengths, index.high_water
+    lengths, high_water = put_layer(reached, (after.lengths, after.high_water), layer)
+    kept = {"cells": cells, "values": values, "high_water": high_water}
+    index = dataclasses.replace(index, codes=codes, lengths=lengths, **kept)
+    reached = after.lengths, after.counts, span, after.high_water, page_table
+    return index, Lengths.of(*reached)
 
 
 def of_devices(step: Step, span: Span | None) -> Step:
@@ -159,7 +177,8 @@ def launch_select(
     weights_dtype, step = step.weights_dtype, of_devices(step, span)
     lengths = Lengths.of(index.lengths, counts, span)
     made = launched(step, query_launches(step, query, index, lengths, layer))
-    lengths = lengths._replace(lengths=layer_of(index.lengths, layer))
+    reached = layer_of((index.lengths, index.high_water), layer)
+    lengths = lengths._replace(lengths=reached[0], high_water=reached[1])
     if rest_by is None:
         selection = selected(step, made, index, lengths, selector, layer, span)
         return with_weights(selection, weights_dtype, span)
@@ -209,6 +228,7 @@ def launch_decode(
     selector: Selector,
     layer: Array | None = None,
     span: Span | None = None,
+    page_table: Int32[Array, "B pages"] | None = None,
 ) -> tuple[Float[Array, "B T N H_"], Caches, PQIndex, Recent | None]:
     """What `reference.decode` does: the step's tokens into the caches, and attention over them.
 
@@ -216,10 +236,10 @@ def launch_decode(
     caches in host memory, with `recent`, that is read on the device, and so is what is kept.
     """
     step, is_recent = of_devices(step, span), recent is not None
-    before = Lengths.of(index.lengths, counts, span)
+    before = Lengths.of(index.lengths, counts, span, page_table=page_table)
     written = Caches(*(backend.OutputOf("caches", field) for field in Caches._fields))
-    value = written.value
-    others = append_launches(step, new.key, index, counts, layer, value, span, is_recent)
+    appends = step, new.key, index, counts, layer, written.value, span, page_table
+    others = append_launches(*appends, is_recent)
     first = {
         "caches": write_launch(step, new, recent or caches, before, layer),
         "always": always_launch(step, query, new, written, before, logits, layer, is_recent),
@@ -239,8 +259,8 @@ def launch_decode(
         into = backend.launch(to_host, num_warps=step.tuning.written_warps)
         caches = Caches(into.key, into.value)
     kept, indices, positions = kept_of(recent), None, None
-    lengths = index.lengths
-    index, after = appended(step, index, made, layer, caches.value, span)
+    lengths = Lengths(index.lengths, None, high_water=index.high_water)
+    index, after = appended(step, index, made, layer, caches.value, span, page_table)
     has_pool = step.config.rerank > 1 or step.config.estimate_rest
     known = step, made["tables"], index, after, query, caches
     others = logits, always, lengths, layer, kept
@@ -265,6 +285,7 @@ def launch_decode(
             middle=Middle(step, after, always, lengths, kept),
             tuning=step.tuning,
             dtype=None if span is None else np.float32,
+            page_table=page_table,
         )
     output = ended.output
     if span is not None:
@@ -272,8 +293,8 @@ def launch_decode(
     if recent is not None:
         listed = {"lists": indices, "positions": positions}
         recent = keep(step.of_pool, after, caches, recent, layer, **listed)
-    index = dataclasses.replace(index, lengths=ended.lengths)
-    return output.out, caches, index, recent
+    reached = {"lengths": ended.lengths.lengths, "high_water": ended.lengths.high_water}
+    return output.out, caches, dataclasses.replace(index, **reached), recent
 
 
 def selected(
@@ -292,7 +313,7 @@ def selected(
     With `span` and `middle` lists have what lies between sink and window alone.
     """
     weights = made["weights"].weights if "weights" in made else None
-    tables = made["tables"]
+    tables, lengths = made["tables"], lengths._replace(page_table=None)
     lists = lists_from(step, tables, index, lengths, weights, selector, layer)
     if span is not None and step.config.heavy_size:
         codes = step.by_rows(index.codes)

@@ -18,6 +18,7 @@ from jaxtyping import Float, Int32
 from jax_indexer.kernels import backend
 from jax_indexer.kernels.attend import (
     KEPT_STATE,
+    REACHED,
     ROWS,
     Ended,
     Kept,
@@ -86,6 +87,7 @@ class EndInputs(NamedTuple):
       known: the parts of sink and window.
       rest: None without the rest.
       kept: of caches in host memory.
+      page_table: i32[B, pages] of caches in pages, else None.
     """
 
     query: Any
@@ -95,6 +97,7 @@ class EndInputs(NamedTuple):
     known: Parts
     rest: Sources | None
     kept: Kept | None
+    page_table: Any
 
 
 class Scratch(NamedTuple):
@@ -161,8 +164,8 @@ class End(NamedTuple):
         return exists & (position >= first) & (position < last)
 
     def rows(self, fields: Sequence[str], position: Array, exists: Array) -> list[Array]:
-        at = self.place.row, self.place.kv_head, position, exists
-        return read_caches(self.inputs, fields, self.step.kv_layout, *at)
+        inputs, at = self.inputs, (self.place.row, self.place.kv_head, position, exists)
+        return read_caches(inputs, fields, self.step.kv_layout, *at, inputs.page_table)
 
     def all_of_pool(self, query: Array, logits: Logits, block: int) -> Softmax:
         """Attention to all of the pool."""
@@ -387,10 +390,16 @@ def end_inputs(
     index: PQIndex,
     weighed: Weighed | None,
     kept: Kept | None,
+    page_table: Array | None,
 ) -> EndInputs:
     """What a kernel attends to; of sums it takes those of the index."""
-    rest = sources_of(step, index, weighed)
-    return EndInputs(query, *caches, vectors(logits), known, rest, kept)
+    sources = sources_of(step, index, weighed)
+    return EndInputs(query, *caches, vectors(logits), known, sources, kept, page_table)
+
+
+def _without_pages(after: Lengths) -> Lengths:
+    """For what reads no cache."""
+    return after._replace(page_table=None)
 
 
 def sources_of(step: Step, index: PQIndex, weighed: Weighed | None = None) -> Sources | None:
@@ -406,7 +415,7 @@ STATE = (
     "end.value",
     "end.rest.sums",
     "end.rest.counts",
-    "lengths",
+    *REACHED,
     *(f"end.{field}" for field in KEPT_STATE),
 )
 
@@ -442,14 +451,17 @@ def cells_pool_kernel(
 ):
     """Searches, and ends the step: of a pool nobody asks in which order it is."""
     place, of_pool = Place.of(step, program), step.of_pool
+    token, is_first = 0, place.head == 0
+    if step.T > 1:
+        token, is_first = place.token, is_first & (place.token == 0)
     plan, plan_of_pool = (
-        plan_query(x, inputs.search.lengths, place.kv_row, 0) for x in (step, of_pool)
+        plan_query(x, inputs.search.lengths, place.kv_row, token) for x in (step, of_pool)
     )
     search = search_for(
         of_pool, sealing, num_warps, inputs.search, outputs.search, *place.of_kv, plan_of_pool
     )
     fits = search.state_fits()
-    write_length(inputs.search.lengths, outputs.lengths, place.row, place.head == 0)
+    write_length(inputs.search.lengths, outputs.lengths, place.row, is_first)
     if outputs.search.lost is not None:
         cell = jnp.arange(step.config.num_cells, dtype=jnp.int32)
         backend.store(outputs.search.lost.at[(*place.of_kv, cell)], jnp.zeros(cell.size))
@@ -489,11 +501,11 @@ def attend_pool_of_cells(
     caches: Caches,
     logits: Logits,
     known: Parts,
-    lengths: Array,
+    lengths: Lengths,
     layer: Array | None,
     kept: Kept | None = None,
 ) -> tuple[Ended, Int32[Array, "R Q E"]]:
-    """Selects a pool for one query token and does the rest of a step, in one kernel.
+    """Selects a pool for a few query tokens and does the rest of a step, in one kernel.
 
     Arguments and result are those of `attend_pool`, which takes lists. The pool comes with it, in
     an order of its own.
@@ -501,7 +513,7 @@ def attend_pool_of_cells(
     Source: CONTRACT.md, sections 3 and 4.
     """
     assert index.cells is not None
-    codes = step.by_rows(index.codes)
+    codes, table, after = step.by_rows(index.codes), after.page_table, _without_pages(after)
     search, _ = search_launch(step.of_pool, tables, codes, after, index.cells, None, layer)
     rest, reranks = step.config.estimate_rest, step.config.rerank > 1
     num_warps = step.tuning.warps_for_pool(step.config.num_cells, reranks or rest == "codes")
@@ -530,7 +542,7 @@ def attend_pool_of_cells(
         ),
         SearchedInputs(
             search.inputs,
-            end_inputs(step, query, caches, logits, known, index, None, kept),
+            end_inputs(step, query, caches, logits, known, index, None, kept, table),
             lengths,
         ),
         SearchedOutputs(
@@ -540,7 +552,7 @@ def attend_pool_of_cells(
             lengths_after,
         ),
         programs=search.programs,
-        in_place=("lengths",),
+        in_place=REACHED,
         state=(*(f"search.{name}" for name in search.state), *STATE),
         layer=layer,
     )
@@ -610,7 +622,7 @@ def attend_pool(
     indices: Int32[Array, "B T N P"],
     logits: Logits,
     known: Parts,
-    lengths: Array,
+    lengths: Lengths,
     layer: Array | None,
     kept: Kept | None = None,
 ) -> Ended:
@@ -635,7 +647,7 @@ def attend_pool(
 
     Source: CONTRACT.md, section 4.
     """
-    codes = step.by_rows(index.codes)
+    codes, table, after = step.by_rows(index.codes), after.page_table, _without_pages(after)
     search = Inputs(after, None, tables.by_query, codes, None, None, None)
     weighed = None
     if step.config.estimate_rest:
@@ -645,7 +657,7 @@ def attend_pool(
         PoolInputs(
             indices,
             search,
-            end_inputs(step, query, caches, logits, known, index, weighed, kept),
+            end_inputs(step, query, caches, logits, known, index, weighed, kept, table),
             lengths,
         ),
         PoolOutputs(
@@ -653,7 +665,7 @@ def attend_pool(
             *shapes_of_end(query, caches.value.shape[-1], lengths, after, layer),
         ),
         programs=step.B * step.T * step.N,
-        in_place=("lengths",),
+        in_place=REACHED,
         state=("search.codes", *STATE),
         layer=layer,
     )

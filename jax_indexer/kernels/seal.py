@@ -10,7 +10,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 
 from jax_indexer.kernels import backend
-from jax_indexer.kernels.step import Lengths, Step, room_in
+from jax_indexer.kernels.step import Lengths, Step, raised_in
 from jax_indexer.state import MOST_NEW, RATE, Cells, Progress, Sealing, progress, sealed_at
 
 # Tokens that are counted at once: all of a step.
@@ -187,8 +187,7 @@ def seal_kernel(program, inputs: Inputs, outputs: State, *, step: Step, sealing:
     parts = parts_of(step, sealing)[1]
     kv_row, job = program // (1 + 2 * parts), program % (1 + 2 * parts)
     row = kv_row // step.K
-    room = room_in(step, inputs.before, row)[0]
-    before, after = room.start, room.start + room.taken
+    before, after = raised_in(step, inputs.before, row)
     base, reach, span = inputs.base[row], step.S, inputs.before.span(step)
     if span is not None:
         before, after = (span.length(x, sealing) for x in (before, after))
@@ -236,7 +235,7 @@ def seal_launch(
     Args:
       step: of which at most MOST_NEW tokens are new.
       cells: the state before.
-      before: lengths before the step, and how many tokens rows are to take.
+      before: lengths and high water before the step, and how many tokens rows are to take.
       codes: the codes that a launch beside this one writes.
       layer: of the state.
 
@@ -252,6 +251,6 @@ def seal_launch(
         State(*(jax.ShapeDtypeStruct(x.shape, np.int32) for x in state)),
         programs=step.R * (1 + 2 * parts),
         in_place=State._fields,
-        state=("before.lengths", "base", *State._fields),
+        state=("before.lengths", "before.high_water", "base", *State._fields),
         layer=layer,
     )

@@ -72,7 +72,8 @@ def cells_rest_kernel(
     num_warps: int,
 ):
     place = Place.of(step, program)
-    plan = plan_query(step, inputs.search.lengths, place.kv_row, 0)
+    token = 0 if step.T == 1 else place.token
+    plan = plan_query(step, inputs.search.lengths, place.kv_row, token)
     lists = Lists(outputs.search.indices, outputs.search.counts, outputs.search.weights)
     writer = Writer(lists, *place.of_kv, plan)
     writer.settle()

@@ -1,6 +1,7 @@
 """Step: what is static about a step of decoding, and what follows from it for one query."""
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -9,9 +10,11 @@ from jax import Array
 from jaxtyping import Int32, Shaped
 
 from jax_indexer.config import IndexerConfig
+from jax_indexer.kernels import backend
 from jax_indexer.kernels.tuning import H100, Tuning
-from jax_indexer.layout import KVLayout
-from jax_indexer.reference import Room, make_room
+from jax_indexer.layout import KVLayout, power_of_2_from
+from jax_indexer.pages import pages_spanned
+from jax_indexer.reference import Room, make_room, raised
 from jax_indexer.state import PQIndex, Span
 
 
@@ -28,6 +31,7 @@ class Step:
       kv_layout: of the new keys.
       weights_dtype: of the dense weights, None for none.
       devices: that share a row; S is what each of them has of it.
+      page_size: of caches in pages, else None.
       tuning: block sizes and warps.
     """
 
@@ -41,6 +45,7 @@ class Step:
     kv_layout: KVLayout = "BSKH"
     weights_dtype: np.dtype | None = None
     devices: int = 1
+    page_size: int | None = None
     tuning: Tuning = H100
 
     @classmethod
@@ -105,17 +110,29 @@ class Lengths(NamedTuple):
 
     Before a step the new tokens are not among them, and `counts` is what is asked for. Where S is
     split over devices, both are of whole rows, and i32[1] `offset` is the first position of this
-    one; else it is None. Plans are of the positions here, and count from there.
+    one; else it is None. Plans are of the positions here, and count from there. The high water,
+    i32[B], is there for those that need it, of indices that keep one; the page table,
+    i32[B, pages], for those that read or write caches in pages, or take room there.
     """
 
     lengths: Any
     counts: Any
     offset: Any = None
+    high_water: Any = None
+    page_table: Any = None
 
     @classmethod
-    def of(cls, lengths: Any, counts: Any, span: Span | None) -> "Lengths":
+    def of(
+        cls,
+        lengths: Any,
+        counts: Any,
+        span: Span | None,
+        high_water: Any = None,
+        page_table: Any = None,
+    ) -> "Lengths":
         """Those of a device."""
-        return cls(lengths, counts, None if span is None else span.offset.reshape(1))
+        offset = None if span is None else span.offset.reshape(1)
+        return cls(lengths, counts, offset, high_water, page_table)
 
     def span(self, step: "Step") -> Span | None:
         """In a kernel: what the device holds."""
@@ -199,8 +216,29 @@ def plan_query(
 
 def room_in(step: Step, before: Lengths, row: Array) -> tuple[Room, Array]:
     """Room for a row's new tokens, and its length after them."""
-    count = None if before.counts is None else before.counts[row]
-    return make_room(before.lengths[row], count, step.T, step.capacity)
+    count, has_room = None if before.counts is None else before.counts[row], None
+    if before.page_table is not None:
+        has_room = functools.partial(_has_pages, step, before.page_table, row)
+    return make_room(before.lengths[row], count, step.T, step.capacity, has_room)
+
+
+def _has_pages(step: Step, table: Any, row: Array, start: Array, number: Array) -> Array:
+    """Whether a row has the pages of so many tokens."""
+    assert step.page_size is not None
+    shift = step.page_size.bit_length() - 1
+    first, last = start >> shift, (start + number - 1) >> shift
+    spanned = pages_spanned(step.T, step.page_size)
+    if spanned == 1:
+        return table[row, jnp.minimum(first, table.shape[1] - 1)] >= 0
+    page = first + jnp.arange(power_of_2_from(spanned), dtype=jnp.int32)
+    exists = (page <= last) & (page < table.shape[1])
+    found = backend.load(table.at[row, page], mask=exists, other=0)
+    return jnp.min(found) >= 0
+
+
+def raised_in(step: Step, before: Lengths, row: Array) -> tuple[Array, Array]:
+    """A row's high water before its new tokens and after them."""
+    return raised(before.high_water[row], room_in(step, before, row)[0], step.capacity)
 
 
 def plan_after(

@@ -10,7 +10,8 @@ from jax import Array
 from jax.experimental import pallas as pl
 
 from jax_indexer.kernels import backend
-from jax_indexer.kernels.step import Lengths, Step, room_in
+from jax_indexer.kernels.attend import in_page
+from jax_indexer.kernels.step import Lengths, Step, raised_in
 from jax_indexer.layout import power_of_2_from
 from jax_indexer.recent import place_of
 from jax_indexer.state import ValueSums, summed_until
@@ -41,16 +42,23 @@ def sum_values_kernel(program, inputs: Inputs, outputs: Sums, *, step: Step, is_
     config, by = step.config, outputs.counts.shape[1]
     subspace, kv_row = program % by, program // by
     row, kv_head = kv_row // step.K, kv_row % step.K
-    room = room_in(step, inputs.before, row)[0]
-    first, last = (summed_until(x, config) for x in (room.start, room.start + room.taken))
+    first, last = (summed_until(x, config) for x in raised_in(step, inputs.before, row))
     size = outputs.sums.shape[3]
     d = jnp.arange(power_of_2_from(size), dtype=jnp.int32)
 
     def add(position: Array) -> None:
-        place = (position, kv_head) if step.kv_layout == "BSKH" else (kv_head, position)
-        if is_recent:
-            place = place_of(position, config), kv_head
-        value = backend.load(inputs.value.at[(row, *place, d)], mask=d < size, other=0)
+        own, place, is_there = row, position, d < size
+        if inputs.before.page_table is not None:
+            table = inputs.before.page_table
+            own, place, has_page = in_page(
+                inputs.value, step.kv_layout, table, row, position, position >= 0
+            )
+            is_there &= has_page
+        elif is_recent:
+            place = place_of(position, config)
+        is_by_token = is_recent or step.kv_layout == "BSKH"
+        place = (place, kv_head) if is_by_token else (kv_head, place)
+        value = backend.load(inputs.value.at[(own, *place, d)], mask=is_there, other=0)
         value = value.astype(jnp.float32)
         is_finite = jnp.sum(jnp.where(jnp.abs(value) < jnp.inf, 0, 1)) == 0
         code = jnp.int32(0)
@@ -87,7 +95,7 @@ def sum_values_launch(
       values: the sums before.
       value: the cache of values, or what a launch beside this one writes new ones to.
       codes: likewise.
-      before: lengths before the step, and how many tokens rows are to take.
+      before: lengths and high water before the step, and how many tokens rows are to take.
       layer: of the state.
       is_recent: whether `value` is what is recent of a cache in host memory.
 
@@ -104,6 +112,6 @@ def sum_values_launch(
         ),
         programs=step.R * values.counts.shape[-2],
         in_place=Sums._fields,
-        state=("before.lengths", "value", *Sums._fields),
+        state=("before.lengths", "before.high_water", "value", *Sums._fields),
         layer=layer,
     )
