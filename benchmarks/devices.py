@@ -35,10 +35,12 @@ from jax_indexer import (
 )
 
 AXES = "rows", "heads", "tokens"
+# "both": half as many devices along tokens, and two along heads; "part": one device, with the work
+# that each of all has.
+WAYS = "tokens", "heads", "both", "rows", "part"
 HEADS, KV_HEADS, DIMENSIONS = 32, 8, 128  # those of llama-128k-b4
 # Of a layer on one device: room is left for what a program needs beside its cache.
 MOST_BYTES = 60e9
-LARGEST_CHECKED = 2**22  # tokens of all rows whose lists one device finds too
 STEPS, QUICK_STEPS = 128, 8
 UNROLL = 4  # XLA makes a CUDA graph from five launches on
 REPEATS = 7
@@ -111,14 +113,17 @@ class Case:
         return partition_specs(cache, self.mesh(), rows=rows, heads=heads, sequence=tokens)
 
 
-def cases_of(rows: int, tokens: int, devices: int) -> list[Case]:
+def cases_of(rows: int, tokens: int, devices: int, ways: Sequence[str] = WAYS) -> list[Case]:
     """One device, each way of splitting, and the work of one device alone."""
     found = [Case(rows, tokens)]
     counts = [n for n in (2, 4, 8) if n <= devices]
     for n in counts:
-        splits = [(1, 1, n), (1, n, 1)] + [(n, 1, 1)] * (rows % n == 0) + [(1, 2, n // 2)] * (n > 2)
+        split_by = {"tokens": (1, 1, n), "heads": (1, n, 1)}
+        split_by |= {"rows": (n, 1, 1)} if rows % n == 0 else {}
+        split_by |= {"both": (1, 2, n // 2)} if n > 2 else {}
+        splits = [split for way, split in split_by.items() if way in ways]
         found += [Case(rows, tokens, split) for split in splits]
-        if n == counts[-1]:
+        if n == counts[-1] and "part" in ways:
             found += [Case(rows, tokens, share=split) for split in splits]
     return [case for case in dict.fromkeys(found) if case.fits]
 
@@ -138,16 +143,15 @@ def shapes_of(case: Case, config: IndexerConfig) -> DecodeCache:
     return jax.eval_shape(lambda: empty_cache(plain, B, S, K, DIMENSIONS))
 
 
-def cells_made(case: Case, config: IndexerConfig) -> Callable[[DecodeCache], DecodeCache]:
+def cells_made(case: Case, config: IndexerConfig) -> Callable[[PQIndex], PQIndex]:
     """Makes the state of cells on each device."""
 
-    def make(cache):
-        index = with_cells(cache.index, config, sequence_axis=case.axis)
-        return dataclasses.replace(cache, index=index)
+    def make(index):
+        return with_cells(index, config, sequence_axis=case.axis)
 
-    bare = shapes_of(case, config)
+    bare = shapes_of(case, config).index
     B, _, K, S = case.sizes
-    own = jax.eval_shape(lambda: empty_cache(config, B, S, K, DIMENSIONS))
+    own = jax.eval_shape(lambda: empty_cache(config, B, S, K, DIMENSIONS)).index
     return on_mesh(case, make, (case.of_cache(bare),), case.of_cache(own))
 
 
@@ -167,18 +171,18 @@ def decoding(case: Case, config: IndexerConfig, steps: int, cache: Any) -> Calla
     return on_mesh(case, run, (of_cache, whole, whole), (of_cache, whole))
 
 
-def listing(case: Case, config: IndexerConfig, cache: Any) -> Callable:
+def listing(case: Case, config: IndexerConfig, index: Any) -> Callable:
     """Lists of whole rows: positions of all devices beside one another."""
 
-    def run(cache, query):
-        found = select(query, cache.index, config, sequence_axis=case.axis).indices
+    def run(index, query):
+        found = select(query, index, config, sequence_axis=case.axis).indices
         if case.axis is None:
             return found
-        offset = lax.axis_index(case.axis) * cache.index.codes.shape[-1]
+        offset = lax.axis_index(case.axis) * index.codes.shape[-1]
         return jnp.where(found >= 0, found + offset, -1)
 
     outs = P(*case.of_query, case.axis)
-    return on_mesh(case, run, (case.of_cache(cache), case.of_query), outs)
+    return on_mesh(case, run, (case.of_cache(index), case.of_query), outs)
 
 
 def training(case: Case, config: IndexerConfig) -> Callable:
@@ -196,10 +200,14 @@ def training(case: Case, config: IndexerConfig) -> Callable:
 # Inputs
 
 
-def drawn(case: Case, config: IndexerConfig, room: int) -> tuple[DecodeCache, jax.Array, jax.Array]:
+def drawn(
+    case: Case, config: IndexerConfig, room: int, *, without_keys: bool = False
+) -> tuple[DecodeCache, jax.Array, jax.Array]:
     """A cache, a query and new keys: the same numbers however they are split."""
     B, N, K, S = case.sizes
     specs, mesh = case.of_cache(shapes_of(case, config)), case.mesh()
+    none = {"key": None, "value": None} if without_keys else {}
+    specs = dataclasses.replace(specs, **none)
 
     def make():
         keys = jax.random.split(jax.random.key(0), 6)
@@ -210,12 +218,21 @@ def drawn(case: Case, config: IndexerConfig, room: int) -> tuple[DecodeCache, ja
         index = PQIndex(codebooks, codes, jnp.full(B, S - room, jnp.int32), capacity=S)
         of_cache = B, S, K, DIMENSIONS
         cache = DecodeCache(normal(2, *of_cache), normal(3, *of_cache), index)
+        cache = dataclasses.replace(cache, **none)
         return cache, normal(4, B, 1, N, DIMENSIONS), normal(5, B, 1, K, DIMENSIONS)
 
     places = jax.tree.map(
         lambda spec: NamedSharding(mesh, spec), (specs, case.of_query, case.of_query)
     )
     return jax.jit(make, out_shardings=places)()
+
+
+def lists_of_one(case: Case, config: IndexerConfig, room: int) -> np.ndarray:
+    """Lists of the layer by one device, which need not have room for keys and values."""
+    one = Case(case.rows, case.tokens)
+    cache, query, _ = drawn(one, config, room, without_keys=True)
+    index = jax.jit(cells_made(one, config), donate_argnums=0)(cache.index)
+    return np.asarray(jax.jit(listing(one, config, index))(index, query))
 
 
 # Measurements
@@ -274,7 +291,7 @@ class Timed:
 
         bare = placed(bare, case.of_cache(bare))
         make = jax.jit(cells_made(case, config), donate_argnums=0)
-        cache = jax.eval_shape(make, bare)
+        cache = dataclasses.replace(bare, index=jax.eval_shape(make, bare.index))
         cache = placed(cache, case.of_cache(cache))
         B, N, K, _ = case.sizes
         of = lambda n: jax.ShapeDtypeStruct((B, 1, n, DIMENSIONS), jnp.bfloat16)  # noqa: E731
@@ -282,8 +299,8 @@ class Timed:
         run = jax.jit(decoding(case, config, steps, cache), donate_argnums=0).lower(
             cache, query, new
         )
-        lists = jax.jit(listing(case, config, cache)).lower(cache, query)
-        self._make = make.lower(bare)
+        lists = jax.jit(listing(case, config, cache.index)).lower(cache.index, query)
+        self._make = make.lower(bare.index)
         self._future = pool.submit(
             lambda: (
                 self._make.compile(),
@@ -298,13 +315,15 @@ class Timed:
         make, select_, run, recorded = self._future.result()
         case, steps, found = self.case, self.steps, {}
         cache, query, new = drawn(case, self.config, self.room)
-        cache = make(cache)
+        cache = dataclasses.replace(cache, index=make(cache.index))
         key = case.rows, case.tokens
-        if select_ is not None and case.rows * case.tokens <= LARGEST_CHECKED:
-            together = np.asarray(select_(cache, query))
+        if select_ is not None:
+            together = np.asarray(select_(cache.index, query))
             if case.devices == 1:
                 lists[key] = together
-            elif key in lists:
+            else:
+                if key not in lists:
+                    lists[key] = lists_of_one(case, self.config, self.room)
                 together = in_order(together, lists[key].shape[-1])
                 np.testing.assert_array_equal(together, lists[key])
                 found["checked"] = True
@@ -390,6 +409,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=["4x131072", "1x2097152"],
         help="rows and tokens of the layers; default: 4x131072 1x2097152",
     )
+    parser.add_argument(
+        "--split",
+        nargs="+",
+        choices=WAYS,
+        default=WAYS,
+        help="what is timed beside one device: 'both' is heads over two and tokens over the rest, "
+        "'part' the work of one of several on one; default: all",
+    )
     parser.add_argument("--build", metavar="BxL", nargs="*", default=["4x131072"],
                         help="of what build_index is timed for; default: 4x131072")  # fmt: skip
 
@@ -412,7 +439,7 @@ def plan(arguments: argparse.Namespace) -> Plan:
     if devices < 2:
         raise ValueError("one device: this compares several with one")
     steps = QUICK_STEPS if arguments.quick else STEPS
-    cases = [case for layer in layers for case in cases_of(*layer, devices)]
+    cases = [case for layer in layers for case in cases_of(*layer, devices, arguments.split)]
     rows: list[dict[str, Any]] = []
 
     def measured(plan: Plan) -> Iterator[None]:

@@ -70,6 +70,8 @@ class Case:
       layers: that share the arrays, of which the last is used; None for one without an axis.
       mesh: devices along rows, heads and tokens.
       with_counts: whether rows take some of a step's tokens.
+      ended: how often a row ends before a step.
+      sealing: of cells, where it is another than a cache of this size has.
     """
 
     config: IndexerConfig
@@ -84,6 +86,8 @@ class Case:
     layers: int | None = None
     mesh: tuple[int, int, int] = (1, 1, 4)
     with_counts: bool = False
+    ended: float = 0.2
+    sealing: Sealing | None = None
 
     def devices(self) -> jax.sharding.Mesh:
         devices = np.asarray(jax.devices()[: math.prod(self.mesh)]).reshape(self.mesh)
@@ -130,8 +134,19 @@ def draw(case: Case, seed: int) -> dict[str, Any]:
         "key": integers(case.steps, *tokens(T)),
         "value": integers(case.steps, *tokens(T)),
         "counts": counts if case.with_counts else None,
-        "ended": rng.random((case.steps, B)) < (0.02 if case.steps > 9 else 0.2),
+        "ended": rng.random((case.steps, B)) < case.ended,
     }
+
+
+def made(index: PQIndex, case: Case, axis: str | None) -> PQIndex:
+    """The index with cells, sealed as the case says."""
+    if case.sealing is None:
+        return with_cells(index, case.config, sequence_axis=axis)
+    B, K, _, part = index.codes.shape
+    none = no_cells(B, K, part, case.config, case.sealing)
+    rows, span = jnp.ones(B, bool), Span.of(axis, part)
+    cells = seal(none, index.codes, index.lengths, rows, case.config, span)
+    return dataclasses.replace(index, cells=cells, high_water=index.lengths)
 
 
 def decode(x: dict[str, Any], case: Case, axis: str | None, **options: Any) -> dict[str, Any]:
@@ -139,8 +154,7 @@ def decode(x: dict[str, Any], case: Case, axis: str | None, **options: Any) -> d
     config, by = case.config, {"layer": case.layer, "sequence_axis": axis}
     cache = x["cache"]
     if config.cells:
-        index = with_cells(cache.index, config, sequence_axis=axis)
-        cache = dataclasses.replace(cache, index=index)
+        cache = dataclasses.replace(cache, index=made(cache.index, case, axis))
 
     def step(cache, x):
         index = reset(cache.index, x["ended"], **by)
@@ -272,33 +286,35 @@ def check_kernels() -> None:
     print("checked kernels", flush=True)
 
 
-def check_life(steps: int = 400, *, kernels: bool = False) -> None:
+def check_life(
+    steps: int = 406, *, devices: int = 4, ended: float = 0.005, every: int = 7,
+    kernels: bool = False,
+) -> None:  # fmt: skip
     """Rows grow, end and start again; the state of cells is always what codes and lengths say."""
     config = config_of(cells=True)
-    case = Case(config=config, B=3, K=1, T=3, S=512, steps=steps, with_counts=True, mesh=(1, 1, 4))
     # With 3 tokens a step, and up to 64 in lists, no segment is counted before the last is sealed.
     sealing = Sealing(config.first_candidate, config.window_size, segment=32, block=16)
-    x, part = draw(case, 0), case.S // 4
-    x["ended"] = np.random.default_rng(1).random((steps, case.B)) < 0.005
-    index = dataclasses.replace(x["cache"].index, lengths=np.asarray([0, 170, 370], np.int32))
-    mesh = jax.make_mesh((4,), ("tokens",), axis_types=(AxisType.Auto,))
-
-    def made(index):
-        none = no_cells(case.B, case.K, part, config, sealing)
-        rows = jnp.ones(case.B, bool)
-        span = Span.of("tokens", part)
-        cells = seal(none, index.codes, index.lengths, rows, config, span)
-        return dataclasses.replace(index, cells=cells, high_water=index.lengths)
+    case = Case(
+        config=config, B=3, K=1, T=3, S=128 * devices, steps=steps, with_counts=True,
+        mesh=(1, 1, devices), ended=ended, sealing=sealing,
+    )  # fmt: skip
+    x = draw(case, 0)
+    lengths = np.asarray([0, case.S // 3, 3 * case.S // 4 - 14], np.int32)
+    index = dataclasses.replace(x["cache"].index, lengths=lengths)
+    mesh = jax.make_mesh((devices,), ("tokens",), axis_types=(AxisType.Auto,))
 
     def step(index, x):
         by = {"sequence_axis": "tokens"}
         index = append(reset(index, x["ended"], **by), x["key"], config, counts=x["counts"], **by)
-        return index, index
+        return index, None
 
     def run(index, x):
-        return lax.scan(step, made(index), x)[1]
+        # Some steps at once, of which the last leaves a state that is looked at.
+        of_some = lambda index, x: (lax.scan(step, index, x)[0],) * 2  # noqa: E731
+        return lax.scan(of_some, made(index, case, "tokens"), x)[1]
 
     steps_of = {name: x[name] for name in ("key", "counts", "ended")}
+    steps_of = jax.tree.map(lambda a: a.reshape(-1, every, *a.shape[1:]), steps_of)
     shapes = jax.eval_shape(lambda i: with_cells(i, config), index)
     one = partition_specs(shapes, mesh, sequence="tokens")
     one = dataclasses.replace(one, cells=dataclasses.replace(one.cells, sealing=sealing))
@@ -309,10 +325,11 @@ def check_life(steps: int = 400, *, kernels: bool = False) -> None:
             out_specs=outs, check_vma=not kernels,
         )  # fmt: skip
         states = jax.device_get(jax.jit(mapped)(index, steps_of))
-    sealed = [0] * 4
-    for number in [*range(0, steps, 7), steps - 1]:
-        for device in range(4):
-            local = view_of(jax.tree.map(lambda a: a[number], states), config, device, part)  # noqa: B023
+    sealed = [0] * devices
+    for number in range(len(states.lengths)):
+        whole = jax.tree.map(lambda a: a[number], states)  # noqa: B023
+        for device in range(devices):
+            local = view_of(whole, config, device, devices)
             check_state(*local)
             cells = local[0].cells
             sealed[device] += int(np.sum(cells.sealed(local[0].high_water) > cells.base))
@@ -323,13 +340,14 @@ def check_life(steps: int = 400, *, kernels: bool = False) -> None:
 
 
 def view_of(
-    index: PQIndex, config: IndexerConfig, device: int, part: int
+    index: PQIndex, config: IndexerConfig, device: int, devices: int
 ) -> tuple[PQIndex, IndexerConfig]:
     """What a device holds, as an index of one device: behind its last token there are none."""
     cells, kept = index.cells, index.cells.sealing
+    part = index.codes.shape[-1] // devices
     offset, first = device * part, int(np.clip(config.first_candidate - device * part, 0, part))
     own = {
-        name: np.split(getattr(cells, name), 4, axis=-1)[device]
+        name: np.split(getattr(cells, name), devices, axis=-1)[device]
         for name in ("starts", "order", "earlier", "ring")
     }
     longer = ((0, 0),) * 2 + ((0, kept.margin),)
@@ -339,7 +357,7 @@ def view_of(
         base=np.clip(cells.base - offset, 0, part),
         sealing=dataclasses.replace(kept, first_candidate=first),
     )  # fmt: skip
-    codes = np.split(index.codes, 4, axis=-1)[device]
+    codes = np.split(index.codes, devices, axis=-1)[device]
     codes = np.pad(codes, ((0, 0),) * 3 + ((0, kept.margin),))
     lengths, high_water = (
         np.clip(x - offset, 0, part + kept.margin).astype(np.int32)

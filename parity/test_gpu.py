@@ -834,6 +834,24 @@ def test_rows_split_over_gpus(selector, changes, sizes):
 
 
 @needs_two_gpus
+@pytest.mark.parametrize("selector", ["cells", "threshold"])
+def test_thousands_of_steps_of_rows_split_over_gpus(selector):
+    """Every list and output of rows that grow over the devices' ends, end and start again."""
+    devices, cells = 2 ** (jax.device_count().bit_length() - 1), selector == "cells"
+    config = sequence.config_of(cells=cells, num_bits=3)
+    case = sequence.Case(
+        config=config, mesh=(1, 1, devices), B=4, S=1024, steps=5000, ended=0.002,
+        sealing=test_cells.small_sealing(512, config) if cells else None,
+    )  # fmt: skip
+    sequence.check(case, selector=selector)
+
+
+@needs_two_gpus
+def test_cells_of_rows_split_over_gpus_live_for_thousands_of_steps():
+    sequence.check_life(9000, devices=2, ended=0.002, every=100)
+
+
+@needs_two_gpus
 def test_codebooks_of_rows_split_over_gpus():
     sequence.check_training((1, 2))
 
