@@ -1,7 +1,8 @@
 """Checks and times whole attention layers of a decode: write keys and values, select, attend.
 
 Beside ours stand full attention over the same caches, the original, and attention to given lists.
-Scans run through stacked layers, or through steps of one, inside one jit.
+Scans run through stacked layers, or through steps of one, inside one jit. Serving is several query
+tokens a step, and caches in pages.
 """
 
 import argparse
@@ -90,6 +91,11 @@ POINTS = [
     *(point for length in (2**15, 2**20) for point in pools("mean", 1, 4, B=1, L=length)),
 ]
 
+# Serving: query tokens of a step, and for two of these numbers caches in pages, by their size.
+SERVING = "serving"
+DRAFTS = [{"T": tokens} for tokens in (1, 2, 4, 8)]
+PAGED_DRAFTS, PAGE_SIZES = (1, 4), (16, 64, 256)
+
 REPETITIONS = Repetitions(pipeline=200, warm=30, cold=60, calls=30, amortised=100, rounds=5)
 SWEEP_REPETITIONS = Repetitions(pipeline=0, warm=0, cold=30, rounds=3)
 QUICK = Repetitions(pipeline=10, warm=10, cold=5, calls=5, amortised=10, rounds=1)
@@ -104,7 +110,14 @@ def _refusal(
     unrolled: bool = False,
     scans: bool = True,
     pools: bool = True,
+    page_size: int | None = None,
 ) -> str | None:
+    if w.config.window_size < w.T:
+        return f"a window of {w.config.window_size} does not hold the step's {w.T} tokens"
+    if page_size and (w.config.rerank > 1 or w.config.estimate_rest or w.layers):
+        return "of pages lists of one layer are checked"
+    if page_size and w.capacity % page_size:
+        return f"S={w.capacity} is no multiple of {page_size}"
     if not pools and (w.config.rerank > 1 or w.config.estimate_rest):
         return "no rerank and no rest"
     if w.count > 1 and not scans:
@@ -117,14 +130,21 @@ def _refusal(
 
 
 def _jax(
-    name: str, make: Any, implementation: str, *, selector=None, unrolled=False, **options: Any
+    name: str,
+    make: Any,
+    implementation: str,
+    *,
+    selector=None,
+    unrolled=False,
+    page_size=None,
+    **options: Any,
 ) -> Implementation:
-    form = {"selector": selector, "unrolled": unrolled}
+    form = {"selector": selector, "unrolled": unrolled, "page_size": page_size}
     programs = {"make": make, "implementation": implementation, **form, **options}
 
     def refuses(w: LayerWorkload) -> str | None:
         reason = jax_steps.refused_by_cells(w) if selector == "cells" else None
-        return reason or _refusal(w, full=make is full, unrolled=unrolled)
+        return reason or _refusal(w, full=make is full, unrolled=unrolled, page_size=page_size)
 
     return Implementation(
         f"jax:{name}",
@@ -155,6 +175,11 @@ IMPLEMENTATIONS = {
             for unrolled in (False, True)
             for name in ("cudnn", "xla")
         ),
+        *(
+            _jax(f"{selector}-pages-{size}", ours, "triton", selector=selector, page_size=size)
+            for selector in ("cells", "threshold")
+            for size in PAGE_SIZES
+        ),
         _torch("torch:original", Original),
         _torch("torch:sdpa", Sdpa),
         Implementation(
@@ -183,20 +208,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help=f"{FRONTIER_BASE} with what reranks and estimates the rest; kernel times only",
     )
+    which.add_argument(
+        "--serving",
+        action="store_true",
+        help=f"{FRONTIER_BASE} with several query tokens and pages; kernel times only",
+    )
     which.add_argument("--scan", action="store_true", help=f"by default {', '.join(SCANS)}")
     add_sizes(parser, POOL_FLAGS)
 
 
 def swept(arguments: argparse.Namespace) -> str | None:
     """The sweep that a command line asks for, by its name in results."""
-    return SWEEP if arguments.sweep else FRONTIER if arguments.frontier else None
+    asked = {SWEEP: arguments.sweep, FRONTIER: arguments.frontier, SERVING: arguments.serving}
+    return next((name for name in asked if asked[name]), None)
 
 
 def chosen_workloads(arguments: argparse.Namespace) -> list[LayerWorkload]:
     """The workloads of a command line; ValueError for names and sizes that cannot be."""
     changes, names, there = changes_of(arguments), arguments.workload, LAYERS | SCANS
-    sweeps = {None: ([{}], None), SWEEP: (SWEPT, SWEEP_BASE), FRONTIER: (POINTS, FRONTIER_BASE)}
-    points, base = sweeps[swept(arguments)]
+    points, base = {
+        None: ([{}], None),
+        SWEEP: (SWEPT, SWEEP_BASE),
+        FRONTIER: (POINTS, FRONTIER_BASE),
+        SERVING: (DRAFTS, FRONTIER_BASE),
+    }[swept(arguments)]
     if names is not None or base:
         bases = [there[name] for name in known("--workload", names or [base], there)]
     else:
@@ -206,6 +241,11 @@ def chosen_workloads(arguments: argparse.Namespace) -> list[LayerWorkload]:
 
 def beside_ours(w: LayerWorkload, sweep: str | None) -> Sequence[str]:
     """What is measured beside ours in a sweep or a scan."""
+    if sweep == SERVING:
+        selectors = ("cells", "threshold") if max(PAGED_DRAFTS) == w.T else ("cells",)
+        sizes = PAGE_SIZES if w.T in PAGED_DRAFTS else ()
+        paged = [f"jax:{name}-pages-{size}" for name in selectors for size in sizes]
+        return [*paged, "jax:threshold"]
     if sweep != FRONTIER:
         return BESIDE_OURS_SWEPT if sweep else BESIDE_OURS_SCANNED
     whole = w.config.rerank == 1 and not w.config.estimate_rest  # full attention, once a shape
@@ -217,6 +257,8 @@ def chosen_rows(arguments: argparse.Namespace) -> Iterable[list[Row]]:
     names = arguments.implementation
     known_ones = known("--implementation", names or IMPLEMENTATIONS, IMPLEMENTATIONS)
     forms = [IMPLEMENTATIONS[name] for name in known_ones]
+    if not names and not arguments.serving:
+        forms = [form for form in forms if "-pages-" not in form.name]
     if not results.has_gpu() and not names:
         forms = [form for form in forms if not form.needs_gpu]
     sweep = swept(arguments)
@@ -245,6 +287,6 @@ def plan(arguments: argparse.Namespace) -> Plan:
         calls = not sweep or clock is None
         return measure_all(table, Settings(Layer, repetitions, clock, calls=calls))
 
-    ways = {"sweep": arguments.sweep, "frontier": arguments.frontier, "scan": arguments.scan}
-    name = "-".join(["layer", *(way for way, asked in ways.items() if asked)])
+    ways = "sweep", "frontier", "serving", "scan"
+    name = "-".join(["layer", *(way for way in ways if getattr(arguments, way))])
     return plan_of("layer", f"{'quick-' * arguments.quick}{name}", table, measured)

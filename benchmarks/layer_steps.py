@@ -241,16 +241,32 @@ class Caches(NamedTuple):
     index: Any
 
 
-def ours(config: Any, **options: Any) -> Callable[..., Any]:
-    """`decode_attention`."""
+def ours(config: Any, *, table: np.ndarray | None = None, **options: Any) -> Callable[..., Any]:
+    """`decode_attention`; with a table the same memory is taken for pages."""
 
     def attend(query, key_new, value_new, caches, layer):
+        rows = caches.key.shape
+        if table is not None:
+            pages = *rows[:-4], table.size, -1, *rows[-2:]
+            caches = caches._replace(
+                key=caches.key.reshape(pages), value=caches.value.reshape(pages)
+            )
+            options["page_table"] = jnp.asarray(table)
         out, cache = decode_attention(
             query, key_new, value_new, DecodeCache(*caches), config, layer=layer, **options
         )
-        return out, Caches(cache.key, cache.value, cache.index)
+        return out, Caches(cache.key.reshape(rows), cache.value.reshape(rows), cache.index)
 
     return attend
+
+
+def random_pages(w: LayerWorkload, page_size: int | None) -> np.ndarray | None:
+    """A table [B, pages of a row] of all pages in random order; None for rows."""
+    if page_size is None:
+        return None
+    shape = w.B, w.capacity // page_size
+    rng = np.random.default_rng(w.seed)
+    return rng.permutation(math.prod(shape)).astype(np.int32).reshape(shape)
 
 
 def full(config: Any, *, implementation: str) -> Callable[..., Any]:
@@ -315,6 +331,7 @@ def layer_programs(
     make: Any,
     selector: str | None,
     unrolled: bool,
+    page_size: int | None = None,
     **options: Any,
 ) -> Programs:
     """A call with its caches donated, and what it is checked by.
@@ -344,6 +361,8 @@ def layer_programs(
     cache = (cache,) * w.count if unrolled else cache
     new = jax.ShapeDtypeStruct((w.count, *key_new.shape), key_new.dtype)
     arguments = query, new, new, lengths, Caches(cache, cache, index)
+    if page_size is not None:
+        options["table"] = random_pages(w, page_size)
     call = call_of(make(config, **options), w, unrolled)
     step = Program(forms, call, arguments, donate="caches")
     return {"step": step, **programs}
@@ -367,9 +386,17 @@ def gathered(cache: jax.Array, place: tuple[jax.Array, ...]) -> jax.Array:
 class JaxLayer(LayerStep):
     """Layers under jit, with their caches donated."""
 
-    def __init__(self, layer: Layer, programs: Programs, selector: str | None, unrolled: bool):
+    def __init__(
+        self,
+        layer: Layer,
+        programs: Programs,
+        selector: str | None,
+        unrolled: bool,
+        page_size: int | None = None,
+    ):
         w, inputs = layer.workload, layer.inputs
         self.layer, layer.separate, self._programs = layer, unrolled, programs
+        self._table, self._page_size = random_pages(w, page_size), page_size
         self.new = layer.new_tokens()
         self.numbers = programs["step"].numbers
         has_index = bool(programs.keys() & {"select", "attend"})
@@ -413,6 +440,10 @@ class JaxLayer(LayerStep):
 
     def tokens(self, *place):
         caches = self.layer.caches
+        if self._table is not None:
+            b, s, kv_head = place
+            slot = self._table[b, s // self._page_size] * self._page_size + s % self._page_size
+            place = *np.divmod(slot, self.layer.workload.capacity), kv_head
         if self.layer.separate:
             caches = [cache[-1] for cache in caches]
         elif layers := self.layer.workload.layers:

@@ -119,6 +119,11 @@ ABOUT_DEVICES = (
     "with CUDA graphs and without, and those of kernels and of NCCL's, a device, without. Lists "
     "were held to those of one device first."
 )
+ABOUT_SERVING = (
+    "A layer's decode step with several query tokens, and with caches in pages in random order: "
+    "median kernel times in microseconds, with an emptied L2 cache, beside one token in rows, and "
+    "beside as many tokens in rows. Outputs were checked first."
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -287,9 +292,9 @@ def tail(row: Row) -> str | None:
     return f"{times['p99'] / times['median']:.2f}" if times and times["count"] >= 100 else None
 
 
-def ratio(one: float | None, other: float | None, mark: str = "") -> str | None:
+def ratio(one: float | None, other: float | None, mark: str = "", digits: int = 1) -> str | None:
     """How many times `other` goes into `one`."""
-    return f"{mark}{one / other:.1f}x{mark}" if one and other else None
+    return f"{mark}{one / other:.{digits}f}x{mark}" if one and other else None
 
 
 def mebibytes(row: Row) -> str | None:
@@ -531,6 +536,34 @@ def devices_table(rows: Sequence[Row]) -> Table:
     return table([line(row) for row in rows])
 
 
+def of_serving(results: Sequence[Results]) -> list[Results]:
+    """The latest results with several query tokens and pages, if there are any."""
+    return [one for one in results if any(x.get("sweep") == "serving" for x in one["rows"])][-1:]
+
+
+def serving_table(one: Results) -> Table:
+    """A line for each number of query tokens, selector, and size of pages."""
+    times: dict[tuple[str, int, str], float | None] = {}
+    for row in one["rows"]:
+        tokens = one["workloads"][row["workload"]]["T"]
+        selector, _, pages = row["implementation"].partition(":")[2].partition("-pages-")
+        times[selector, tokens, pages] = time_of(row, "cold")
+    lines = []
+    for (selector, tokens, pages), found in times.items():
+        in_rows = times.get((selector, tokens, "")) if pages else None
+        lines.append(
+            {
+                "selector": f"`{selector}`",
+                "query tokens": str(tokens),
+                "cache": f"pages of {pages}" if pages else "rows",
+                "kernels": us(found),
+                "of one token": ratio(found, times.get((selector, 1, "")), digits=2),
+                "of rows": ratio(found, in_rows, digits=2),
+            }
+        )
+    return table(lines)
+
+
 def host_table(rows: Sequence[Row]) -> Table:
     """Caches in host memory and beside them, in microseconds."""
     lines = []
@@ -661,6 +694,8 @@ def all_tables(results: Sequence[Results]) -> dict[str, Table]:
         for name in dict.fromkeys(row["workload"] for row in one["rows"]):
             rows = [row for row in one["rows"] if row["workload"] == name]
             tables[f"{name}, microseconds"] = detail_table(rows)
+    for one in of_serving(results):
+        tables["several query tokens and pages, microseconds"] = serving_table(one)
     if frontier.swept(results):
         tables["frontier, microseconds"] = frontier_table(results, ())
     if workloads:
@@ -805,6 +840,9 @@ def document(
         if found:
             blocks += [f"## {title}", about, markdown(made)]
             blocks += map(provenance, {one["file"]: one for one, _ in found.values()}.values())
+    for one in of_serving(results):
+        blocks += ["## Several query tokens, and pages", ABOUT_SERVING]
+        blocks += [markdown(serving_table(one)), provenance(one)]
     blocks += of_frontier
     if workloads:
         blocks += ["## Selection in a decode step", ABOUT_KERNELS if gpu else ABOUT_CALLS]

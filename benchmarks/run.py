@@ -83,6 +83,7 @@ FLOATS = ("float32", "bfloat16", "float16")
 # Flags that change a workload: field, type or choices, what it is.
 WORKLOAD_FLAGS = {
     "B": ("B", int, "batch rows"),
+    "T": ("T", int, "query tokens of a step"),
     "N": ("N", int, "query heads"),
     "K": ("K", int, "key/value heads"),
     "H": ("H", int, "head dimension"),

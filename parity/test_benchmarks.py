@@ -1068,6 +1068,25 @@ def test_a_frontier_has_what_reranks_beside_full_attention_once(gpu):
         assert again.name == name
 
 
+def test_serving_is_timed_with_several_tokens_and_in_pages(folder, gpu, monkeypatch):
+    rows = layer.chosen_rows(parsed("python -m benchmarks layer --serving"))
+    names = {group[0].workload.T: {x.implementation.name for x in group} for group in rows}
+    assert names.keys() == {1, 2, 4, 8}
+    paged = {f"jax:cells-pages-{size}" for size in (16, 64, 256)}
+    assert names[1] == {"jax:cells", "jax:threshold"} | paged
+    assert names[8] == {"jax:cells", "jax:threshold"}
+    # The same by XLA, whose steps run here: with outputs checked through the table.
+    paged = layer._jax("xla-pages-64", layer.ours, "xla", page_size=64)
+    monkeypatch.setitem(layer.IMPLEMENTATIONS, paged.name, paged)
+    words = "--serving --workload small-grouped --implementation jax:xla jax:xla-pages-64"
+    status, rows = of_layer(folder / "a.json", f"{words} --S 1024 --window 8")
+    assert status == 0
+    assert {(row["status"], row["sweep"]) for row in rows} == {("ok", "serving")}
+    assert len(rows) == 8
+    assert main(["report"]) == 0
+    assert "| `xla` | 4 | pages of 64 |" in texts(folder)[1]
+
+
 def test_points_of_a_frontier_are_timed_cold(folder, gpu, monkeypatch):
     monkeypatch.setattr(layer, "POINTS", layer.pools("codes", 1, 2, B=1, L=131))
     words = "--frontier --workload small-grouped --implementation jax:xla"
