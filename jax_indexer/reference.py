@@ -811,7 +811,9 @@ def merge_devices(found: Attention, dtype: Any, axis: str) -> Attention:
       axis: of the mesh.
     """
     both = jnp.concatenate([found.out, found.lse[..., None]], axis=-1)
-    both = lax.all_gather(both, axis, to="invarying")
+    # Where types do not say what varies, the gradient of what is alike comes in parts, to be added.
+    is_typed = axis in jax.typeof(lax.axis_index(axis)).manual_axis_type.varying
+    both = lax.all_gather(both, axis, to="invarying" if is_typed else "varying")
     out, lse = both[..., :-1], both[..., -1]
     largest = jnp.max(lse, axis=0)
     largest = jnp.where(jnp.isneginf(largest), 0, largest)

@@ -3,6 +3,7 @@
     python -m parity.sequence lists      # eight host devices: boundaries, ties, layouts, layers
     python -m parity.sequence life       # hundreds of steps, rows that end and start, cells
     python -m parity.sequence training   # codebooks
+    python -m parity.sequence gradients  # of attention
     python -m parity.sequence kernels    # in the interpreter
     python -m parity.sequence programs   # collectives, copies, compiling; messages: wrong use
     python -m parity.sequence meshes --number 100
@@ -426,6 +427,48 @@ def check_training(split: tuple[int, int] = (2, 4), *, kernels: bool = False) ->
     print("checked training", flush=True)
 
 
+def check_gradients() -> None:
+    """Of attention, with types that say what varies and without: those of one device."""
+    case = Case(config=config_of(), B=2, mesh=(2, 1, 4))
+    x = draw(case, 0)
+    cache, query = x["cache"], x["query"][0]
+    scale, cap = np.float32(0.3), np.float32(5)
+
+    def attend(query, key, value, scale, cap, index, axis):
+        by = {"sequence_axis": axis}
+        found = select(query, index, case.config, **by)
+        options = {"scale": scale, "logits_soft_cap": cap, "return_lse": True}
+        return sparse_attention(query, key, value, found, **options, **by)
+
+    def slopes(attend):
+        def loss(*arguments):
+            out, lse = attend(*arguments, cache.index)
+            return jnp.sum(jnp.sin(out)) + jnp.sum(jnp.cos(lse))
+
+        arguments = query, cache.key, cache.value, scale, cap
+        return jax.jit(jax.grad(loss, argnums=range(5)))(*arguments)
+
+    want = slopes(functools.partial(attend, axis=None))
+    mesh = case.devices()
+    of_cache = partition_specs(cache, mesh, rows="rows", sequence="tokens")
+    whole, one = P("rows"), P()
+    for check_vma in (True, False):
+        mapped = jax.shard_map(
+            functools.partial(attend, axis="tokens"),
+            mesh=mesh,
+            in_specs=(whole, of_cache.key, of_cache.value, one, one, of_cache.index),
+            out_specs=whole,
+            check_vma=check_vma,
+        )
+        for name, got, wanted in zip(
+            ("query", "key", "value", "scale", "cap"), slopes(mapped), want, strict=True
+        ):
+            at = f"{name} check_vma={check_vma}"
+            np.testing.assert_allclose(got, wanted, rtol=2e-5, atol=2e-5, err_msg=at)
+            assert np.any(got), at
+    print("checked gradients", flush=True)
+
+
 def check_meshes(number: int, *, kernels: bool = False) -> None:
     """Random sizes, configs and lengths on random meshes of up to eight devices."""
     for seed in range(number):
@@ -659,8 +702,9 @@ def check_hosts() -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    whats = "lists", "life", "training", "kernels", "programs", "messages", "meshes", "hosts"
-    parser.add_argument("what", choices=(*whats, "host"))
+    whats = ["lists", "life", "training", "gradients", "kernels", "programs", "messages"]
+    whats += ["meshes", "hosts"]
+    parser.add_argument("what", choices=[*whats, "host"])
     parser.add_argument("--number", type=int, default=100, help="of random meshes")
     parser.add_argument("--rank", type=int, help="of a process that `hosts` starts")
     parser.add_argument("--port", type=int, help="of such a process")

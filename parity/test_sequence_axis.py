@@ -34,7 +34,8 @@ def run(what: str, *options: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "what", ["lists", "life", "training", "kernels", "programs", "messages", "hosts"]
+    "what",
+    ["lists", "life", "training", "gradients", "kernels", "programs", "messages", "hosts"],
 )
 def test_rows_split_over_devices(what):
     run(what)
