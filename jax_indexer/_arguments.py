@@ -379,8 +379,17 @@ def check_layer(layer: Any) -> Array | None:
     )
 
 
+# What to do where a function takes no part of rows, for `check_sequence_axis`.
+BUILT_APART = "make the cache as DecodeCache(key, value, build_index(..., sequence_axis=...))"
+
+
 def check_sequence_axis(
-    axis: Any, whole: Mapping[str, Any], parts: Mapping[str, Any], *, without: Mapping[str, Any]
+    axis: Any,
+    whole: Mapping[str, Any],
+    parts: Mapping[str, Any],
+    *,
+    without: Mapping[str, Any],
+    fix: str | None = None,
 ) -> int:
     """Checks over which axis of a mesh S is split, by what is whole there and what is a part.
 
@@ -393,13 +402,14 @@ def check_sequence_axis(
         do not say whether S is split.
       parts: by name, indexes and caches of which a device has its own positions.
       without: by the name of an option, what it needs that is not there where S is split.
+      fix: what to do where S is split without saying so; None to say so.
 
     Returns:
       How many devices share a row.
     """
     mesh, devices = jax.sharding.get_abstract_mesh(), 1
     if axis is None:
-        _check_not_split(whole, parts, mesh.shape)
+        _check_not_split(whole, parts, mesh.shape, fix)
     else:
         devices = _devices_along(axis, mesh)
         for name, x in whole.items():
@@ -418,12 +428,20 @@ def check_sequence_axis(
             continue
         size = index.codes.shape[-1]
         if index.capacity != size * devices:
-            fix = "use dataclasses.replace(index, capacity=None) if it was cut or grown by hand"
-            if devices == 1 and AxisType.Manual in mesh.axis_types:
-                fix = f"pass sequence_axis=... if S is split over devices, or {fix}"
+            by_hand = "use dataclasses.replace(index, capacity=None) if it was cut or grown by hand"
+            if axis is not None:
+                advice = (
+                    f"split S over {axis!r} and no other axis, make the index with "
+                    f"sequence_axis={axis!r} too, or {by_hand}"
+                )
+            elif AxisType.Manual in mesh.axis_types:
+                fix = fix or "pass sequence_axis=..."
+                advice = f"{fix} if S is split over devices, or {by_hand}"
+            else:
+                advice = by_hand
             raise ValueError(
                 f"{name}.codes: expected S={index.capacity}{f'/{devices}' if devices > 1 else ''} "
-                f"tokens, as the index was made for, got S={size}; {fix}"
+                f"tokens, as the index was made for, got S={size}; {advice}"
             )
     return devices
 
@@ -442,7 +460,7 @@ def _devices_along(axis: Any, mesh: Any) -> int:
 
 
 def _check_not_split(
-    whole: Mapping[str, Any], parts: Mapping[str, Any], sizes: Mapping[str, int]
+    whole: Mapping[str, Any], parts: Mapping[str, Any], sizes: Mapping[str, int], fix: str | None
 ) -> None:
     """Checks by types that parts differ among devices along no other axes than all else does."""
     of_whole = frozenset().union(*map(_varying, whole.values()))
@@ -453,8 +471,8 @@ def _check_not_split(
                 raise ValueError(
                     f"{name}{'.codes' if is_index else ''}: expected arrays that differ over no "
                     f"other axes of the mesh than {' and '.join(whole)} may, got one that differs "
-                    f"over {other!r}; pass sequence_axis={other!r} if its tokens are split over "
-                    "that"
+                    f"over {other!r}; {fix or f'pass sequence_axis={other!r}'} if its tokens are "
+                    "split over that"
                 )
 
 
@@ -912,6 +930,8 @@ def check_prefill(
     if rows is not None:
         check_array("rows", rows, ROWS, sizes)
     check_cache(cache, config, sizes, kv_layout, layer, page_table)
+    # Types say nothing here: devices that share no row may have one prompt.
+    check_sequence_axis(None, {}, {"cache.index": cache.index}, without={}, fix=BUILT_APART)
     check_whole_pages(page_table, None, cache.key)
     check_streamed(cache.key, None, config)
     check_dtypes({"key": key, "value": value}, cache)
@@ -947,7 +967,7 @@ def check_chunk(
         "cache.value": cache.value,
         "cache.index": cache.index,
     }
-    check_sequence_axis(None, whole, parts, without={})
+    check_sequence_axis(None, whole, parts, without={}, fix=BUILT_APART)
     check_implementation(implementation, key, cache)
 
 

@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import jax
 import jax.custom_batching
@@ -25,7 +25,7 @@ from jax.experimental.custom_partitioning import (
 )
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from jax_indexer._arguments import IN_HOST_MEMORY, LAYERS, annotated_arrays
+from jax_indexer._arguments import IN_HOST_MEMORY, LAYERS, annotated_arrays, check_choice
 from jax_indexer.layout import KVLayout, key_letters
 from jax_indexer.memory import in_host_memory, is_on_host
 from jax_indexer.state import DecodeCache, PQIndex, sealing_for
@@ -159,8 +159,10 @@ def partition_specs(
       The same structure, of PartitionSpecs.
 
     Raises:
-      ValueError: for anything but an index or a cache, an axis that the mesh does not have, and
-        rows, heads or tokens that the devices cannot share evenly.
+      ValueError: for anything but an index or a cache, an axis that the mesh does not have or that
+        is named twice, rows, heads or tokens that the devices cannot share evenly, and `sequence`
+        with keys or values that have other tokens than the index, as those of another layout or in
+        pages.
       NotImplementedError: for `sequence` with a cache in host memory.
 
     Source: CONTRACT.md, section 6.
@@ -170,11 +172,20 @@ def partition_specs(
             f"state: expected a PQIndex or a DecodeCache, got {type(state).__name__}; "
             "write the specs of other arrays by hand"
         )
+    check_choice("kv_layout", kv_layout, get_args(KVLayout))
+    used: dict[str, str] = {}
     for name, axis in {"rows": rows, "heads": heads, "sequence": sequence}.items():
-        if axis is not None and axis not in mesh.axis_names:
+        if axis is None:
+            continue
+        if axis not in mesh.axis_names:
             raise ValueError(
                 f"{name}: expected None or one of the mesh's axes {mesh.axis_names}, got {axis!r}; "
                 "use one of these"
+            )
+        if (other := used.setdefault(axis, name)) != name:
+            raise ValueError(
+                f"{name}: expected another axis of the mesh than {other} has, got {axis!r} for "
+                "both; split one of them over another axis"
             )
     if sequence is not None and isinstance(state, DecodeCache) and state.recent is not None:
         raise NotImplementedError(
@@ -189,9 +200,16 @@ def partition_specs(
         else x
         for x in _named("", None, state)
     ]
+    index = state if isinstance(state, PQIndex) else state.index
+    capacity = index.codes.shape[-1]
     for name, letters, array in named:
         for letter, size in zip(letters, array.shape, strict=True):
             axis = axes.get(letter)
+            if letter == "S" and axis is not None and size != capacity:
+                raise ValueError(
+                    f"state{name}: expected S={capacity} tokens, as the index has, got S={size} "
+                    f"with kv_layout={kv_layout!r}; mind the layout, and split pages by heads alone"
+                )
             if axis is not None and size % mesh.shape[axis]:
                 raise ValueError(
                     f"state{name}: expected an axis {letter} that {mesh.shape[axis]} devices "
@@ -202,10 +220,9 @@ def partition_specs(
     specs = jax.tree.unflatten(jax.tree.structure(state), specs)
     if sequence is None:
         return specs
-    index = state if isinstance(state, PQIndex) else state.index
     if index.cells is None:
         return specs
-    own = sealing_for(index.codes.shape[-1] // mesh.shape[sequence], index.cells.sealing)
+    own = sealing_for(capacity // mesh.shape[sequence], index.cells.sealing)
 
     def sealed(specs: PQIndex) -> PQIndex:
         assert specs.cells is not None

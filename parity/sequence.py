@@ -43,6 +43,7 @@ from jax_indexer import (
     decode_attention,
     indexer_next,
     partition_specs,
+    prefill,
     prefill_chunk,
     rebuild,
     rebuild_gain,
@@ -604,7 +605,7 @@ def check_messages() -> None:
         (lambda c: sparse_attention(query, c.key, c.value, selection), ValueError,
          f"key: .*{split}"),
         (lambda c: prefill_chunk(key, key, c.index.lengths, c, config).key, ValueError,
-         f"cache.key: .*{split}"),
+         "cache.key: .*differs over 'tokens'; make the cache as DecodeCache.*build_index"),
         # An axis that is not there.
         (lambda c: decode_(c, "heads"), ValueError,
          r"sequence_axis: .*there are \['rows', 'tokens'\], got 'heads'; use one of these"),
@@ -631,9 +632,21 @@ def check_messages() -> None:
         partition_specs(key, mesh)
     with pytest.raises(ValueError, match=r"sequence: .* axes \('rows', 'tokens'\), got 'heads'"):
         partition_specs(cache, mesh, sequence="heads")
-    uneven = dataclasses.replace(cache, key=cache.key[:, :126])
+    with pytest.raises(ValueError, match=r"sequence: .* than rows has, got 'tokens' for both"):
+        partition_specs(cache, mesh, rows="tokens", sequence="tokens")
+    with pytest.raises(ValueError, match="kv_layout: expected one of"):
+        partition_specs(cache, mesh, sequence="tokens", kv_layout="BHSK")
+    head_first = dataclasses.replace(cache, key=np.swapaxes(cache.key, 1, 2))
+    in_pages = dataclasses.replace(cache, key=np.zeros((8, 32, case.K, case.H), np.float32))
+    for other, size in ((head_first, case.K), (in_pages, 32)):
+        with pytest.raises(ValueError, match=rf"state\.key: .*S=128 .*got S={size} with kv_layout"):
+            partition_specs(other, mesh, sequence="tokens")
+    uneven = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct([126 if n == 128 else n for n in x.shape], x.dtype), cache
+    )
     with pytest.raises(ValueError, match=r"state\.key: .* axis S that 4 devices \(tokens\) can"):
         partition_specs(uneven, mesh, sequence="tokens")
+    uneven = dataclasses.replace(cache, key=cache.key[:, :126])
     # Without types an index that was made whole knows.
     known = dataclasses.replace(cache, index=dataclasses.replace(cache.index, capacity=case.S))
     specs_of_cache = partition_specs(known, mesh, sequence="tokens")
@@ -653,6 +666,37 @@ def check_messages() -> None:
                 ),
                 known,
             )
+    # A part of a prompt goes into no cache: there is no sequence_axis to advise.
+    built = "make the cache as DecodeCache.*build_index.*sequence_axis"
+    for function in (
+        lambda c: prefill(key, key, c.index.lengths, config, cache=c).key,
+        lambda c: prefill(x["cache"].key, x["cache"].value, c.index.lengths, config, cache=c).key,
+        lambda c: prefill_chunk(key, key, c.index.lengths, c, config).key,
+    ):
+        with pytest.raises(ValueError, match=f"cache.index.codes: expected S=128 .*; {built}"):
+            jax.eval_shape(
+                jax.shard_map(
+                    function, mesh=mesh, in_specs=(specs_of_cache,), out_specs=P(), check_vma=False
+                ),
+                known,
+            )
+    # An index that knows another split: of a device's part, or over another axis.
+    alone = lambda c: build_index(c.key, c.index.lengths, config)  # noqa: E731
+    for make, axis, got in (
+        (alone, "tokens", "S=32/4 .* got S=32"),
+        (lambda c: c.index, "rows", "S=128/2 .* got S=32"),
+    ):
+        advice = rf"codes: expected {got}; split S over '{axis}' .*sequence_axis='{axis}' too"
+        with pytest.raises(ValueError, match=advice):
+            jax.eval_shape(
+                jax.shard_map(
+                    lambda c, make=make, axis=axis: select(
+                        query, make(c), config, sequence_axis=axis
+                    ),
+                    mesh=mesh, in_specs=(specs_of_cache,), out_specs=P(), check_vma=False,
+                ),
+                known,
+            )  # fmt: skip
     specs_of_cache = partition_specs(cache, mesh, sequence="tokens")
     # S that the devices cannot share is refused by shard_map itself too.
     with pytest.raises(ValueError, match="evenly divisible"):
