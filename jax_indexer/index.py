@@ -262,7 +262,9 @@ def rebuild_gain(
       kv_layout: order of the token and head axes of `key`.
       implementation: "triton", "xla", or None: Triton on an NVIDIA GPU where it supports the
         case, else XLA.
-      sequence_axis: as in `build_index`. Exchanges the sums of one iteration, and of errors.
+      sequence_axis: as in `build_index`. Exchanges, for each codebook: an `all_gather` of a count,
+        4 bytes a device, and sums of 63 keys, 4 * D' bytes each, of one iteration,
+        4 * C * (D' + 1) bytes, and of errors, 8 bytes.
       page_table: as in `build_index`.
 
     Returns:

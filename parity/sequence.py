@@ -570,7 +570,36 @@ def check_programs() -> None:
     assert found == [("all-gather", cut)], found
     for function, argument in ((grow, new[1]), (start, np.ones(case.B, bool))):
         assert not COLLECTIVE.findall(compiled(function, cache.index, argument)[2])
+
+    # What trains: a loop's body counts once.
+    books, C, D = case.B * case.K * config.num_subspaces, config.num_centroids, case.H // 2
+    counts, origin, iteration = 4 * books, 4 * D * 63 * books, 4 * C * (D + 1)
+
+    def train(cache):
+        return build_index(cache.key, cache.index.lengths, config, sequence_axis="tokens").codebooks
+
+    def gain(cache):
+        return rebuild_gain(cache.index, cache.key, config, sequence_axis="tokens")
+
+    first, of_empty = 4 * D * C * books, iteration + 4
+    for function, want in (
+        (train, counts + first + origin + books * iteration + of_empty),
+        (gain, counts + origin + books * iteration + 8 * books),
+    ):
+        text = compiled(function, whole)[2]
+        assert given(text) == want, (function.__name__, given(text), want)
     print("checked programs", flush=True)
+
+
+def given(text: str) -> int:
+    """Bytes that one of four devices gives to the collectives of a program, of 32-bit numbers."""
+    total = 0
+    for line in text.splitlines():
+        if found := COLLECTIVE.search(line):
+            shapes = re.findall(r"[fs]32\[([\d,]*)\]", found[0])
+            sizes = (math.prod(int(n) for n in shape.split(",") if n) for shape in shapes)
+            total += 4 * sum(sizes) // (4 if found[3] == "all-gather" else 1)
+    return total
 
 
 def check_messages() -> None:
