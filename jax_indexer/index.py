@@ -159,7 +159,8 @@ def rebuild(
     """Trains new codebooks for some rows and encodes their tokens again; nothing else changes.
 
     Keys and values in host memory are read over the bus chunk by chunk, twice a key that is trained
-    on; `config.train_tokens` must say how many these are.
+    on; `config.train_tokens` must say how many these are. Their rows keep their high water unless
+    `lengths` are given, which must then be those that were written last; other rows begin it anew.
 
     For between decode steps: when a short prompt has grown, when the keys have drifted away from
     the codebooks (`rebuild_gain` tells), or, with `lengths`, to put a new prompt into a row. A row
@@ -538,6 +539,12 @@ def _reset(index: PQIndex, rows: Array, layer: Array | None) -> PQIndex:
     return _emptied(index, rows)
 
 
+def _kept(high_water: Array, lengths: Array) -> Array:
+    """The high water where `truncate` could have come from it, else the length."""
+    back = high_water - lengths
+    return jnp.where((back >= 0) & (back <= MOST_BACK), high_water, lengths)
+
+
 @functools.partial(backend.jit, static_argnames=())
 def _truncated(
     lengths: Array, high_water: Array | None, wanted: Array, layer: Array | None
@@ -576,8 +583,7 @@ def _with_cells(
         lengths = jnp.clip(index.lengths, 0, span.capacity if span else capacity)
         high_water = lengths
         if index.values is not None and index.high_water is not None:
-            back = index.high_water - lengths
-            high_water = jnp.where((back >= 0) & (back <= MOST_BACK), index.high_water, lengths)
+            high_water = _kept(index.high_water, lengths)
         cells = seal(cells, index.codes, high_water, every_row, config, span)
         return dataclasses.replace(index, cells=cells, high_water=high_water)
 
@@ -681,7 +687,7 @@ def _rebuild(
     key = in_rows(key, *places)
     value = None if value is None else in_rows(value, *places)
     one, of_cache = layer_of(index, layer), layer
-    lengths = one.lengths if lengths is None else lengths
+    goes_on, lengths = lengths is None, one.lengths if lengths is None else lengths
     if is_on_host(key):
         key, value = not_mapped((key, value), "key")
     else:
@@ -694,6 +700,7 @@ def _rebuild(
             kv_layout=kv_layout,
             implementation=implementation,
             sequence_axis=sequence_axis,
+            goes_on=goes_on,
         ),
         index=(None, one),
         key=(key_letters(kv_layout), key),
@@ -720,6 +727,7 @@ def _rebuilt(
     kv_layout: KVLayout,
     implementation: Implementation | None,
     sequence_axis: str | None,
+    goes_on: bool = False,
 ) -> PQIndex:
     span = Span.of(sequence_axis, index.codes.shape[-1])
     capacity = span.capacity if span else index.codes.shape[-1]
@@ -745,7 +753,11 @@ def _rebuilt(
     started = dataclasses.replace(_emptied(index, rows), codebooks=codebooks, phi=phi)
     arguments = config, kv_layout, implementation
     if read is not None:
-        return _appended_in_chunks(started, key, value, lengths, *arguments, read)
+        high_water = lengths
+        if goes_on and index.high_water is not None:
+            # The ring ends with what was written last, and no row goes back behind it.
+            high_water = jnp.where(rows, _kept(index.high_water, lengths), 0)
+        return _appended_in_chunks(started, key, value, lengths, high_water, *arguments, read)
     if span is None:
         return _appended(started, key, value, lengths, *arguments)
     # Each device encodes what it holds, as if it were all.
@@ -788,6 +800,7 @@ def _appended_in_chunks(
     key: Array,
     value: Array | None,
     lengths: Array,
+    high_water: Array,
     config: IndexerConfig,
     kv_layout: KVLayout,
     implementation: Implementation | None,
@@ -808,7 +821,7 @@ def _appended_in_chunks(
         if values is not None:
             assert value is not None
             codes = jnp.take_along_axis(bare.codes, position[:, None, None], axis=3)
-            until = summed_until(lengths, config)
+            until = summed_until(high_water, config)
             begin, end = (jnp.clip(x - first, 0, chunk) for x in (config.first_candidate, until))
             begin = jnp.broadcast_to(begin, end.shape)
             end = jnp.where(counts > 0, end, begin)
@@ -819,12 +832,12 @@ def _appended_in_chunks(
     bare = dataclasses.replace(index, cells=None, values=None, high_water=None)
     chunks = lax.div(jnp.max(lengths) + (chunk - 1), jnp.int32(chunk))
     bare, values = lax.fori_loop(0, chunks, add, (bare, index.values))
-    cells, high_water = index.cells, index.high_water
-    if high_water is not None:
-        high_water = jnp.where(lengths > 0, lengths, high_water)
-    if cells is not None and high_water is not None:
-        cells = seal(cells, bare.codes, high_water, lengths > 0, config)
-    return dataclasses.replace(bare, cells=cells, values=values, high_water=high_water)
+    cells, followed = index.cells, index.high_water
+    if followed is not None:
+        followed = jnp.where(lengths > 0, high_water, followed)
+    if cells is not None and followed is not None:
+        cells = seal(cells, bare.codes, followed, lengths > 0, config)
+    return dataclasses.replace(bare, cells=cells, values=values, high_water=followed)
 
 
 @functools.partial(backend.jit, static_argnames=TRAINED_BY)

@@ -45,6 +45,7 @@ from jax_indexer.memory import in_host_memory, moved_to_device
 from jax_indexer.recent import empty_recent, place_of, ring_size, write_recent
 from jax_indexer.reference import Caches, Room, write_tokens
 from jax_indexer.state import layer_of
+from parity import oracle, test_cells
 from parity.checked_memory import checked
 from parity.lowering import an_h100, lowered
 
@@ -265,6 +266,38 @@ def test_drafts_are_taken_back_as_on_the_device(name):
             assert_recent(case, on_host)
     # What was sealed and summed went on.
     assert (np.asarray(one(on_host.index).high_water) > LENGTHS + 8).all()
+
+
+@pytest.mark.parametrize("name", ["xla, layers, all, head-major", "pool of cells, the rest"])
+def test_rebuilding_lets_no_row_go_back_behind_the_ring(name):
+    """The high water stays, so what is taken back twice is refused; steps go on as they should."""
+    case = DRAFTS[name]
+    with case.runs():
+        _, cache = filled(case)
+
+        def one(index):
+            return index if case.layer is None else layer_of(index, jnp.int32(case.layer))
+
+        for back in (8, 16, 24):
+            cache = truncate(cache, jnp.asarray(LENGTHS - back), layer=case.layer)
+            options = {"value": cache.value, "layer": case.layer, **case.options}
+            index = rebuild(cache.index, cache.key, case.config, jnp.ones(B, bool), **options)
+            cache = dataclasses.replace(cache, index=index)
+            assert one(index).lengths.tolist() == (LENGTHS - 8).tolist()
+            assert one(index).high_water.tolist() == LENGTHS.tolist()
+            assert_recent(case, cache)
+        new = tokens(case, 3, case.T), tokens(case, 4, case.T, VALUE_H)
+        step = jax.jit(case.decode)
+        for i in range(10):
+            cache = step(draw(5 + i, B, case.T, N, H), *new, cache)[1]
+            assert_recent(case, cache)
+    index, value = jax.tree.map(np.asarray, (one(cache.index), cache.value))
+    value = value if case.layer is None else value[case.layer]
+    of_all = value, index.codes, index.high_water, case.config, case.kv_layout
+    sums, counts = oracle.value_sums(*of_all)
+    np.testing.assert_array_equal(index.values.counts, counts)
+    np.testing.assert_allclose(index.values.sums, sums, rtol=1e-4, atol=1e-4)
+    test_cells.check_state(index, case.config)
 
 
 @pytest.mark.parametrize("name", ["xla, layers, all, head-major", "pool of cells, the rest"])
