@@ -188,7 +188,7 @@ INTERPRETED = {
     ("three query tokens", "rerank, codes"), ("many new tokens", "codes"), ("cells", "codes"),
     ("a pool of more than there is", "rerank"), ("no budget", "mean"),
     ("layers of cells, from the end", "rerank, mean"),
-    ("cells of three query tokens", "codes"),
+    ("cells of three query tokens", "codes"), ("cells", "rerank, codes"),
 }  # fmt: skip
 ON_CHECKED_MEMORY = {
     ("cells", "rerank, codes"), ("the middle layer", "rerank, mean"), ("all sink", "codes"),

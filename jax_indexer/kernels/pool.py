@@ -296,7 +296,8 @@ class End(NamedTuple):
             return lax.bitcast_convert_type(bits, jnp.float32)
 
         before = read(self.scratch.by_key, jnp.maximum(begin - 1, 0), ends & (begin > 0))
-        into = jnp.where(ends, cell, 0)
+        # Not to a cell: an interpreter writes back what lies there, in any order.
+        into = jnp.where(ends, cell, np.int32(config.num_cells))
         backend.store(search.outputs.lost.at[(*at, into)], until - before, mask=ends)
 
         def some(i, sums):
