@@ -794,8 +794,13 @@ def check_selection(selection: Any, config: Any, sizes: Sizes, page_table: Any) 
             f"selection: expected a Selection, got {type(selection).__name__}; "
             "pass what select returned"
         )
-    if page_table is not None and (selection.capacity or 0) <= sizes["S"]:
-        pass  # pages may be more than a row takes
+    if page_table is not None:  # pages may be more than a row takes
+        if (selection.capacity or 0) > sizes["S"]:
+            raise ValueError(
+                f"page_table: expected pages for S={selection.capacity} tokens of a row, as the "
+                f"index that selected has, got {sizes['pages']} of page_size={sizes['page_size']}; "
+                "make the table wider, with -1 for pages that are absent"
+            )
     elif selection.capacity not in (None, sizes["S"]):
         raise ValueError(
             f"key: expected S={selection.capacity} tokens, as the index that selected has, got "

@@ -431,6 +431,14 @@ def test_bad_pages_are_told():
             "^page_size: expected a page_size that is a power of two, got 24",
         ),
         (lambda: to_physical(table, table, page_size=16), "^selection: expected a Selection"),
+        (
+            lambda: sparse_attention(
+                query, cache.key, cache.value,
+                Selection(jnp.zeros((B, 1, 4, 5), jnp.int32), None, capacity=65),
+                page_table=table,
+            ),
+            "^page_table: expected pages for S=65 tokens .*wider",
+        ),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=message):
             function()
