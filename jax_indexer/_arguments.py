@@ -299,10 +299,10 @@ def kinds_of_memory() -> tuple[str, list[str]]:
 
 def check_same_memory(names: tuple[str, str], key: Any, value: Any) -> bool:
     """Checks that keys and values are in one memory; whether it is that of the host."""
-    where = [f"{PINNED_HOST} memory" if is_on_host(x) else "the device" for x in (key, value)]
+    where = [f"in {PINNED_HOST} memory" if is_on_host(x) else "on the device" for x in (key, value)]
     if where[0] != where[1]:
         raise ValueError(
-            f"{names[1]}: expected it to lie where {names[0]} does, in {where[0]}, got it in "
+            f"{names[1]}: expected it to lie where {names[0]} does, {where[0]}, got it "
             f"{where[1]}; move one of them with jax.device_put"
         )
     return is_on_host(key)
@@ -338,7 +338,11 @@ def check_recent(cache: DecodeCache, config: IndexerConfig, sizes: Sizes) -> Non
             "make the cache with empty_cache"
         )
     sizes.learn("config", R=recent_size(config))
-    check_fields("cache.recent", cache.recent, sizes)
+    fix = (
+        f"with sink_size={config.sink_size} and window_size={config.window_size} the config says "
+        "otherwise; use the config that the cache was made with"
+    )
+    check_fields("cache.recent", cache.recent, sizes, {"R": fix})
 
 
 def check_page_table(page_table: Any, sizes: Sizes) -> None:
@@ -711,21 +715,21 @@ def check_append(
     whole = {"key_new": key_new, "counts": counts}
     without = sums_needed(config)
     devices = check_sequence_axis(sequence_axis, whole, {"index": index}, without=without)
-    check_counts(counts, "t", sizes, devices)
+    check_counts(counts, "key_new", "t", sizes, devices)
     check_phi(index, config)
     check_value(value, config, kv_layout, sizes)
     check_implementation(implementation, key_new, index)
 
 
-def check_counts(counts: Any, tokens: str, sizes: Sizes, devices: int) -> None:
-    """Checks how many of the `tokens` of key_new rows take, all where it is not said."""
+def check_counts(counts: Any, name: str, tokens: str, sizes: Sizes, devices: int) -> None:
+    """Checks how many of the `tokens` of the keys `name` rows take, all where it is not said."""
     capacity = sizes["S"] * devices
     if counts is not None:
         check_array("counts", counts, NUMBERS, sizes)
     elif sizes[tokens] > capacity:
         raise ValueError(
-            f"key_new: expected at most {tokens}=S={capacity} tokens, as many as a row can hold, "
-            f"got {tokens}={sizes[tokens]}; pass fewer, or counts{sizes.understood('key_new')}"
+            f"{name}: expected at most {tokens}=S={capacity} tokens, as many as a row can hold, "
+            f"got {tokens}={sizes[tokens]}; pass fewer, or counts{sizes.understood(name)}"
         )
 
 
@@ -891,7 +895,7 @@ def check_decode(
     if cache.recent is not None:
         without |= {IN_HOST_MEMORY: "what is recent of a device's own positions"}
     devices = check_sequence_axis(sequence_axis, whole, parts, without=without)
-    check_counts(counts, "T", sizes, devices)
+    check_counts(counts, "key_new", "T", sizes, devices)
     if cache.recent is not None and sizes["T"] > MOST_NEW:
         raise NotImplementedError(
             f"key_new: caches in host memory take up to {MOST_NEW} tokens a step, got "
@@ -962,9 +966,8 @@ def check_chunk(
     """Checks a chunk of prompts, and the cache that it goes into."""
     sizes = check_prompts(key, value, config, kv_layout)
     check_array("start", start, NUMBERS, sizes)
-    if counts is not None:
-        check_array("counts", counts, NUMBERS, sizes)
     check_cache(cache, config, sizes, kv_layout, layer, None)
+    check_counts(counts, "key", "s", sizes, 1)
     check_dtypes({"key": key, "value": value}, cache)
     whole = {"key": key, "value": value, "start": start, "counts": counts}
     parts = {

@@ -743,8 +743,15 @@ def test_bad_input_is_refused_before_anything_compiles():
     new = tokens(case, 4, 1), tokens(case, 5, 1, VALUE_H)
     decode = functools.partial(decode_attention, query, *new, config=config)
     half = dataclasses.replace(on_host, value=on_device.value)
-    with pytest.raises(ValueError, match=r"cache\.value: expected it to lie where cache\.key does"):
+    where = r"where cache\.key does, in pinned_host memory, got it on the device; move one of them"
+    with pytest.raises(ValueError, match=rf"cache\.value: expected it to lie {where}"):
         decode(half)
+    wider = dataclasses.replace(config, window_size=config.window_size + 1)
+    with pytest.raises(ValueError, match=r"cache\.recent\.key: .* the cache was made with"):
+        decode_attention(query, *new, on_host, wider)
+    chunk = tokens(case, 4, S + 1), tokens(case, 5, S + 1, VALUE_H), jnp.zeros(B, jnp.int32)
+    with pytest.raises(ValueError, match=rf"^key: expected at most s=S={S} .*or counts"):
+        prefill_chunk(*chunk, on_host, config)
     with pytest.raises(ValueError, match=r"cache\.recent: expected Recent"):
         decode(dataclasses.replace(on_host, recent=None))
     with pytest.raises(ValueError, match=r"cache\.recent: expected None"):
