@@ -343,6 +343,11 @@ def check_recent(cache: DecodeCache, config: IndexerConfig, sizes: Sizes) -> Non
         "otherwise; use the config that the cache was made with"
     )
     check_fields("cache.recent", cache.recent, sizes, {"R": fix})
+    if cache.recent.sink_size != config.sink_size:
+        raise ValueError(
+            f"cache.recent.sink_size: expected {config.sink_size}, got {cache.recent.sink_size}; "
+            f"{fix}"
+        )
 
 
 def check_page_table(page_table: Any, sizes: Sizes) -> None:

@@ -4,6 +4,8 @@ Every head reads sink and window at every step, so they are here alone read from
 over the bus for heavy tokens only, and of these only for what the steps before have not listed.
 """
 
+import dataclasses
+
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
@@ -72,6 +74,7 @@ def empty_recent(
         slot_of=jnp.full((batch, kv_heads, capacity), -1, jnp.int32),
         position_in=jnp.full((batch, kv_heads, kept), -1, jnp.int32),
         next_slot=jnp.zeros((batch, kv_heads), jnp.int32),
+        sink_size=config.sink_size,
     )
 
 
@@ -99,11 +102,10 @@ def write_recent(
         new = new if kv_layout == "BSKH" else new.swapaxes(1, 2)
         return old.at[row, place].set(new, mode="drop")
 
-    written = Recent(
+    written = dataclasses.replace(
+        one,
         key=put(one.key, new.key),
         value=put(one.value, new.value),
-        kept_key=one.kept_key,
-        kept_value=one.kept_value,
         slot_of=jnp.full_like(one.slot_of, -1),
         position_in=jnp.full_like(one.position_in, -1),
         next_slot=jnp.zeros_like(one.next_slot),

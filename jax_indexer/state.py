@@ -260,6 +260,7 @@ class Recent:
       slot_of: which of the n rows holds a position, -1 for none.
       position_in: which position it holds, -1 for none.
       next_slot: the row that is taken next.
+      sink_size: static, of the config that they were made for: R is the same of others.
     """
 
     key: Float[Array, "B R K H"]
@@ -269,6 +270,7 @@ class Recent:
     slot_of: Int32[Array, "B K S"]
     position_in: Int32[Array, "B K n"]
     next_slot: Int32[Array, "B K"]
+    sink_size: int = dataclasses.field(metadata={"static": True})
 
 
 @jax.tree_util.register_dataclass

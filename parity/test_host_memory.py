@@ -749,6 +749,9 @@ def test_bad_input_is_refused_before_anything_compiles():
     wider = dataclasses.replace(config, window_size=config.window_size + 1)
     with pytest.raises(ValueError, match=r"cache\.recent\.key: .* the cache was made with"):
         decode_attention(query, *new, on_host, wider)
+    as_many = dataclasses.replace(wider, sink_size=config.sink_size - 1)
+    with pytest.raises(ValueError, match=r"cache\.recent\.sink_size: expected 2, got 3; .* config"):
+        decode_attention(query, *new, on_host, as_many)
     chunk = tokens(case, 4, S + 1), tokens(case, 5, S + 1, VALUE_H), jnp.zeros(B, jnp.int32)
     with pytest.raises(ValueError, match=rf"^key: expected at most s=S={S} .*or counts"):
         prefill_chunk(*chunk, on_host, config)

@@ -1,5 +1,6 @@
 """Many tokens at once into caches, and tokens out of them, wherever they lie."""
 
+import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -123,8 +124,7 @@ def put(
     made = backend.launch(what, num_warps=tuning.copied_warps)
     if not is_recent:
         return Caches(made.key, made.value)
-    rest = {field: getattr(into, field) for field in ("kept_key", "kept_value", "next_slot")}
-    return Recent(**made._asdict(), **rest)
+    return dataclasses.replace(into, **made._asdict())
 
 
 class TakeInputs(NamedTuple):

@@ -4,6 +4,7 @@ Steps list mostly what the steps before them listed, and the query heads of a kv
 common, so what was listed is kept, and a step reads over the bus what is new.
 """
 
+import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -162,7 +163,7 @@ def keep(
     )
     made = backend.launch(what, num_warps=step.tuning.kept_warps)
     fields = {field: getattr(made, field) for field in IN_PLACE}
-    return Recent(recent.key, recent.value, **fields)
+    return dataclasses.replace(recent, **fields)
 
 
 def kept_of(recent: Recent | None) -> Kept | None:
