@@ -796,12 +796,19 @@ def check_step(query: Any, key_new: Any, kv_layout: Any, fix: str) -> None:
         )
 
 
-def check_selection(selection: Any, config: Any, sizes: Sizes, page_table: Any) -> None:
+def check_selection(
+    selection: Any, config: Any, sizes: Sizes, page_table: Any, sequence_axis: Any
+) -> None:
     """Checks that `selection` is one, of an index of the cache's capacity, and by `config`."""
     if not isinstance(selection, Selection):
         raise ValueError(
             f"selection: expected a Selection, got {type(selection).__name__}; "
             "pass what select returned"
+        )
+    if (axis := selection.sequence_axis) not in (None, sequence_axis):
+        raise ValueError(
+            f"sequence_axis: expected {axis!r}, over which the devices that made the selection "
+            f"share its rows, got {sequence_axis!r}; pass sequence_axis={axis!r}"
         )
     if page_table is not None:  # pages may be more than a row takes
         if (selection.capacity or 0) > sizes["S"]:

@@ -94,7 +94,7 @@ def sparse_attention(
     _arguments.check_groups(sizes)
     _arguments.check_page_table(page_table, sizes)
     _arguments.check_whole_pages(page_table, sequence_axis, key)
-    _arguments.check_selection(selection, config, sizes, page_table)
+    _arguments.check_selection(selection, config, sizes, page_table, sequence_axis)
     _arguments.check_key("value", value, "S", kv_layout, sizes, head="H'", **of_cache)
     _arguments.check_same_memory(("key", "value"), key, value)
     _arguments.check_choice("return_lse", return_lse, (True, False))

@@ -81,7 +81,7 @@ def select(
         sequence_axis,
     )
     _arguments.check_return_rest(return_rest, config, scale, logits_soft_cap)
-    return _select(
+    selection = _select(
         query,
         index,
         counts,
@@ -93,6 +93,7 @@ def select(
         selector=selector,
         sequence_axis=sequence_axis,
     )
+    return dataclasses.replace(selection, sequence_axis=sequence_axis)
 
 
 def indexer_next(
@@ -146,7 +147,7 @@ def indexer_next(
     _arguments.check_select(
         query, index, config, counts, layer, return_weights, implementation, selector, **by_axis
     )
-    return _step(
+    selection, index = _step(
         query,
         key_new,
         value,
@@ -160,6 +161,7 @@ def indexer_next(
         kv_layout=kv_layout,
         sequence_axis=sequence_axis,
     )
+    return dataclasses.replace(selection, sequence_axis=sequence_axis), index
 
 
 @functools.partial(

@@ -323,6 +323,8 @@ class Selection:
       weights: None unless asked for: in the query's dtype, 1 at listed tokens, else 0.
       capacity: S of the index, which a cache must have too; static; None where it is not known.
       rest: None unless asked for: what is not listed.
+      sequence_axis: over which the devices that made it share its rows, of which each lists its own
+        positions; static; None where none do.
     """
 
     indices: Int32[Array, "B T N P"]
@@ -330,6 +332,7 @@ class Selection:
     weights: Float[Array, "B T N S"] | None = None
     capacity: int | None = dataclasses.field(default=None, metadata={"static": True})
     rest: Rest | None = None
+    sequence_axis: str | None = dataclasses.field(default=None, metadata={"static": True})
 
 
 def varying_as(tree: Any, like: Array) -> Any:

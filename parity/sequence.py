@@ -679,16 +679,20 @@ def check_messages() -> None:
     # Without types an index that was made whole knows.
     known = dataclasses.replace(cache, index=dataclasses.replace(cache.index, capacity=case.S))
     specs_of_cache = partition_specs(known, mesh, sequence="tokens")
-    for function in (
-        lambda c: decode_(c, None),
-        lambda c: select(query, c.index, config),
-        lambda c: append(c.index, key, config),
-        lambda c: rebuild(c.index, c.key, config, np.ones(2, bool)),
-        lambda c: rebuild_gain(c.index, c.key, config),
-        lambda c: reset(c.index, np.ones(2, bool)),
-        lambda c: with_cells(c.index, cells),
-    ):
-        with pytest.raises(ValueError, match=r"codes: expected S=128 .* got S=32; pass sequence_a"):
+    of_part = r"codes: expected S=128 .* got S=32; pass sequence_a"
+    lists = lambda c: select(query, c.index, config, sequence_axis="tokens")  # noqa: E731
+    for function, message in (
+        (lambda c: decode_(c, None), of_part),
+        (lambda c: select(query, c.index, config), of_part),
+        (lambda c: append(c.index, key, config), of_part),
+        (lambda c: rebuild(c.index, c.key, config, np.ones(2, bool)), of_part),
+        (lambda c: rebuild_gain(c.index, c.key, config), of_part),
+        (lambda c: reset(c.index, np.ones(2, bool)), of_part),
+        (lambda c: with_cells(c.index, cells), of_part),
+        (lambda c: sparse_attention(query, c.key, c.value, lists(c)),
+         r"sequence_axis: expected 'tokens', over which .* None"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
             jax.eval_shape(
                 jax.shard_map(
                     function, mesh=mesh, in_specs=(specs_of_cache,), out_specs=P(), check_vma=False
