@@ -206,7 +206,7 @@ def attend_together(
     live: Array,
     logits: Logits,
 ) -> Softmax:
-    """Softmax of several queries over a block of tokens, of those that are live."""
+    """Softmax of several queries over a block of tokens, of those live: bool[1 or 16, block]."""
     if len({query.dtype, key.dtype, value.dtype}) > 1 or query.dtype == jnp.float32:
         query, key, value = (x.astype(jnp.float32) for x in (query, key, value))
     multiply = functools.partial(
@@ -214,9 +214,9 @@ def attend_together(
         precision=lax.Precision.HIGHEST if query.dtype == jnp.float32 else None,
         preferred_element_type=jnp.float32,
     )
-    logit = _logits(multiply(query, key, (((1,), (1,)), ((), ()))), live[None, :], logits)
+    logit = _logits(multiply(query, key, (((1,), (1,)), ((), ()))), live, logits)
     largest = jnp.max(logit, axis=1)
-    weight = jnp.where(live[None, :], jnp.exp(logit - finite(largest)[:, None]), 0)
+    weight = jnp.where(live, jnp.exp(logit - finite(largest)[:, None]), 0)
     # Tensor cores take weights of the values' dtype: in two parts these are good to float32.
     high = weight.astype(value.dtype)
     values = multiply(high, value, (((1,), (0,)), ((), ())))
@@ -237,38 +237,46 @@ def merge_two(one: Softmax, other: Softmax) -> Softmax:
     )
 
 
-def read_queries(
-    query: Any, row: Array, token: Array, head: Array, num_heads: int
-) -> Float[Array, "16 H"]:
-    """Queries of some heads from `head` on, and zeros behind them."""
-    size = query.shape[3]
-    number = jnp.arange(ROWS, dtype=jnp.int32)
-    exists = number < num_heads
-    heads = (head + jnp.where(exists, number, 0))[:, None]
-    d = jnp.arange(padded(size), dtype=jnp.int32)[None, :]
-    mask = jnp.broadcast_to(exists[:, None] & (d < size), (ROWS, d.size))
-    return backend.load(query.at[row, token, heads, d], mask=mask, other=0)
+class Queries(NamedTuple):
+    """Up to 16 queries of a row and a kv head: where they are in [B, T, N], and which exist."""
 
+    row: Array
+    token: Array
+    head: Array
+    exists: Array
 
-def write_parts(
-    parts: Parts,
-    row: Array,
-    token: Array,
-    head: Array,
-    num_heads: int,
-    part: Array,
-    found: Softmax,
-) -> None:
-    """Writes a part of some heads from `head` on."""
-    number = jnp.arange(ROWS, dtype=jnp.int32)
-    exists = number < num_heads
-    # What is not written lies outside: the interpreter writes back what it read there.
-    heads = jnp.where(exists, head + number, parts.largest.shape[2])
-    backend.store(parts.largest.at[row, token, heads, part], found.largest, mask=exists)
-    backend.store(parts.total.at[row, token, heads, part], found.total, mask=exists)
-    d = jnp.arange(found.values.shape[1], dtype=jnp.int32)[None, :]
-    mask = jnp.broadcast_to(exists[:, None] & (d < parts.values.shape[4]), found.values.shape)
-    backend.store(parts.values.at[row, token, heads[:, None], part, d], found.values, mask=mask)
+    @classmethod
+    def of(cls, row: Array, token: Array, head: Array, heads: int, tokens: int = 1) -> "Queries":
+        """Those of some heads from `head` on; or of some tokens, of each the same heads."""
+        number = jnp.arange(ROWS, dtype=jnp.int32)
+        exists = number < heads * tokens
+        place = jnp.where(exists, number, 0)
+        if tokens > 1:
+            token, place = token + place // heads, place % heads
+        return cls(row, token, head + place, exists)
+
+    def read(self, query: Any) -> Float[Array, "16 H"]:
+        """Their vectors, zeros for those that do not exist."""
+        size = query.shape[3]
+        d = jnp.arange(padded(size), dtype=jnp.int32)[None, :]
+        mask = jnp.broadcast_to(self.exists[:, None] & (d < size), (ROWS, d.size))
+        token = self.token[:, None] if self.token.ndim else self.token
+        at = query.at[self.row, token, self.head[:, None], d]
+        return backend.load(at, mask=mask, other=0)
+
+    def write(self, parts: Parts, part: Array, found: Softmax) -> None:
+        """Writes a part of each."""
+        # What is not written lies outside: the interpreter writes back what it read there.
+        head = jnp.where(self.exists, self.head, parts.largest.shape[2])
+        at = self.row, self.token, head, part
+        backend.store(parts.largest.at[at], found.largest, mask=self.exists)
+        backend.store(parts.total.at[at], found.total, mask=self.exists)
+        d = jnp.arange(found.values.shape[1], dtype=jnp.int32)[None, :]
+        mask = self.exists[:, None] & (d < parts.values.shape[4])
+        mask = jnp.broadcast_to(mask, found.values.shape)
+        token = self.token[:, None] if self.token.ndim else self.token
+        at = parts.values.at[self.row, token, head[:, None], part, d]
+        backend.store(at, found.values, mask=mask)
 
 
 def write_part(parts: Parts, at: tuple[Array, ...], found: Softmax) -> None:
@@ -430,10 +438,10 @@ def shared_kernel(
     entry = jnp.where(slot < own.first, slot, own.number + slot)
     at = inputs.indices.at[row, token, head, jnp.where(exists, entry, 0)]
     position = backend.load(at, mask=exists, other=-1)
-    query = read_queries(inputs.query, row, token, head, together)
+    queries = Queries.of(row, token, head, together)
+    query = queries.read(inputs.query)
     live, key, value = read_listed(inputs, kv_layout, row, kv_head, position, exists)
-    found = attend_together(query, key, value, live, logits)
-    write_parts(parts, row, token, head, together, part, found)
+    queries.write(parts, part, attend_together(query, key, value, live[None, :], logits))
 
 
 class LeftOut(NamedTuple):
@@ -592,29 +600,43 @@ class AlwaysInputs(NamedTuple):
 def always_kernel(
     program, inputs: AlwaysInputs, parts: Parts, *, step: Step, block: int, is_recent: bool
 ):
-    """A block of sink and window, for query heads that share them, of one query token.
+    """A block of sinks and windows, for queries of some tokens and heads that share most of it.
 
     Where the caches are in host memory, `is_recent`, what is recent stands for them.
     """
-    num_parts, together = parts.largest.shape[3], sharing(step.G)
-    groups = step.N // together
+    num_parts, together, tokens = parts.largest.shape[3], sharing(step.G), tokens_at_once(step)
+    groups, blocks_of_tokens = step.N // together, pl.cdiv(step.T, tokens)
     part, group = program % num_parts, program // num_parts % groups
-    token = program // (num_parts * groups) % step.T
-    row, head = program // (num_parts * groups * step.T), group * together
+    token = program // (num_parts * groups) % blocks_of_tokens * tokens
+    row, head = program // (num_parts * groups * blocks_of_tokens), group * together
     kv_head = head // step.G
 
     logits = read_logits(inputs.logits)
-    query = read_queries(inputs.query, row, token, head, together)
+    queries = Queries.of(row, token, head, together, tokens)
+    if tokens > 1:
+        queries = queries._replace(exists=queries.exists & (queries.token < step.T))
+    query = queries.read(inputs.query)
 
-    plan = plan_after(step, inputs.before, row * step.K + kv_head, token)
+    plan = plan_after(step, inputs.before, row * step.K + kv_head, queries.token)
     num_first, num_last = plan.always(step.config)
+    begin, end = plan.visible - num_last, plan.visible
     slot = part * block + jnp.arange(block, dtype=jnp.int32)
-    live = slot < num_first + num_last
-    position = jnp.where(slot < num_first, slot, plan.visible - (num_first + num_last) + slot)
-    position = jnp.where(live, position, 0)
+    most_first, least_begin, most_end = num_first, begin, end
+    if tokens > 1:  # the sinks of all, then their windows, each of which begins behind a whole sink
+        most_first = jnp.max(jnp.where(queries.exists, num_first, 0))
+        has_window = queries.exists & (num_last > 0)
+        most_end = jnp.max(jnp.where(has_window, end, 0))
+        least_begin = jnp.min(jnp.where(has_window, begin, most_end))
+        num_first, begin, end = (x[:, None] for x in (num_first, begin, end))
+    wanted = slot < most_first + (most_end - least_begin)
+    position = jnp.where(slot < most_first, slot, least_begin - most_first + slot)
+    position = jnp.where(wanted, position, 0)
+    place, in_sinks = position[None, :], (slot < most_first)[None, :]
+    live = (slot[None, :] < num_first) | (~in_sinks & (place >= begin) & (place < end))
+    live &= wanted[None, :]
     room, span = room_in(step, inputs.before, row)[0], inputs.before.span(step)
     new = (position if span is None else position + span.offset) - room.start
-    is_new = live & (new >= 0) & (new < room.taken)
+    is_new = wanted & (new >= 0) & (new < room.taken)
     new = jnp.where(is_new, new, 0)
 
     place = place_of(position, step.config) if is_recent else position
@@ -622,18 +644,22 @@ def always_kernel(
     table = inputs.before.page_table
 
     def read(cache, new_ones):
-        old = read_rows(cache, kv_layout, row, kv_head, place, live & ~is_new, table)
+        old = read_rows(cache, kv_layout, row, kv_head, place, wanted & ~is_new, table)
         own = read_rows(new_ones, step.kv_layout, row, kv_head, new, is_new)
         return jnp.where(is_new[:, None], own, old)
 
     key, value = read(inputs.key, inputs.key_new), read(inputs.value, inputs.value_new)
-    found = attend_together(query, key, value, live, logits)
-    write_parts(parts, row, token, head, together, part, found)
+    queries.write(parts, part, attend_together(query, key, value, live, logits))
 
 
 def sharing(group: int) -> int:
     """How many of the query heads of a kv head are attended for together."""
     return max(number for number in range(1, ROWS + 1) if group % number == 0)
+
+
+def tokens_at_once(step: Step) -> int:
+    """Query tokens that share what they always attend to, but for the ends of their windows."""
+    return min(step.T, ROWS // sharing(step.G))
 
 
 # Launches
@@ -719,13 +745,15 @@ def always_launch(
     """
     value_size = new.value.shape[3]
     block = block_of(query.shape[3], value_size, step.tuning.always_tile, step.tuning)
-    most = min(step.config.sink_size + step.config.window_size, step.S)
+    tokens = tokens_at_once(step)
+    most = min(step.config.sink_size + step.config.window_size + tokens - 1, step.S)
     num_parts = max(pl.cdiv(most, block), 1)
+    groups = step.N // sharing(step.G) * pl.cdiv(step.T, tokens)
     return backend.Launch(
         functools.partial(always_kernel, step=step, block=block, is_recent=is_recent),
         AlwaysInputs(before, query, *new, *caches, vectors(logits)),
         shapes_of_parts(query, value_size, num_parts),
-        programs=step.B * step.T * (step.N // sharing(step.G)) * num_parts,
+        programs=step.B * groups * num_parts,
         state=("before.lengths", *Caches._fields),
         layer=layer,
     )

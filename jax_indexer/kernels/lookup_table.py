@@ -19,7 +19,7 @@ from jax_indexer.kernels import backend
 from jax_indexer.kernels.codebook import tiles
 from jax_indexer.kernels.step import Step
 from jax_indexer.kernels.tuning import Tuning
-from jax_indexer.layout import Grouping, by_kv_head, power_of_2_from
+from jax_indexer.layout import by_kv_head, dimension_of, power_of_2_from
 
 
 class Tables(NamedTuple):
@@ -38,7 +38,7 @@ class Tables(NamedTuple):
 class Inputs(NamedTuple):
     """What tables are made of."""
 
-    query: Any  # [R, Q, M, D], or [R, Q, D, M] for strided subspaces
+    query: Any  # [B, T, N, H]
     codebooks: Any  # [R, M, C, D'], of which the first D coordinates count
 
 
@@ -47,23 +47,26 @@ def lanes_of(num_queries: int, itemsize: int, tuning: Tuning) -> int:
     return min(power_of_2_from(num_queries), tuning.lookup_bytes // itemsize)
 
 
-def lookup_table_kernel(
-    program, inputs: Inputs, tables: Tables, *, grouping: Grouping, tuning: Tuning
-):
-    num_queries, num_subspaces = inputs.query.shape[1], inputs.codebooks.shape[1]
-    dimensions = inputs.query.shape[2 if grouping == "strided" else 3]
-    num_centroids, (_, lane_groups, _, lanes) = inputs.codebooks.shape[2], tables.by_lane.shape
+def lookup_table_kernel(program, inputs: Inputs, tables: Tables, *, step: Step):
+    num_subspaces, num_centroids = inputs.codebooks.shape[1:3]
+    dimensions, (_, lane_groups, _, lanes) = (
+        inputs.query.shape[3] // num_subspaces,
+        tables.by_lane.shape,
+    )
     subspace = program % num_subspaces
     group = program // num_subspaces % lane_groups
     kv_row = program // (num_subspaces * lane_groups)
-    codebook = list(tiles(inputs.codebooks, kv_row, subspace, dimensions, tuning))
+    row, kv_head = kv_row // step.K, kv_row % step.K
+    codebook = list(tiles(inputs.codebooks, kv_row, subspace, dimensions, step.tuning))
     entry = subspace * num_centroids + jnp.arange(num_centroids, dtype=jnp.int32)
 
     def products(query: Array) -> Array:
         total = jnp.float32(0)
+        token, head = (0, query) if step.T == 1 else (query // step.G, query % step.G)
+        head = kv_head * step.G + head
         for d, exists, tile in codebook:
-            place = (d, subspace) if grouping == "strided" else (subspace, d)
-            at = inputs.query.at[(kv_row, query, *place)]
+            h = dimension_of(subspace, d, num_subspaces, dimensions, step.config.grouping)
+            at = inputs.query.at[row, token, head, h]
             part = backend.load(at, mask=exists, other=0).astype(jnp.float32)
             # Elementwise, not a dot: that would be rounded to TF32.
             total += jnp.sum(tile * part[None, :], axis=1)
@@ -71,9 +74,9 @@ def lookup_table_kernel(
 
     columns = []
     for place in range(lanes):
-        query = jnp.minimum(group * lanes + place, num_queries - 1)
+        query = jnp.minimum(group * lanes + place, step.Q - 1)
         columns.append(products(query))
-        real = jnp.broadcast_to(group * lanes + place < num_queries, entry.shape)
+        real = jnp.broadcast_to(group * lanes + place < step.Q, entry.shape)
         backend.store(tables.by_query.at[kv_row, query, entry], columns[-1], mask=real)
     lane = jnp.arange(lanes, dtype=jnp.int32)
     into = tables.by_lane.at[kv_row, group, entry[:, None], lane[None, :]]
@@ -93,14 +96,12 @@ def tables_launch(
     Source: CONTRACT.md, rules 3 and 7.
     """
     config, dtype = step.config, step.config.table_dtype
-    parts = (config.num_subspaces, query.shape[-1] // config.num_subspaces)
-    parts = parts[::-1] if config.grouping == "strided" else parts
     entries = config.num_subspaces * config.num_centroids
     lanes = lanes_of(step.Q, dtype.itemsize, step.tuning)
     groups = pl.cdiv(step.Q, lanes)
     return backend.Launch(
-        functools.partial(lookup_table_kernel, grouping=config.grouping, tuning=step.tuning),
-        Inputs(by_kv_head(query, step.K).reshape(step.R, step.Q, *parts), step.by_rows(codebooks)),
+        functools.partial(lookup_table_kernel, step=step),
+        Inputs(query, step.by_rows(codebooks)),
         Tables(
             jax.ShapeDtypeStruct((step.R, groups, entries, lanes), dtype),
             jax.ShapeDtypeStruct((step.R, step.Q, entries), dtype),
