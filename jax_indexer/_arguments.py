@@ -20,7 +20,7 @@ from jax_indexer.config import (
     beyond_cells,
 )
 from jax_indexer.kernels import backend
-from jax_indexer.layout import KVLayout, key_letters
+from jax_indexer.layout import KVLayout, key_letters, power_of_2_from
 from jax_indexer.memory import PINNED_HOST, is_on_host
 from jax_indexer.recent import recent_size
 from jax_indexer.state import (
@@ -43,6 +43,9 @@ STACKED = "of several layers say which with layer=..."
 STACKED_ALONE = "of several layers take one, or map over them with jax.vmap"
 # How a cache in host memory is asked for.
 IN_HOST_MEMORY = f'memory_kind="{PINNED_HOST}"'
+# What to do about a cache in pages that is taken for one in rows.
+PASS_TABLE = "pass page_table=..."
+CHUNK_TAKES_NONE = "prefill takes it with page_table=..., prefill_chunk takes none"
 
 
 class Expected(NamedTuple):
@@ -89,10 +92,13 @@ class Sizes(dict[str, int]):
     Attributes:
       source: by letter, the argument.
       stacked: whether states and caches have an axis of layers in front.
+      if_in_pages: what to do about caches that are in pages after all; None where they cannot be.
     """
 
-    def __init__(self, *, stacked: bool = False):
+    def __init__(self, *, stacked: bool = False, if_in_pages: str | None = None):
         self.stacked = stacked
+        self.if_in_pages = if_in_pages
+        self._perhaps_in_pages: set[str] = set()
         self.source: dict[str, str] = {}
         self._understood: dict[str, str] = {}
         self._kv_layout = ""
@@ -107,6 +113,8 @@ class Sizes(dict[str, int]):
     ) -> None:
         """Remembers what a key's shape means, which the layout decides."""
         seen = ", ".join(f"{axis}={size}" for axis, size in zip(axes, shape, strict=True))
+        if self.if_in_pages and "S" in axes and _is_power_of_2(shape[axes.index("S")]):
+            self._perhaps_in_pages.add(name)
         axes = [axis for axis in axes if axis != LAYERS]
         self._understood[name] = f"{name} understood as [{seen}]"
         (other,) = set(get_args(KVLayout)) - {kv_layout}
@@ -117,6 +125,11 @@ class Sizes(dict[str, int]):
         """The end of a message: what was understood of those of these arguments that are keys."""
         seen = [self._understood[n] for n in dict.fromkeys(names) if n in self._understood]
         return f"; {', '.join(seen)} {self._kv_layout}" if seen else ""
+
+    def in_pages(self, *names: str) -> str:
+        """What else to do about wrong rows, of those of these arguments that may be in pages."""
+        found = [name for name in names if name in self._perhaps_in_pages]
+        return f"; if {found[0]} is in pages, {self.if_in_pages}" if found else ""
 
 
 def check_array(
@@ -182,6 +195,7 @@ def check_array(
         if size != sizes.get(axis, size):
             source = sizes.source[axis]
             fix = fixes.get(axis, f"axis {axis} must be {sizes[axis]}, as in {source}")
+            fix += sizes.in_pages(name, source) if axis == "B" else ""
             raise ValueError(
                 f"{name}: expected {wanted}, got {got}; {fix}{sizes.understood(source, name)}"
             )
@@ -350,16 +364,26 @@ def check_recent(cache: DecodeCache, config: IndexerConfig, sizes: Sizes) -> Non
         )
 
 
+def pages_fix(key: Any, fix: str = PASS_TABLE) -> str | None:
+    """What to do about a cache that is in pages after all; one in host memory cannot be."""
+    return None if is_on_host(key) else fix
+
+
+def _is_power_of_2(number: int) -> bool:
+    return power_of_2_from(number) == number
+
+
 def check_page_table(page_table: Any, sizes: Sizes) -> None:
     """Checks the table of caches in pages, which are checked already, and learns S from it."""
     if page_table is None:
         return
     check_array("page_table", page_table, PAGES, sizes)
-    size = sizes["page_size"]
-    if size & (size - 1):
+    rows, size = sizes["B"], sizes["page_size"]
+    if not _is_power_of_2(size):
+        in_rows = "; a cache in rows takes no page_table" if sizes.get("num_pages") == rows else ""
         raise ValueError(
             f"{sizes.source['page_size']}: expected a page_size that is a power of two, got "
-            f"{size}; use 16 to 256"
+            f"{size}; use 16 to 256{in_rows}"
         )
     most = sizes["pages"] * size
     if sizes.setdefault("S", most) > most:
@@ -690,7 +714,7 @@ def check_with_cache(
 ) -> Sizes:
     """Checks an index and the cache it is of; returns the sizes of the axes."""
     check_config(config)
-    sizes = Sizes(stacked=layer is not None)
+    sizes = Sizes(stacked=layer is not None, if_in_pages=pages_fix(key))
     options = {"may_be_on_host": may_be_on_host, "page_table": page_table}
     check_key("key", key, "S", kv_layout, sizes, **options)
     check_subspaces("key", config, sizes)
@@ -978,7 +1002,7 @@ def check_chunk(
     """Checks a chunk of prompts, and the cache that it goes into."""
     sizes = check_prompts(key, value, config, kv_layout)
     check_array("start", start, NUMBERS, sizes)
-    check_cache(cache, config, sizes, kv_layout, layer, None)
+    check_cache(cache, config, sizes, kv_layout, layer, None, in_pages=CHUNK_TAKES_NONE)
     check_counts(counts, "key", "s", sizes, 1)
     check_dtypes({"key": key, "value": value}, cache)
     whole = {"key": key, "value": value, "start": start, "counts": counts}
@@ -1008,15 +1032,22 @@ def check_whole_pages(page_table: Any, sequence_axis: Any, key: Any) -> None:
 
 
 def check_cache(
-    cache: Any, config: IndexerConfig, sizes: Sizes, kv_layout: Any, layer: Any, page_table: Any
+    cache: Any,
+    config: IndexerConfig,
+    sizes: Sizes,
+    kv_layout: Any,
+    layer: Any,
+    page_table: Any,
+    *,
+    in_pages: str = PASS_TABLE,
 ) -> None:
-    """Checks the arrays of a cache against each other and against the config."""
+    """Checks the arrays of a cache against each other and the config; `in_pages` is a fix."""
     if not isinstance(cache, DecodeCache):
         raise ValueError(
             f"cache: expected a DecodeCache, got {type(cache).__name__}; "
             "make one with empty_cache or prefill"
         )
-    sizes.stacked = layer is not None
+    sizes.stacked, sizes.if_in_pages = layer is not None, pages_fix(cache.key, in_pages)
     options = {"may_be_on_host": True, "page_table": page_table}
     check_key("cache.key", cache.key, "S", kv_layout, sizes, **options)
     check_key("cache.value", cache.value, "S", kv_layout, sizes, head="H'", **options)

@@ -87,7 +87,8 @@ def sparse_attention(
 
     Source: CONTRACT.md, section 4.
     """
-    sizes = _arguments.Sizes(stacked=layer is not None)
+    in_pages = _arguments.pages_fix(key)
+    sizes = _arguments.Sizes(stacked=layer is not None, if_in_pages=in_pages)
     of_cache = {"may_be_on_host": True, "page_table": page_table}
     _arguments.check_key("key", key, "S", kv_layout, sizes, **of_cache)
     _arguments.check_array("query", query, _arguments.QUERY, sizes)

@@ -461,7 +461,8 @@ def prefill_chunk(
       key: [B, s, K, H] ("BSKH") or [B, K, s, H] ("BKSH"), keys of s tokens, in the cache's dtype.
       value: likewise, their values.
       start: int32[B], the position of each row's first one; clipped to 0..S.
-      cache: what they go into; donate it to have it updated in place.
+      cache: what they go into, in rows; donate it to have it updated in place. Into pages whole
+        prompts go, by `prefill` with a page table.
       config: what the cache was made with.
       counts: int32[B], how many of the s tokens each row takes, clipped to 0..s; None for s. A row
         that would pass the capacity takes none.

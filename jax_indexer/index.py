@@ -104,7 +104,7 @@ def build_index(
     Source: CONTRACT.md, section 4; the method is that of PQCache (arXiv 2407.12820).
     """
     _arguments.check_config(config)
-    sizes = _arguments.Sizes()
+    sizes = _arguments.Sizes(if_in_pages=_arguments.pages_fix(key))
     alone = _arguments.STACKED_ALONE
     _arguments.check_key("key", key, "S", kv_layout, sizes, stacked=alone, page_table=page_table)
     _arguments.check_subspaces("key", config, sizes)

@@ -18,6 +18,7 @@ from jax_indexer import (
     decode_attention,
     empty_cache,
     prefill,
+    prefill_chunk,
     rebuild,
     rebuild_gain,
     select,
@@ -442,3 +443,65 @@ def test_bad_pages_are_told():
     ):  # fmt: skip
         with pytest.raises(ValueError, match=message):
             function()
+
+
+@pytest.mark.parametrize("kv_layout", ["BSKH", "BKSH"])
+@pytest.mark.parametrize("layer", [None, 1])
+def test_a_cache_in_pages_without_its_table_is_told_of_it(layer, kv_layout):
+    """As the first thing to do, before the axes are said to be swapped."""
+    config = IndexerConfig(num_bits=2, heavy_size=4, sink_size=2, window_size=2)
+    B, K, S, H = 2, 2, 64, 8
+    options = {"dtype": jnp.float32, "kv_layout": kv_layout}
+    options |= {} if layer is None else {"layers": 2}
+    cache = empty_cache(config, B, S, K, H, num_pages=9, page_size=16, **options)
+    query, every, lengths = jnp.zeros((B, 1, 4, H)), jnp.ones(B, bool), jnp.zeros(B, jnp.int32)
+    new = jnp.zeros((B, 1, K, H) if kv_layout == "BSKH" else (B, K, 1, H))
+    lists = Selection(jnp.zeros((B, 1, 4, 5), jnp.int32), None)
+    options = {"layer": layer, "kv_layout": kv_layout}
+    calls = {
+        "cache.key": [
+            lambda cache: decode_attention(query, new, new, cache, config, **options),
+            lambda cache: prefill(new, new, lengths, config, cache=cache, **options),
+        ],
+        "key": [
+            lambda cache: sparse_attention(query, cache.key, cache.value, lists, **options),
+            lambda cache: rebuild(cache.index, cache.key, config, every, **options),
+            lambda cache: rebuild_gain(cache.index, cache.key, config, **options),
+        ],
+    }
+    if layer is None:
+        calls["key"].append(
+            lambda cache: build_index(cache.key, lengths, config, kv_layout=kv_layout)
+        )
+    for name, functions in calls.items():
+        for function in functions:
+            advice = rf"; if {name} is in pages, pass page_table=\.\.\.; .*{name} understood as"
+            with pytest.raises(ValueError, match=r"axis B must be \d, as in \w+" + advice):
+                function(cache)
+    told = "; if cache.key is in pages, prefill takes it with page_table=.*, prefill_chunk takes no"
+    with pytest.raises(ValueError, match=f"^cache.key: expected .*B=2.*{told}"):
+        prefill_chunk(new, new, lengths, cache, config, **options)
+
+
+def test_a_cache_that_cannot_be_in_pages_is_not_said_to_be():
+    """Pages are of a power of two, and not in host memory."""
+    config = IndexerConfig(num_bits=2, heavy_size=4, sink_size=2, window_size=2)
+    query, new = jnp.zeros((2, 1, 4, 8)), jnp.zeros((2, 1, 2, 8))
+    for tokens, memory_kind in ((24, None), (32, "pinned_host")):
+        options = {"dtype": jnp.float32, "memory_kind": memory_kind}
+        cache = empty_cache(config, 9, tokens, 2, 8, **options)
+        with pytest.raises(ValueError, match=r"axis B must be 2, as in query; cache\.key under"):
+            decode_attention(query, new, new, cache, config)
+
+
+@pytest.mark.parametrize("memory_kind", [None, "pinned_host"])
+def test_a_cache_in_rows_takes_no_page_table(memory_kind):
+    config = IndexerConfig(num_bits=2, heavy_size=4, sink_size=2, window_size=2)
+    B, K, S, H = 2, 2, 200, 8
+    cache = empty_cache(config, B, S, K, H, dtype=jnp.float32, memory_kind=memory_kind)
+    query, new, table = jnp.zeros((B, 1, 4, H)), jnp.zeros((B, 1, K, H)), jnp.zeros((B, 13), int)
+    told = "expected a page_size that .*, got 200; .*; a cache in rows takes no page_table$"
+    with pytest.raises(ValueError, match=f"^cache.key: {told}"):
+        decode_attention(query, new, new, cache, config, page_table=table)
+    with pytest.raises(ValueError, match=f"^key: {told}"):
+        rebuild(cache.index, cache.key, config, jnp.ones(B, bool), page_table=table)
