@@ -237,7 +237,11 @@ def _attend(
 
 
 def to_physical(
-    selection: Selection, page_table: Int32[Array, "B pages"], *, page_size: int
+    selection: Selection,
+    page_table: Int32[Array, "B pages"],
+    *,
+    page_size: int,
+    num_pages: int | None = None,
 ) -> Int32[Array, "B T N P"]:
     """The slots that lists name in a cache of pages, for consumers other than those here.
 
@@ -245,6 +249,8 @@ def to_physical(
       selection: what `select` returned, or lists of another kind.
       page_table: int32[B, pages], as `sparse_attention` takes it.
       page_size: tokens of a page, a power of two.
+      num_pages: of the cache: a page beyond the last is then taken for the last, as the functions
+        of this library take it. None leaves numbers as they are, so slots may be beyond the cache.
 
     Returns:
       int32[B, T, N, P], page * page_size + slot: places in a cache [num_pages * page_size, ...], in
@@ -257,6 +263,8 @@ def to_physical(
     """
     sizes = _arguments.Sizes()
     sizes.learn("page_size", **_arguments.check_sizes(page_size=page_size))
+    if num_pages is not None:
+        num_pages = _arguments.check_sizes(num_pages=num_pages)["num_pages"]
     if not isinstance(selection, Selection):
         raise ValueError(
             f"selection: expected a Selection, got {type(selection).__name__}; "
@@ -267,13 +275,18 @@ def to_physical(
     if selection.capacity is not None:
         sizes.learn("selection", S=selection.capacity)
     _arguments.check_page_table(page_table, sizes)
-    return _to_physical(selection.indices, page_table, page_size=sizes["page_size"])
+    of_pages = {"page_size": sizes["page_size"], "num_pages": num_pages}
+    return _to_physical(selection.indices, page_table, **of_pages)
 
 
-@functools.partial(backend.jit, static_argnames=("page_size",))
-def _to_physical(indices: Array, page_table: Array, *, page_size: int) -> Array:
+@functools.partial(backend.jit, static_argnames=("page_size", "num_pages"))
+def _to_physical(
+    indices: Array, page_table: Array, *, page_size: int, num_pages: int | None
+) -> Array:
     number, slot = page_and_slot(indices, page_size)
     flat = jnp.where(number < 0, page_table.shape[1], number).reshape(len(indices), -1)
     page = jnp.take_along_axis(page_table, flat, axis=1, mode="fill", fill_value=-1)
     page = page.reshape(indices.shape)
+    if num_pages is not None:
+        page = jnp.minimum(page, np.int32(num_pages - 1))
     return jnp.where(page < 0, -1, page * page_size + slot)

@@ -302,6 +302,28 @@ def test_slots_are_where_listed_tokens_lie():
     assert (found[indices >= 0] == -1).all()
 
 
+@pytest.mark.parametrize("num_pages", [None, 1, 9])
+def test_slots_of_pages_beyond_the_last_are_of_the_last(num_pages):
+    rng = np.random.default_rng(0)
+    indices = rng.integers(-1, 64, (3, 2, 4, 20)).astype(np.int32)
+    table = rng.integers(-3, 14, (3, 4)).astype(np.int32)
+    lists, static = Selection(jnp.asarray(indices), None), {"page_size": 16, "num_pages": num_pages}
+    got = np.asarray(to_physical(lists, jnp.asarray(table), **static))
+    page = table[np.arange(3)[:, None, None, None], indices // 16]
+    clipped = page if num_pages is None else np.minimum(page, num_pages - 1)
+    want = np.where((indices < 0) | (page < 0), -1, clipped * 16 + indices % 16)
+    np.testing.assert_array_equal(got, want)
+    assert (got >= 9 * 16).any() == (num_pages is None)
+
+
+def test_no_page_is_beyond_the_last_of_any_number():
+    lists, table = Selection(jnp.full((1, 1, 1, 1), 5), None), jnp.full((1, 1), 2**31 - 1)
+    assert to_physical(lists, table, page_size=16, num_pages=3).tolist() == [[[[37]]]]
+    for wrong in (0, 2.0, True):
+        with pytest.raises(ValueError, match=f"^num_pages: expected an integer .* got {wrong}"):
+            to_physical(lists, table, page_size=16, num_pages=wrong)
+
+
 # Prompts.
 
 
