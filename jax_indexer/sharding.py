@@ -23,7 +23,7 @@ from jax.experimental.custom_partitioning import (
     SdyShardingRule,
     custom_partitioning,
 )
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jax_indexer._arguments import IN_HOST_MEMORY, LAYERS, annotated_arrays, check_choice
 from jax_indexer.layout import KVLayout, key_letters
@@ -159,10 +159,10 @@ def partition_specs(
       The same structure, of PartitionSpecs.
 
     Raises:
-      ValueError: for anything but an index or a cache, an axis that the mesh does not have or that
-        is named twice, rows, heads or tokens that the devices cannot share evenly, and `sequence`
-        with keys or values that have other tokens than the index, as those of another layout or in
-        pages.
+      ValueError: for anything but an index or a cache, and a mesh, an axis that the mesh does not
+        have or that is named twice, rows, heads or tokens that the devices cannot share evenly, and
+        `sequence` with keys or values that have other tokens than the index, as those of another
+        layout or in pages.
       NotImplementedError: for `sequence` with a cache in host memory.
 
     Source: CONTRACT.md, section 6.
@@ -173,6 +173,11 @@ def partition_specs(
             "write the specs of other arrays by hand"
         )
     check_choice("kv_layout", kv_layout, get_args(KVLayout))
+    if not isinstance(mesh, (Mesh, AbstractMesh)):
+        raise ValueError(
+            f"mesh: expected a jax.sharding.Mesh, got {type(mesh).__name__}; make one with "
+            "jax.make_mesh"
+        )
     used: dict[str, str] = {}
     for name, axis in {"rows": rows, "heads": heads, "sequence": sequence}.items():
         if axis is None:

@@ -659,6 +659,11 @@ def check_messages() -> None:
         decode_(cache, "tokens")
     with pytest.raises(ValueError, match="state: expected a PQIndex"):
         partition_specs(key, mesh)
+    for wrong in (None, "tokens"):
+        with pytest.raises(ValueError, match=r"^mesh: expected a .*Mesh, got .*make_mesh"):
+            partition_specs(cache, wrong, sequence="tokens")
+    abstract = jax.sharding.AbstractMesh((2, 4), ("rows", "tokens"))
+    assert partition_specs(cache, abstract, sequence="tokens") == specs_of_cache
     with pytest.raises(ValueError, match=r"sequence: .* axes \('rows', 'tokens'\), got 'heads'"):
         partition_specs(cache, mesh, sequence="heads")
     with pytest.raises(ValueError, match=r"sequence: .* than rows has, got 'tokens' for both"):
