@@ -433,7 +433,8 @@ def check_sequence_axis(
       axis: the name, or None where S is not split.
       whole: by name, what is the same on all devices that share a row; nothing where types alone
         do not say whether S is split.
-      parts: by name, indexes and caches of which a device has its own positions.
+      parts: by name, indexes and caches of which a device has its own positions; lengths of rows
+        are whole.
       without: by the name of an option, what it needs that is not there where S is split.
       fix: what to do where S is split without saying so; None to say so.
 
@@ -445,7 +446,9 @@ def check_sequence_axis(
         _check_not_split(whole, parts, mesh.shape, fix)
     else:
         devices = _devices_along(axis, mesh)
-        for name, x in whole.items():
+        indexes = {name: x for name, x in parts.items() if isinstance(x, PQIndex)}
+        of_rows = {f"{name}.lengths": index.lengths for name, index in indexes.items()}
+        for name, x in (*whole.items(), *of_rows.items()):
             if axis in _varying(x):
                 raise ValueError(
                     f"{name}: expected the same on all devices along sequence_axis={axis!r}, got "
@@ -507,6 +510,18 @@ def _check_not_split(
                     f"over {other!r}; {fix or f'pass sequence_axis={other!r}'} if its tokens are "
                     "split over that"
                 )
+
+
+def check_same_rows(lengths: Any, index: PQIndex) -> None:
+    """Checks by types that new lengths are the same on all devices that share rows of an index."""
+    sizes = jax.sharding.get_abstract_mesh().shape
+    shared = _varying(index.codes) - _varying(index.lengths)
+    for axis in sorted(shared & _varying(lengths)):
+        if sizes[axis] > 1:
+            raise ValueError(
+                "lengths: expected the same on all devices that share rows, as index.lengths are, "
+                f"got some that differ over {axis!r}; leave {axis!r} out of their in_specs"
+            )
 
 
 def sums_needed(config: IndexerConfig) -> dict[str, str]:

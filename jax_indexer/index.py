@@ -281,7 +281,7 @@ def rebuild_gain(
     sizes = _arguments.check_with_cache(index, key, config, kv_layout, layer, page_table)
     _arguments.check_whole_pages(page_table, sequence_axis, key)
     ahead = check_look_ahead(rope, look_ahead, copies, sizes["H"])
-    check_split_training(sequence_axis, {"index.lengths": index.lengths}, config, ahead, index)
+    check_split_training(sequence_axis, {}, config, ahead, index)
     check_training(implementation, config, sizes, key, index)
     return _rebuild_gain(
         index,
@@ -353,7 +353,8 @@ def truncate(
 
     Args:
       cache: a DecodeCache or a PQIndex; donate it to have it updated in place.
-      lengths: int32[B], tokens that rows are to have; their own for rows that keep all.
+      lengths: int32[B], tokens that rows are to have; their own for rows that keep all. Devices
+        that share rows have the same.
       layer: which layer, clipped to those there are, where arrays have an axis of layers in front;
         None for all of them.
 
@@ -385,6 +386,7 @@ def truncate(
     _arguments.check_array("index.lengths", cache.lengths, numbers.of(sizes), sizes)
     _arguments.check_array("lengths", lengths, numbers, sizes)
     _arguments.check_high_water(cache, sizes)
+    _arguments.check_same_rows(lengths, cache)
     after = _truncated(cache.lengths, cache.high_water, lengths, _arguments.check_layer(layer))
     return dataclasses.replace(cache, lengths=after)
 

@@ -50,6 +50,7 @@ from jax_indexer import (
     reset,
     select,
     sparse_attention,
+    truncate,
     with_cells,
 )
 from jax_indexer.cells import no_cells, seal
@@ -624,6 +625,10 @@ def check_messages() -> None:
     def decode_(cache, axis, config=config, query=query):
         return decode_attention(query, key, key, cache, config, sequence_axis=axis)[0]
 
+    def apart(cache):
+        lengths = cache.index.lengths + lax.axis_index("tokens")
+        return dataclasses.replace(cache, index=dataclasses.replace(cache.index, lengths=lengths))
+
     split = "differs over 'tokens'; pass sequence_axis='tokens' if its tokens are split over that"
     for function, error, message in (
         # S sharded without saying so.
@@ -649,6 +654,29 @@ def check_messages() -> None:
          "query: expected the same on all devices along sequence_axis='tokens'"),
         (lambda c: build_index(c.key, c.index.lengths + lax.axis_index("tokens"), config,
                                sequence_axis="tokens"), ValueError, "lengths: expected the same"),
+        (lambda c: decode_(apart(c), "tokens"), ValueError,
+         "cache.index.lengths: expected the same on all devices along sequence_axis='tokens'"),
+        *(
+            (f, ValueError, "^index.lengths: expected the same on all devices along seq.*in_specs")
+            for f in (
+                lambda c: select(query, apart(c).index, config, sequence_axis="tokens"),
+                lambda c: append(apart(c).index, key, config, sequence_axis="tokens"),
+                lambda c: indexer_next(query, key, apart(c).index, config, sequence_axis="tokens"),
+                lambda c: rebuild_gain(apart(c).index, c.key, config, sequence_axis="tokens"),
+                lambda c: rebuild(apart(c).index, c.key, config, np.ones(2, bool),
+                                  sequence_axis="tokens"),
+                lambda c: reset(apart(c).index, np.ones(2, bool), sequence_axis="tokens"),
+                lambda c: with_cells(apart(c).index, cells, sequence_axis="tokens"),
+            )
+        ),
+        *(
+            (f, ValueError, "^lengths: expected the same on all devices that share rows, as .*"
+             "index.lengths.* differ over 'tokens'")
+            for f in (
+                lambda c: truncate(c, apart(c).index.lengths),
+                lambda c: truncate(c.index, apart(c).index.lengths),
+            )
+        ),
         # What is not there yet.
         (lambda c: decode_(c, "tokens", dataclasses.replace(config, rerank=2)), NotImplementedError,
          "sequence_axis: rerank=2 needs an exchange of true logits, .* do without rerank, or"),
