@@ -241,6 +241,11 @@ def empty_cache(
     Its codebooks are zeros: tokens may be appended, but `prefill` or `rebuild` must train before
     their scores mean anything.
 
+    A view that NumPy has of a cache in host memory (`np.asarray`) keeps it from being donated:
+    compare copies, of `jax.device_put(x, jax.memory.Space.Device)`. Where tokens are split over
+    devices a cache begins empty inside of the `shard_map`, as a `DecodeCache` of zeros with
+    `build_index` of lengths that are 0 and this `sequence_axis`.
+
     Args:
       config: static parameters.
       batch: B, rows.

@@ -41,6 +41,7 @@ from jax_indexer import (
     append,
     build_index,
     decode_attention,
+    empty_cache,
     indexer_next,
     partition_specs,
     prefill,
@@ -340,6 +341,38 @@ def check_life(
     assert min(sealed) > 0, sealed
     assert (np.diff(states.lengths, axis=0) < 0).any()
     print("checked life", flush=True)
+
+
+def check_empty() -> None:
+    """A cache that begins empty on each device, as the docstring of `empty_cache` says."""
+    config = config_of(cells=True)
+    case = Case(config=config, B=2, steps=3, mesh=(1, 1, 4))
+    x = draw(case, 0)
+    whole = empty_cache(config, case.B, case.S, case.K, case.H, dtype=jnp.float32)
+    mesh = jax.make_mesh((4,), ("tokens",), axis_types=(AxisType.Auto,))
+    specs = partition_specs(whole, mesh, sequence="tokens")
+
+    def begin():
+        zeros = jnp.zeros((case.B, case.S // 4, case.K, case.H), jnp.float32)
+        lengths = jnp.zeros(case.B, jnp.int32)
+        index = build_index(zeros, lengths, config, sequence_axis="tokens")
+        return DecodeCache(zeros, zeros, index)
+
+    def step(cache, new, axis=None):
+        out, cache = decode_attention(*new, cache, config, sequence_axis=axis)
+        return cache, out
+
+    def run(cache, new):
+        return lax.scan(functools.partial(step, axis="tokens"), cache, new)[1]
+
+    new = x["query"], x["key"], x["value"]
+    want = jax.jit(lambda cache, new: lax.scan(step, cache, new)[1])(whole, new)
+    cache = jax.jit(jax.shard_map(begin, mesh=mesh, in_specs=(), out_specs=specs))()
+    bare, of_whole = (dataclasses.replace(c.index, cells=None) for c in (cache, whole))
+    jax.tree.map(np.testing.assert_array_equal, bare, of_whole)
+    got = jax.jit(jax.shard_map(run, mesh=mesh, in_specs=(specs, P()), out_specs=P()))(cache, new)
+    np.testing.assert_allclose(got, want, rtol=2e-5, atol=2e-5)
+    print("checked empty", flush=True)
 
 
 def view_of(
@@ -826,6 +859,7 @@ if __name__ == "__main__":
     elif options.what == "meshes":
         check_meshes(options.number)
     elif options.what == "life":
+        check_empty()
         check_life()
         check_life(kernels=True)
     elif options.what == "training":
