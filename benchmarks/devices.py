@@ -5,7 +5,6 @@ First the lists of all devices together are held to those of one, for every spli
 
 import argparse
 import dataclasses
-import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -38,6 +37,12 @@ AXES = "rows", "heads", "tokens"
 # "both": half as many devices along tokens, and two along heads; "part": one device, with the work
 # that each of all has.
 WAYS = "tokens", "heads", "both", "rows", "part"
+WAYS_DRAWN = {
+    frozenset({"tokens"}): "tokens split",
+    frozenset({"heads"}): "heads split",
+    frozenset({"heads", "tokens"}): "heads over 2, tokens over the rest",
+    frozenset({"rows"}): "rows split",
+}
 HEADS, KV_HEADS, DIMENSIONS = 32, 8, 128  # those of llama-128k-b4
 # Of a layer on one device: room is left for what a program needs beside its cache.
 MOST_BYTES = 60e9
@@ -484,40 +489,50 @@ def shown(row: dict[str, Any]) -> str:
 
 
 def draw(rows: Iterable[dict[str, Any]], path: Path) -> None:
-    """Wall-clock time of a step against devices, a line for each layer and way to split."""
+    """A decode step against devices: a panel for each layer, a line for each way to split it."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
 
-    figure = Figure(figsize=(7.5, 5), layout="constrained")
-    FigureCanvasAgg(figure)
-    ax = figure.subplots()
-    lines: dict[str, dict[int, float]] = {}
     decoded = [row for row in rows if row["what"] == "decode_attention" and "wall_us" in row]
     decoded = [row for row in decoded if "1/" not in row["case"]]
-    for row in decoded:
-        size = f"{row['rows']} x {row['tokens']}"
-        ways = [name for name, number in row["split"].items() if number > 1]
-        if row["devices"] == 1:
-            ways_of_all = {
-                tuple(n for n, k in other["split"].items() if k > 1)
-                for other in decoded
-                if (other["rows"], other["tokens"]) == (row["rows"], row["tokens"])
-            }
-            for way in ways_of_all - {()}:
-                lines.setdefault(f"{size}, {' and '.join(way)}", {})[1] = row["wall_us"]
-        else:
-            lines.setdefault(f"{size}, {' and '.join(ways)}", {})[row["devices"]] = row["wall_us"]
-    for (label, points), marker in zip(sorted(lines.items()), itertools.cycle("osD^vPX*")):
-        ax.plot(*zip(*sorted(points.items()), strict=True), label=label, marker=marker)
+    layers = sorted({(row["tokens"], row["rows"]) for row in decoded})
     counts = sorted({row["devices"] for row in decoded})
-    ax.set_xscale("log", base=2)
-    ax.set_xticks(counts, [str(count) for count in counts])
-    ax.minorticks_off()
-    ax.set_yscale("log")
-    ax.set_xlabel("devices")
-    ax.set_ylabel("wall-clock time of a layer's decode step, µs")
-    ax.grid(alpha=0.3)
-    figure.legend(loc="outside lower center", ncols=2, fontsize=8)
+    across = 2 if len(layers) > 1 else 1
+    shape = -(-len(layers) // across), across
+    figure = Figure(figsize=(4 * across, 2.4 * shape[0] + 0.8), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(*shape, sharex=True, sharey=True, squeeze=False)
+    for (tokens, number), ax in zip(layers, panels.flat, strict=False):
+        of_layer = [row for row in decoded if (row["tokens"], row["rows"]) == (tokens, number)]
+        for (ways, label), marker in zip(WAYS_DRAWN.items(), "osD^", strict=True):
+            found = [
+                row for row in of_layer if {k for k, n in row["split"].items() if n > 1} == ways
+            ]
+            if not found:
+                continue
+            points = [row for row in of_layer if row["devices"] == 1] + found
+            points = sorted(
+                (row["devices"], row["wall_us"], row.get("kernel_us")) for row in points
+            )
+            x, wall, kernels = zip(*points, strict=True)
+            (line,) = ax.plot(x, wall, label=label, marker=marker)
+            if None not in kernels:
+                ax.plot(x, kernels, linestyle=":", marker=marker, color=line.get_color(), ms=3)
+        ax.set_title(f"{number} row{'s' * (number > 1)} of {tokens} tokens", fontsize=9)
+        ax.set_xscale("log", base=2)
+        ax.set_xticks(counts, [str(count) for count in counts])
+        ax.minorticks_off()
+        ax.set_yscale("log")
+        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        ax.yaxis.set_major_formatter(FormatStrFormatter("%g"))
+        ax.yaxis.set_minor_formatter(NullFormatter())
+        ax.grid(alpha=0.3)
+    figure.supxlabel("devices")
+    figure.supylabel("a step, µs: wall clock; dotted: kernels but NCCL's")
+    lines = {x.get_label(): x for ax in panels.flat for x in ax.get_lines()}
+    shown = [label for label in WAYS_DRAWN.values() if label in lines]
+    figure.legend([lines[x] for x in shown], shown, loc="outside upper center", ncols=4, fontsize=8)
     figure.savefig(path, dpi=110, metadata={"Software": None})
 
 

@@ -228,6 +228,15 @@ def layers_and_scans(results: Sequence[Results]) -> tuple[Latest, Latest]:
     return layers, scans
 
 
+def of_devices(results: Sequence[Results]) -> list[Results]:
+    """The latest results for each number of devices, the fewest first."""
+    found = {}
+    for one in results:
+        if one["kind"] == "devices" and one["rows"]:
+            found[max(row["devices"] for row in one["rows"])] = one
+    return [one for _, one in sorted(found.items())]
+
+
 def swept(results: Sequence[Results]) -> list[Results]:
     """Results of sweeps along a size."""
     return [one for one in results if any(row.get("sweep") in AXES for row in one["rows"])]
@@ -708,8 +717,9 @@ def all_tables(results: Sequence[Results]) -> dict[str, Table]:
         tables["build_index, milliseconds"] = build_table(one["rows"])
     for one in of_kind(results, "decode"):
         tables["a decode, microseconds"] = decode_table(one["rows"])
-    for one in of_kind(results, "devices"):
-        tables["several devices, microseconds"] = devices_table(one["rows"])
+    for one in of_devices(results):
+        most = max(row["devices"] for row in one["rows"])
+        tables[f"up to {most} devices, microseconds"] = devices_table(one["rows"])
     for one in of_kind(results, "host"):
         tables["caches in host memory, microseconds"] = host_table(one["rows"])
     for one in of_kind(results, "quality"):
@@ -860,9 +870,9 @@ def document(
         for one in of_kind(results, kind):
             blocks += [f"## {title}", about, markdown(make(one["rows"])), provenance(one)]
             blocks += [commands(one, one["rows"])]
-    for one in of_kind(results, "devices"):
-        blocks += ["## Several devices", ABOUT_DEVICES, markdown(devices_table(one["rows"]))]
-        blocks += [provenance(one)]
+    blocks += ["## Several devices", ABOUT_DEVICES] if of_devices(results) else []
+    for one in of_devices(results):
+        blocks += [markdown(devices_table(one["rows"])), provenance(one)]
     for one in of_kind(results, "host"):
         blocks += ["## Caches in host memory", ABOUT_HOST, markdown(host_table(one["rows"]))]
         blocks += [provenance(one)]
@@ -907,9 +917,9 @@ def pictures(results: Sequence[Results]) -> Pictures:
                 draw = functools.partial(draw_sweep, rows, one["workloads"], sweep)
                 what = "a whole layer" if sweep == "layer" else "a step"
                 found[f"{file}.png"] = f"Time of {what} against {label}", draw
-        if one["kind"] == "devices":
-            draw = functools.partial(devices.draw, one["rows"])
-            found[devices.PICTURE] = "Time of a whole layer against devices", draw
+    for one in of_devices(results)[-1:]:
+        draw = functools.partial(devices.draw, one["rows"])
+        found[devices.PICTURE] = "Time of a whole layer against devices", draw
     for one in of_kind(results, "host"):
         draw = functools.partial(host.draw, one["rows"])
         found[host.PICTURE] = "Time of a layer in host memory against what is kept", draw
