@@ -517,19 +517,6 @@ def test_rows_and_heads_are_split_over_explicit_axes():
     run_on_two_devices(MESHES)
 
 
-@pytest.mark.skipif(jax.default_backend() != "cpu", reason="NumPy sees host memory of a CPU")
-@pytest.mark.parametrize("is_view", [False, True])
-def test_a_view_of_numpy_keeps_a_cache_from_being_donated(is_view):
-    """A copy does not."""
-    config = dataclasses.replace(PLAIN, cells=True)
-    cache = empty_cache(config, B, S, K, H, memory_kind="pinned_host")
-    place = cache.key.unsafe_buffer_pointer()
-    seen = np.asarray(cache.key if is_view else moved_to_device(cache.key))
-    after = jax.jit(truncate, donate_argnums=0)(cache, jnp.zeros(B, jnp.int32))
-    assert not seen.any()
-    assert (after.key.unsafe_buffer_pointer() == place) != is_view
-
-
 TOKENS = r"""
 import contextlib
 import jax

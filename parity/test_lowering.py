@@ -146,7 +146,8 @@ def test_an_index_with_cells_is_searched_by_them_where_that_is_possible_and_fast
         (32768, 1, {}, "cells"),
         (32767, 1, {}, "threshold"),
         (32768, 1, {"heavy_size": 1 << 15}, "threshold"),
-        (32768, 2, {}, "threshold"),
+        (32768, 8, {}, "cells"),
+        (32768, 9, {}, "threshold"),
         (32768, 1, {"cells": False}, "threshold"),
         (32768, 1, {"num_subspaces": 4, "num_bits": 3}, "cells"),
         (32768, 1, {"num_bits": 7}, "threshold"),
@@ -383,7 +384,7 @@ def test_a_step_lowers_under_shard_map_over_batch_and_heads(selector, check_vma)
     assert kernels(text) == {first} | KERNELS[selector]
 
 
-@pytest.mark.parametrize("tokens", [1, 3])
+@pytest.mark.parametrize("tokens", [1, 3, 9])
 @pytest.mark.parametrize("has_cells", [True, False])
 @pytest.mark.parametrize("check_vma", [True, False])
 def test_a_layer_lowers_where_rows_are_split_over_devices(has_cells, tokens, check_vma):
@@ -414,7 +415,7 @@ def test_a_layer_lowers_where_rows_are_split_over_devices(has_cells, tokens, che
         )
         text = lowered(sharded, query, new, cache, cache, lengths)
     found = kernels(text)
-    by_cells = has_cells and tokens == 1
+    by_cells = has_cells and tokens <= 8
     selector = {"cells_select_kernel"} if by_cells else KERNELS["threshold"]
     assert found > {"listed_ranks_kernel", "keep_best_kernel", "merge_kernel"} | selector
     assert "cells_attend_kernel" not in found
