@@ -245,16 +245,15 @@ def ours(config: Any, *, table: np.ndarray | None = None, **options: Any) -> Cal
     """`decode_attention`; with a table the same memory is taken for pages."""
 
     def attend(query, key_new, value_new, caches, layer):
-        rows = caches.key.shape
+        rows, of_pages = caches.key.shape, {}
         if table is not None:
             pages = *rows[:-4], table.size, -1, *rows[-2:]
             caches = caches._replace(
                 key=caches.key.reshape(pages), value=caches.value.reshape(pages)
             )
-            options["page_table"] = jnp.asarray(table)
-        out, cache = decode_attention(
-            query, key_new, value_new, DecodeCache(*caches), config, layer=layer, **options
-        )
+            of_pages["page_table"] = jnp.asarray(table)
+        step = query, key_new, value_new, DecodeCache(*caches), config
+        out, cache = decode_attention(*step, layer=layer, **of_pages, **options)
         return out, Caches(cache.key.reshape(rows), cache.value.reshape(rows), cache.index)
 
     return attend

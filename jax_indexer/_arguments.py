@@ -113,7 +113,7 @@ class Sizes(dict[str, int]):
     ) -> None:
         """Remembers what a key's shape means, which the layout decides."""
         seen = ", ".join(f"{axis}={size}" for axis, size in zip(axes, shape, strict=True))
-        if self.if_in_pages and "S" in axes and _is_power_of_2(shape[axes.index("S")]):
+        if self.if_in_pages and "S" in axes and is_power_of_2(shape[axes.index("S")]):
             self._perhaps_in_pages.add(name)
         axes = [axis for axis in axes if axis != LAYERS]
         self._understood[name] = f"{name} understood as [{seen}]"
@@ -369,7 +369,8 @@ def pages_fix(key: Any, fix: str = PASS_TABLE) -> str | None:
     return None if is_on_host(key) else fix
 
 
-def _is_power_of_2(number: int) -> bool:
+def is_power_of_2(number: int) -> bool:
+    """Whether a size is one that pages may have."""
     return power_of_2_from(number) == number
 
 
@@ -379,7 +380,7 @@ def check_page_table(page_table: Any, sizes: Sizes) -> None:
         return
     check_array("page_table", page_table, PAGES, sizes)
     rows, size = sizes["B"], sizes["page_size"]
-    if not _is_power_of_2(size):
+    if not is_power_of_2(size):
         in_rows = "; a cache in rows takes no page_table" if sizes.get("num_pages") == rows else ""
         raise ValueError(
             f"{sizes.source['page_size']}: expected a page_size that is a power of two, got "
@@ -835,15 +836,20 @@ def check_step(query: Any, key_new: Any, kv_layout: Any, fix: str) -> None:
         )
 
 
-def check_selection(
-    selection: Any, config: Any, sizes: Sizes, page_table: Any, sequence_axis: Any
-) -> None:
-    """Checks that `selection` is one, of an index of the cache's capacity, and by `config`."""
+def check_is_selection(selection: Any) -> None:
+    """Checks that lists are a Selection."""
     if not isinstance(selection, Selection):
         raise ValueError(
             f"selection: expected a Selection, got {type(selection).__name__}; "
             "pass what select returned"
         )
+
+
+def check_selection(
+    selection: Any, config: Any, sizes: Sizes, page_table: Any, sequence_axis: Any
+) -> None:
+    """Checks that `selection` is one, of an index of the cache's capacity, and by `config`."""
+    check_is_selection(selection)
     if (axis := selection.sequence_axis) not in (None, sequence_axis):
         raise ValueError(
             f"sequence_axis: expected {axis!r}, over which the devices that made the selection "

@@ -265,11 +265,7 @@ def to_physical(
     sizes.learn("page_size", **_arguments.check_sizes(page_size=page_size))
     if num_pages is not None:
         num_pages = _arguments.check_sizes(num_pages=num_pages)["num_pages"]
-    if not isinstance(selection, Selection):
-        raise ValueError(
-            f"selection: expected a Selection, got {type(selection).__name__}; "
-            "pass what select returned"
-        )
+    _arguments.check_is_selection(selection)
     lists = _arguments.annotated_arrays(Selection)["indices"]
     _arguments.check_array("selection.indices", selection.indices, lists, sizes)
     if selection.capacity is not None:

@@ -303,7 +303,7 @@ def empty_cache(
             f"num_pages, page_size: expected both or neither, got {num_pages} and {page_size}; "
             "pages have both"
         )
-    if page_size is not None and sizes["page_size"] & (sizes["page_size"] - 1):
+    if not (page_size is None or _arguments.is_power_of_2(sizes["page_size"])):
         raise ValueError(f"page_size: expected a power of two, got {page_size}; use 16 to 256")
     dtype = float_dtype("dtype", dtype, "use jnp.bfloat16")
     B, S, K, H, of_value = (

@@ -36,7 +36,7 @@ def has_pages(
     """Whether rows have the pages of up to `tokens` tokens, by the first and how many there are."""
 
     def has(start: Int32[Array, "B"], number: Int32[Array, "B"]) -> Array:
-        first, last = (x >> (size.bit_length() - 1) for x in (start, start + number - 1))
+        first, last = (page_and_slot(x, size)[0] for x in (start, start + number - 1))
         page = first[:, None] + np.arange(pages_spanned(tokens, size), dtype=np.int32)[None]
         found = jnp.take_along_axis(table, page, axis=1, mode="fill", fill_value=-1)
         return jnp.all((found >= 0) | (page > last[:, None]), axis=1)

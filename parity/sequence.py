@@ -54,10 +54,9 @@ from jax_indexer import (
     truncate,
     with_cells,
 )
-from jax_indexer.cells import no_cells, seal
 from jax_indexer.kernels import backend
-from jax_indexer.state import MOST_NEW, Sealing, Span
-from parity.test_cells import check_state
+from jax_indexer.state import MOST_NEW, Sealing
+from parity.test_cells import check_state, sealed_anew
 
 AXES = "rows", "heads", "tokens"
 SMALL = {"num_bits": 2, "heavy_size": 8, "sink_size": 4, "window_size": 4, "kmeans_iters": 3}
@@ -146,11 +145,7 @@ def made(index: PQIndex, case: Case, axis: str | None) -> PQIndex:
     """The index with cells, sealed as the case says."""
     if case.sealing is None:
         return with_cells(index, case.config, sequence_axis=axis)
-    B, K, _, part = index.codes.shape
-    none = no_cells(B, K, part, case.config, case.sealing)
-    rows, span = jnp.ones(B, bool), Span.of(axis, part)
-    cells = seal(none, index.codes, index.lengths, rows, case.config, span)
-    return dataclasses.replace(index, cells=cells, high_water=index.lengths)
+    return sealed_anew(index, case.config, case.sealing, sequence_axis=axis)
 
 
 def decode(x: dict[str, Any], case: Case, axis: str | None, **options: Any) -> dict[str, Any]:

@@ -68,13 +68,14 @@ def start(config, lengths, *, kv_heads=K, capacity=S, seed=0, sealing_for=small_
     return sealed_anew(index, config, sealing_for(capacity, config))
 
 
-def sealed_anew(index, config, sealing=None, **changes):
+def sealed_anew(index, config, sealing=None, *, sequence_axis=None, **changes):
     """What `with_cells` does, sealed in another way or as before."""
     index = dataclasses.replace(index, **changes)
     rows, kv_heads, _, capacity = index.codes.shape
     none = cells.no_cells(rows, kv_heads, capacity, config, sealing or index.cells.sealing)
-    high_water = jnp.clip(index.lengths, 0, capacity)
-    made = cells.seal(none, index.codes, high_water, jnp.ones(rows, bool), config)
+    span = state.Span.of(sequence_axis, capacity)
+    high_water = jnp.clip(index.lengths, 0, span.capacity if span else capacity)
+    made = cells.seal(none, index.codes, high_water, jnp.ones(rows, bool), config, span)
     return dataclasses.replace(index, cells=made, high_water=high_water)
 
 

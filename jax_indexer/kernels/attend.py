@@ -631,8 +631,8 @@ def always_kernel(
     wanted = slot < most_first + (most_end - least_begin)
     position = jnp.where(slot < most_first, slot, least_begin - most_first + slot)
     position = jnp.where(wanted, position, 0)
-    place, in_sinks = position[None, :], (slot < most_first)[None, :]
-    live = (slot[None, :] < num_first) | (~in_sinks & (place >= begin) & (place < end))
+    seen, in_sinks = position[None, :], (slot < most_first)[None, :]
+    live = (slot[None, :] < num_first) | (~in_sinks & (seen >= begin) & (seen < end))
     live &= wanted[None, :]
     room, span = room_in(step, inputs.before, row)[0], inputs.before.span(step)
     new = (position if span is None else position + span.offset) - room.start

@@ -49,10 +49,8 @@ def lanes_of(num_queries: int, itemsize: int, tuning: Tuning) -> int:
 
 def lookup_table_kernel(program, inputs: Inputs, tables: Tables, *, step: Step):
     num_subspaces, num_centroids = inputs.codebooks.shape[1:3]
-    dimensions, (_, lane_groups, _, lanes) = (
-        inputs.query.shape[3] // num_subspaces,
-        tables.by_lane.shape,
-    )
+    dimensions = inputs.query.shape[3] // num_subspaces
+    _, lane_groups, _, lanes = tables.by_lane.shape
     subspace = program % num_subspaces
     group = program // num_subspaces % lane_groups
     kv_row = program // (num_subspaces * lane_groups)
