@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +14,9 @@ from jax_indexer.reference import NOT_A_CANDIDATE, ordered
 
 # Steps of a search after which it looks for ties: most data need no more of them.
 STEPS_WITHOUT_TIES = 4
+THIRD = np.float32(1 / 3)
+# Where a search begins that expects its cut near the top: parts of the expected share.
+NEAR_THE_TOP = np.float32(0.8), np.float32(0.4)
 # Loads on their way at once when all pairs are compared.
 PAIRS_AT_ONCE = 16
 
@@ -121,10 +124,10 @@ class Ranks(NamedTuple):
 
 
 class Weighted(NamedTuple):
-    """Ranks that stand for several tokens each, in registers; what `find_cut` searches.
+    """Ranks that stand for several tokens each, in registers.
 
     Attributes:
-      ranks: int32[n] each, n a power of two; NOT_A_CANDIDATE for none.
+      ranks: int32[n, threads] each, of which a thread has a column; NOT_A_CANDIDATE for none.
       sizes: how many tokens each stands for.
     """
 
@@ -133,16 +136,11 @@ class Weighted(NamedTuple):
 
     def extremes(self) -> tuple[Array, Array]:
         """The smallest rank of a candidate and the largest."""
-        candidates = [jnp.where(rank == NOT_A_CANDIDATE, HIGHEST, rank) for rank in self.ranks]
-        least = functools.reduce(jnp.minimum, candidates)
-        most = functools.reduce(jnp.maximum, self.ranks)
-        least, most = reduced_together((~least, most), jnp.max)
+        lowest = [~jnp.where(rank == NOT_A_CANDIDATE, HIGHEST, rank) for rank in self.ranks]
+        least, most = reduced_together(
+            [of_threads(x, jnp.max, jnp.maximum) for x in (lowest, self.ranks)], jnp.max
+        )
         return ~least, most
-
-    def largest_below(self, high: Array) -> Array:
-        """The largest rank below `high`."""
-        below = [jnp.where(rank < high, rank, NOT_A_CANDIDATE) for rank in self.ranks]
-        return jnp.max(functools.reduce(jnp.maximum, below))
 
     def counts(self, thresholds: tuple[Array, ...]) -> list[Array]:
         """How many tokens reach each threshold."""
@@ -151,13 +149,110 @@ class Weighted(NamedTuple):
         def reaching(least):
             return [jnp.where(rank >= least, size, 0) for rank, size in both]
 
-        totals = [functools.reduce(jnp.add, reaching(least)) for least in thresholds]
+        totals = [of_threads(reaching(least), jnp.sum, jnp.add) for least in thresholds]
         return reduced_together(totals, jnp.sum)
 
 
+def of_threads(columns: Sequence[Array], reduce: Callable, two: Callable) -> Array:
+    """What threads have of some [n, threads], reduced."""
+    return functools.reduce(two, [reduce(x, axis=0) for x in columns])
+
+
+class Entry(NamedTuple):
+    """Of a list in memory: ranks, how many tokens each stands for, and what is ranked.
+
+    Attributes:
+      rank: int32[n]; NOT_A_CANDIDATE for none.
+      size: 0 for none.
+      number: of what is ranked.
+      is_cell: whether that is a cell; else it is a token, which stands for itself.
+    """
+
+    rank: Array
+    size: Array
+    number: Array
+    is_cell: Array
+
+
+class Few(NamedTuple):
+    """Cells and tokens that may be among the best, which are few: a list in memory, of any length.
+
+    Where a program's threads are more than a warp's, `threads` of a warp have each warp go through
+    all of the list, and wait for no other.
+
+    Attributes:
+      read: from int32[threads] first places of runs to the entries at each place of a run.
+      threads: that share the list.
+      run: places of a run, of neighbours.
+      number: entries of the list.
+      first: its first chunk, in registers.
+    """
+
+    read: Callable[[Array], list[Entry]]
+    threads: int
+    run: int
+    number: Array
+    first: list[Entry]
+
+    @classmethod
+    def of(
+        cls, read: Callable[[Array], list[Entry]], threads: int, run: int, number: Array
+    ) -> "Few":
+        return cls(read, threads, run, number, read(cls.starts(threads, run, 0)))
+
+    @staticmethod
+    def starts(threads: int, run: int, chunk: Array | int) -> Array:
+        """First places of the runs of one chunk."""
+        return chunk * threads * run + run * jnp.arange(threads, dtype=jnp.int32)
+
+    def fold(self, visit: Callable, state):
+        """visit(state, entries) for chunk after chunk."""
+        chunk = self.threads * self.run
+
+        def step(i, state):
+            return visit(state, self.read(self.starts(self.threads, self.run, i)))
+
+        turns = lax.div(self.number + (chunk - 1), jnp.int32(chunk))
+        return lax.fori_loop(1, turns, step, visit(state, self.first))
+
+    def added(self, amounts: Callable[[list[Entry]], Sequence[Array]], count: int) -> list[Array]:
+        """Sums of some amounts of entries, int32[threads] each."""
+
+        def visit(totals, entries):
+            return tuple(x + y for x, y in zip(totals, amounts(entries), strict=True))
+
+        nothing = jnp.zeros(self.threads, jnp.int32)
+        return reduced_together(self.fold(visit, (nothing,) * count), jnp.sum)
+
+    def largest_below(self, high: Array) -> Array:
+        """The largest rank below `high`."""
+
+        def visit(most, entries):
+            below = [jnp.where(x.rank < high, x.rank, NOT_A_CANDIDATE) for x in entries]
+            return functools.reduce(jnp.maximum, below, most)
+
+        return jnp.max(self.fold(visit, jnp.full(self.threads, NOT_A_CANDIDATE)))
+
+    def counts(self, thresholds: tuple[Array, ...]) -> list[Array]:
+        """How many tokens reach each threshold."""
+
+        def reaching(entries):
+            return [
+                sum(
+                    (jnp.where(x.rank >= least, x.size, 0) for x in entries[1:]),
+                    jnp.where(entries[0].rank >= least, entries[0].size, 0),
+                )
+                for least in thresholds
+            ]
+
+        return self.added(reaching, len(thresholds))
+
+
 def reduced_together(columns: Sequence[Array], reduce: Callable) -> list[Array]:
-    """Each of some int32[n] reduced; a reduction has two barriers, however many it is of."""
+    """Each of some int32[n] reduced; beyond a warp a reduction has two barriers, of many or one."""
     count = len(columns)
+    if columns[0].size <= 32:
+        return [reduce(column) for column in columns]
     columns = [*columns, *columns[: power_of_2_from(count) - count]]
     found = reduce(backend.join_columns(columns), axis=0)
     column = jnp.arange(len(columns), dtype=jnp.int32)
@@ -194,17 +289,53 @@ def number_of(rank: Array) -> Array:
     return lax.bitcast_convert_type(bits, jnp.float32)
 
 
-def _thresholds(low: Array, high: Array) -> tuple[Array, Array, Array]:
+class Bounds(NamedTuple):
+    """Between which ranks a cut lies.
+
+    Attributes:
+      low: a rank that as many reach as are wanted, at least.
+      high: a rank that fewer reach, above `low`.
+      reaching_low: how many reach `low`, or more than that: then at least as many as are wanted do.
+      reaching_high: how many reach `high`.
+    """
+
+    low: Array
+    high: Array
+    reaching_low: Array
+    reaching_high: Array | np.int32 = np.int32(0)
+
+    def is_open(self, enough: Array) -> Array:
+        """Whether more than `enough` reach `low`, and a rank lies between the bounds."""
+        return (self.low + 1 != self.high) & (self.reaching_low > enough)
+
+    def narrowed(
+        self, ranks: Ranks | Weighted | Few, wanted: Array, thresholds: tuple[Array, Array, Array]
+    ) -> "Bounds":
+        """By counts of those that reach some ascending thresholds."""
+        low, high, reaching_low, reaching_high = self
+        for threshold, count in zip(thresholds, ranks.counts(thresholds), strict=True):
+            enough = count >= wanted
+            # Thresholds ascend: the last with enough is the new low, the first without the high.
+            is_high = ~enough & (threshold < high)
+            low = jnp.where(enough, threshold, low)
+            reaching_low = jnp.where(enough, count, reaching_low)
+            high = jnp.where(is_high, threshold, high)
+            reaching_high = jnp.where(is_high, count, reaching_high)
+        return Bounds(low, high, reaching_low, reaching_high)
+
+
+def _thresholds(
+    low: Array, high: Array, shares: tuple[Any, Any] = (THIRD, 2 * THIRD)
+) -> tuple[Array, Array, Array]:
     """Three ascending ranks in (low, high), or low + 1 if there are none.
 
-    Two cut the interval of the numbers in three, which suits most data; the middle of the ranks
-    is between them or beside them, so that every step halves the ranks at least.
+    Two cut the interval of the numbers in three, which suits most data, or at other shares of it;
+    the middle of the ranks is between them or beside them, so that every step halves the ranks at
+    least.
     """
     a, b = number_of(low), number_of(high)
-    third = jnp.float32(1 / 3)
     first, second = (
-        jnp.clip(ordered(a * (1 - share) + b * share), low + 1, high - 1)
-        for share in (third, 2 * third)
+        jnp.clip(ordered(a * (1 - share) + b * share), low + 1, high - 1) for share in shares
     )
     first, second = jnp.maximum(first, low + 1), jnp.maximum(second, low + 1)
     middle = (low & high) + ((low ^ high) >> 1)  # the mean without an overflow
@@ -216,66 +347,82 @@ def _thresholds(low: Array, high: Array) -> tuple[Array, Array, Array]:
     )
 
 
-def find_cut(
-    ranks: Ranks | Weighted,
+def narrow(
+    ranks: Ranks | Weighted | Few,
     wanted: Array,
-    low: Array,
-    high: Array,
-    reaching_low: Array,
-    slack: int,
-    looks_for_ties: bool = True,
+    bounds: Bounds,
+    enough: Array,
+    steps: int | None,
+    share: Array | None = None,
+) -> Bounds:
+    """Bounds between which fewer lie.
+
+    Args:
+      ranks: the list.
+      wanted: how many, at least 1.
+      bounds: of the cut.
+      enough: how many may reach the lower bound.
+      steps: most counts of the list; None for as many as it takes.
+      share: how far from the top, in the interval of the numbers, a cut is likely to lie: there a
+        search begins. None for anywhere.
+
+    Returns:
+      The bounds.
+    """
+
+    def unfinished(state):
+        step, bounds = state
+        is_open = bounds.is_open(enough)
+        return is_open if steps is None else is_open & (step < steps)
+
+    def visit(state):
+        step, bounds = state
+        shares: tuple[Any, Any] = THIRD, 2 * THIRD
+        if share is not None:
+            first, second = (1 - part * share for part in NEAR_THE_TOP)
+            shares = jnp.where(step == 0, first, shares[0]), jnp.where(step == 0, second, shares[1])
+        thresholds = _thresholds(bounds.low, bounds.high, shares)
+        return step + 1, bounds.narrowed(ranks, wanted, thresholds)
+
+    return lax.while_loop(unfinished, visit, (jnp.int32(0), bounds))[1]
+
+
+def find_cut(
+    ranks: Ranks | Few,
+    wanted: Array,
+    bounds: Bounds,
+    slack: int = 0,
+    steps_without_ties: int | None = STEPS_WITHOUT_TIES,
 ) -> Cut:
     """The cut that takes the `wanted` best ranks, or up to `slack` more where that ends the search.
 
     Args:
       ranks: the list.
-      wanted: how many, at least 1 and at most `reaching_low`.
-      low: a rank that `wanted` reach, at least.
-      high: a rank that none reaches, above `low`.
-      reaching_low: how many reach `low`, or more than that: then at least `wanted` do.
+      wanted: how many, at least 1.
+      bounds: of the cut.
       slack: how many more than wanted will do.
-      looks_for_ties: whether to be quick where many tie; without it there is less code to fetch.
+      steps_without_ties: after so many the search is quick where many tie, which takes more code to
+        fetch; None for never.
 
     Returns:
       The cut; exactly `wanted` are taken where more than slack tie at it.
     """
+    if steps_without_ties != 0:
+        bounds = narrow(ranks, wanted, bounds, wanted + slack, steps_without_ties)
 
-    def unfinished(state):
-        _, (low, high, reaching_low, _) = state
-        return (low + 1 != high) & (reaching_low > wanted + slack)
-
-    def early(state):
-        return unfinished(state) & (state[0] < STEPS_WITHOUT_TIES)
-
-    def narrow(state):
-        step, bounds = state
-        return step + 1, narrowed(bounds, _thresholds(*bounds[:2]))
-
-    def narrow_to_ties(state):
+    def narrow_to_ties(bounds):
         # The largest rank below `high` is the cut if enough tie at it.
-        step, (low, high, reaching_low, reaching_high) = state
-        largest = ranks.largest_below(high)
-        bounds = low, largest + 1, reaching_low, reaching_high
-        first, second, _ = _thresholds(low, largest + 1)
-        return step + 1, narrowed(bounds, (first, second, jnp.maximum(largest, low + 1)))
+        largest = ranks.largest_below(bounds.high)
+        bounds = bounds._replace(high=largest + 1)
+        first, second, _ = _thresholds(bounds.low, bounds.high)
+        last = jnp.maximum(largest, bounds.low + 1)
+        return bounds.narrowed(ranks, wanted, (first, second, last))
 
-    def narrowed(bounds, thresholds):
-        low, high, reaching_low, reaching_high = bounds
-        for threshold, count in zip(thresholds, ranks.counts(thresholds), strict=True):
-            enough = count >= wanted
-            # Thresholds ascend: the last with enough is the new low, the first without the high.
-            is_high = ~enough & (threshold < high)
-            low = jnp.where(enough, threshold, low)
-            reaching_low = jnp.where(enough, count, reaching_low)
-            high = jnp.where(is_high, threshold, high)
-            reaching_high = jnp.where(is_high, count, reaching_high)
-        return low, high, reaching_low, reaching_high
-
-    state = jnp.int32(0), (low, high, reaching_low, jnp.int32(0))
-    state = lax.while_loop(early if looks_for_ties else unfinished, narrow, state)
-    if looks_for_ties:
-        state = lax.while_loop(unfinished, narrow_to_ties, state)
-    _, (low, _, reaching_low, reaching_high) = state
+    if steps_without_ties is not None:
+        bounds = lax.while_loop(
+            lambda bounds: bounds.is_open(wanted + slack), narrow_to_ties, bounds
+        )
+    low, _, reaching_low, reaching_high = bounds
     few = reaching_low <= wanted + slack
     return Cut(
         jnp.where(few, low - 1, low),

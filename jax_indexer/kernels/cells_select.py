@@ -41,11 +41,15 @@ from jax_indexer.kernels.attend import (
 from jax_indexer.kernels.best import (
     HIGHEST,
     PAIRS_AT_ONCE,
+    STEPS_WITHOUT_TIES,
+    Bounds,
     Cut,
+    Entry,
+    Few,
     Weighted,
     find_cut,
+    narrow,
     read_together,
-    reduced_together,
 )
 from jax_indexer.kernels.lookup_table import Tables
 from jax_indexer.kernels.output import Lists, Writer, list_shapes
@@ -54,13 +58,19 @@ from jax_indexer.layout import power_of_2_from
 from jax_indexer.reference import NOT_A_CANDIDATE, Attention, Caches, Logits, ordered
 from jax_indexer.state import Cells, PQIndex, Progress, Sealing, progress, sealed_at
 
-# Counts of tokens and of cells share an integer, and so do a cell and a place.
+# Counts of tokens and of cells share an integer, and so do a cell and a place, or its size.
 FIRST_BITS = 15
+SIZE_BITS = 16
+MOST_SIZE = (1 << SIZE_BITS) - 1  # more than a budget
 assert LARGEST_BUDGET_OF_CELLS < 1 << FIRST_BITS
 # Tokens looked at at once for those that tie at the cut.
 TIED_BLOCK = 1024
-# Parts that the cells are taken in: each is code of its own.
-MOST_PARTS = 4
+# The cut is narrowed among all cells until as many tokens as are wanted, times the first, may be
+# above it, or one of so many candidates; what remains is a list that a warp goes through.
+MOST_OF_WANTED = 2
+ONE_OF_CANDIDATES = 128
+# Neighbours in that list that a thread takes.
+FEW_RUN = 2
 
 
 class Inputs(NamedTuple):
@@ -80,6 +90,8 @@ class Outputs(NamedTuple):
 
     Attributes:
       indices, counts, weights: the lists.
+      few: i32[R, Q, 2, n], ranks of what may be among the best, and cells with their sizes, or the
+        numbers of tokens of the tail; then, at the last place, how many they are.
       begins: 1 at each place of the winners where a cell's begin.
       cell: cells that are taken from, each with that place.
       positions: of the winners, cell by cell.
@@ -95,6 +107,7 @@ class Outputs(NamedTuple):
     indices: Any
     counts: Any
     weights: Any
+    few: Any
     begins: Any
     cell: Any
     positions: Any
@@ -107,7 +120,14 @@ class Outputs(NamedTuple):
 
 
 class Part(NamedTuple):
-    """Some cells: their numbers, which lanes have one, lengths of their lists, and their ranks."""
+    """Cells int32[n, threads], of which a thread has a column.
+
+    Attributes:
+      cell: their numbers.
+      exists: which there are.
+      size: lengths of their lists, 0 for none.
+      rank: NOT_A_CANDIDATE for cells without tokens.
+    """
 
     cell: Array
     exists: Array
@@ -116,9 +136,16 @@ class Part(NamedTuple):
 
 
 class Tail(NamedTuple):
-    """Candidates that are not sealed: positions and ranks."""
+    """Candidates that are not sealed, likewise, in order column by column.
 
-    position: Array
+    Attributes:
+      number: the how-manieth behind the sealed ones.
+      exists: which there are.
+      rank: NOT_A_CANDIDATE for others.
+    """
+
+    number: Array
+    exists: Array
     rank: Array
 
 
@@ -202,6 +229,7 @@ class Search(NamedTuple):
       plan: of the query.
       sealed: the position up to which candidates are in lists.
       state: how far the next segment is.
+      threads: of the program.
       place: int32[n] numbers of winners, one a thread: those that compare pairs would exchange
         what they read if they were fewer.
     """
@@ -215,12 +243,17 @@ class Search(NamedTuple):
     plan: QueryPlan
     sealed: Array
     state: Progress
+    threads: int
     place: Array
 
     def starts(self, which: int, cell: Array, exists: Array | None = None) -> Array:
         """Old starts (0), or new ones or counts (1)."""
         at = self.inputs.starts.at[self.kv_row, which, cell]
         return backend.load(at, mask=exists, other=None if exists is None else 0)
+
+    def size_of(self, cell: Array, exists: Array | None = None) -> Array:
+        """Tokens in the lists of some cells."""
+        return jnp.maximum(self.starts(0, cell + 1, exists) - self.starts(0, cell, exists), 0)
 
     def state_fits(self) -> Array:
         """Whether the state was made for these lengths.
@@ -257,78 +290,138 @@ class Search(NamedTuple):
             # For what has no position.
             outputs.bits[self.kv_row, self.query, outputs.bits_before.shape[2]] = jnp.int32(0)
 
-    def score_all(self) -> tuple[list[Part], Tail]:
-        """Cells and tail; cells in parts as long as the tail, for a search takes all in one go."""
-        config = self.step.config
-        num_cells = config.num_cells
-        size = max(
-            power_of_2_from(self.sealing.most_tail(self.step.S)),
-            power_of_2_from(num_cells) // MOST_PARTS,
-        )
-        lane = backend.lanes(size)
-        parts = []
-        for first_cell in range(0, num_cells, size):
-            cell = jnp.minimum(first_cell + lane, num_cells - 1)
-            length = jnp.maximum(self.starts(0, cell + 1) - self.starts(0, cell), 0)
-            exists = first_cell + lane < num_cells
-            length = jnp.where(exists, length, 0)
-            rank = self.scores.rank_of(self.scores.codes_of_cells(cell))
-            parts.append(Part(cell, exists, length, jnp.where(length > 0, rank, NOT_A_CANDIDATE)))
-        position = self.sealed + lane
-        return parts, Tail(
-            position, self.scores.ranks_of_tokens(position, position < self.plan.last)
-        )
+    def score_all(self) -> tuple[Part, Tail]:
+        """Cells and tail."""
+        num_cells, thread = self.step.config.num_cells, backend.lanes(self.threads)[None, :]
 
-    def find_cut(self, parts: list[Part], tail: Tail) -> Cut:
-        """The cut among cells, each as often as it has tokens, and the tail."""
-        in_tail = (tail.position < self.plan.last).astype(jnp.int32)
-        tokens = Weighted(
-            (*(part.rank for part in parts), tail.rank),
-            (*(part.size for part in parts), in_tail),
-        )
+        def rows(number: int) -> Array:
+            return backend.lanes(power_of_2_from(pl.cdiv(number, self.threads)))[:, None]
+
+        cell = rows(num_cells) * self.threads + thread
+        exists = cell < num_cells
+        cell = jnp.minimum(cell, num_cells - 1)
+        size = jnp.where(exists, self.size_of(cell), 0)
+        rank = self.scores.rank_of(self.scores.codes_of_cells(cell))
+        rank = jnp.where(size > 0, rank, NOT_A_CANDIDATE)
+        row = rows(self.sealing.most_tail(self.step.S))
+        number = row.shape[0] * thread + row
+        waits = self.sealed + number < self.plan.last
+        tail = Tail(number, waits, self.scores.ranks_of_tokens(self.sealed + number, waits))
+        return Part(cell, exists, size, rank), tail
+
+    def narrow(self, cells: Part, tail: Tail) -> Bounds:
+        """Bounds of the cut, above whose lower one is little: each cell is all of its tokens."""
+        sizes = cells.size, tail.exists.astype(jnp.int32)
+        tokens = Weighted((cells.rank, tail.rank), sizes)
         least, most = tokens.extremes()
-        candidates = self.plan.last - self.plan.first
-        return find_cut(tokens, self.plan.num_heavy, least, most + 1, candidates, slack=0)
+        wanted, candidates = self.plan.num_heavy, self.plan.last - self.plan.first
+        # The fewer are wanted, the nearer to the largest score the cut lies.
+        share = wanted.astype(jnp.float32) / candidates.astype(jnp.float32)
+        share = jnp.sqrt(jnp.sqrt(share))
+        bounds = Bounds(least, most + 1, candidates, jnp.int32(0))
+        enough = jnp.maximum(wanted * MOST_OF_WANTED, lax.div(candidates, ONE_OF_CANDIDATES))
+        return narrow(tokens, wanted, bounds, enough, STEPS_WITHOUT_TIES, share)
 
-    def take(self, parts: list[Part], cut: Cut) -> Taken:
+    def list_few(self, cells: Part, tail: Tail, low: Array) -> Few:
+        """Lists all cells and tokens of the tail that reach a rank, the latter in their order."""
+        few = self.outputs.few
+        last = few.shape[3] - 1
+        reach = cells.rank >= low, tail.rank >= low
+        marks = [x.astype(jnp.int32) for x in reach]
+        of_cells, of_tail = (jnp.sum(mark, axis=0) for mark in marks)
+        until = jnp.cumsum(of_cells + of_tail)
+        befores = until - of_tail - of_cells, until - of_tail
+
+        def at(which: int, place: Array) -> Any:
+            return few.at[self.kv_row, self.query, which, place]
+
+        words = (
+            cells.cell << SIZE_BITS | jnp.minimum(cells.size, MOST_SIZE),
+            tail.number << SIZE_BITS,  # no size
+        )
+        for part, reaches, mark, before, word in zip(
+            (cells, tail), reach, marks, befores, words, strict=True
+        ):
+            place = before[None, :] + jnp.cumsum(mark, axis=0) - mark
+            place = jnp.where(reaches, place, last)
+            for which, x in enumerate((part.rank, word)):
+                backend.store(at(which, place), x, mask=reaches)
+        lane = jnp.arange(self.threads, dtype=jnp.int32)
+        is_last = lane == self.threads - 1
+        backend.store(at(0, jnp.where(is_last, last, last + 1)), until, mask=is_last)
+        backend.barrier()
+        number = few[self.kv_row, self.query, 0, last]
+
+        def read(first: Array) -> list[Entry]:
+            entries = []
+            for place in (first + i for i in range(FEW_RUN)):
+                exists = place < number
+                where = jnp.where(exists, place, last)
+                rank = backend.load(at(0, where), mask=exists, other=NOT_A_CANDIDATE)
+                word = backend.load(at(1, where), mask=exists, other=0)
+                entries.append(self.entry(rank, word, exists))
+            return entries
+
+        return Few.of(read, self.step.tuning.threads_for_few(self.step.budget), FEW_RUN, number)
+
+    @staticmethod
+    def entry(rank: Array, word: Array, exists: Array) -> Entry:
+        """What `list_few` has written."""
+        size = word & MOST_SIZE
+        is_cell = size > 0
+        number = (word >> SIZE_BITS) & ((1 << SIZE_BITS) - 1)
+        return Entry(rank, jnp.where(exists & ~is_cell, 1, size), number, is_cell)
+
+    def take(self, few: Few, cut: Cut) -> Taken:
         """Writes which cells are taken from, and at which place of the winners each begins.
 
         All tokens of the cells at the cut are taken, or the first of the only one; otherwise these
         are looked for in the order of their positions.
         """
         outputs, budget = self.outputs, self.step.budget
-        at = [(part.rank == cut.rank).astype(jnp.int32) for part in parts]
-        sizes_at = [one * part.size for one, part in zip(at, parts, strict=True)]
-        cells_at_cut, tied = reduced_together(
-            (sum(at[1:], at[0]), sum(sizes_at[1:], sizes_at[0])), jnp.sum
-        )
+
+        def count(entries: list[Entry]) -> list[Array]:
+            cells = [jnp.where(x.is_cell, x.size, 0) for x in entries]
+            at = [x.is_cell & (x.rank == cut.rank) for x in entries]
+            tied = [jnp.where(x, size, 0) for x, size in zip(at, cells, strict=True)]
+            above = [
+                jnp.where(x.rank > cut.rank, size, 0)
+                for x, size in zip(entries, cells, strict=True)
+            ]
+            return [sum(x[1:], x[0]) for x in ([x.astype(jnp.int32) for x in at], tied, above)]
+
+        cells_at_cut, tied, above = few.added(count, 3)
         by_cell = (cells_at_cut <= 1) | (tied <= cut.ties)
         at_cut = jnp.minimum(tied, cut.ties)
         of_tied = jnp.where(by_cell, at_cut, 0)
-        takes = [
-            jnp.where(part.rank > cut.rank, part.size, one * jnp.minimum(part.size, of_tied))
-            for one, part in zip(at, parts, strict=True)
-        ]
-        # Two counts share a prefix sum: cells that are taken from, and what is taken.
-        marks = [jnp.where(take > 0, (1 << 16) + take, 0) for take in takes]
-        own = sum(marks[1:], marks[0])
-        until = jnp.cumsum(own)
-        # Neither count shrinks along the cells.
-        whole = jnp.minimum(jnp.max(until & 0xFFFF), self.plan.num_heavy)
-        backend.barrier()
-        before = until - own
-        for part, take, mark in zip(parts, takes, marks, strict=True):
-            first, number = before & 0xFFFF, before >> 16
-            taken = (take > 0) & (first < budget) & (number >= 0) & (number < budget)
-            into = outputs.cell.at[self.kv_row, self.query, jnp.where(taken, number, budget)]
-            backend.store(into, part.cell << FIRST_BITS | first, mask=taken)
-            into = outputs.begins.at[self.kv_row, self.query, jnp.where(taken, first, budget)]
-            backend.store(into, jnp.ones_like(first), mask=taken)
-            before += mark
-            if outputs.left is not None:
-                into = jnp.where(part.exists, part.cell, self.step.config.num_cells)
-                at = outputs.left.at[self.kv_row, self.query, into]
-                backend.store(at, part.size - take, mask=part.exists)
+        whole = jnp.minimum(above + of_tied, self.plan.num_heavy)
+
+        def write(carry: Array, entries: list[Entry]) -> Array:
+            takes = []
+            for x in entries:
+                tied = jnp.where(x.rank == cut.rank, jnp.minimum(x.size, of_tied), 0)
+                takes.append(jnp.where(x.is_cell, jnp.where(x.rank > cut.rank, x.size, tied), 0))
+            # Two counts share a prefix sum: cells that are taken from, and what is taken.
+            marks = [jnp.where(take > 0, (1 << 16) + take, 0) for take in takes]
+            own = sum(marks[1:], marks[0])
+            until = carry + jnp.cumsum(own)
+            before = until - own
+            for x, take, mark in zip(entries, takes, marks, strict=True):
+                first, number = before & 0xFFFF, before >> 16
+                taken = (take > 0) & (first < budget) & (number >= 0) & (number < budget)
+                into = outputs.cell.at[self.kv_row, self.query, jnp.where(taken, number, budget)]
+                backend.store(into, x.number << FIRST_BITS | first, mask=taken)
+                into = outputs.begins.at[self.kv_row, self.query, jnp.where(taken, first, budget)]
+                backend.store(into, jnp.ones_like(first), mask=taken)
+                before += mark
+                if outputs.left is not None:
+                    cell = jnp.where(taken, x.number, self.step.config.num_cells)
+                    size = self.size_of(x.number, taken)
+                    at = outputs.left.at[self.kv_row, self.query, cell]
+                    backend.store(at, size - take, mask=taken)
+            return carry + jnp.sum(own)
+
+        few.fold(write, jnp.int32(0))
         backend.barrier()
         return Taken(cut, whole, by_cell, at_cut)
 
@@ -378,10 +471,17 @@ class Search(NamedTuple):
         )
         return jnp.minimum(taken.whole + jnp.minimum(found, taken.at_cut), self.plan.num_heavy)
 
+    def leave_all(self, cells: Part) -> None:
+        """Leaves all that is sealed in its cells."""
+        into = jnp.where(cells.exists, cells.cell, self.step.config.num_cells)
+        at = self.outputs.left.at[self.kv_row, self.query, into]
+        backend.store(at, cells.size, mask=cells.exists)
+
     def leave(self, position: Array, exists: Array, number: int) -> None:
         """Adds to what is left of the cells of some tokens."""
         # Idle lanes add nothing, each somewhere else: at one place they would wait for each other.
-        lane = jnp.arange(len(position), dtype=jnp.int32) & (self.step.config.num_cells - 1)
+        lane = lax.broadcasted_iota(jnp.int32, position.shape, position.ndim - 1)
+        lane &= self.step.config.num_cells - 1
         cell = jnp.where(exists, self.scores.cells_of(position, exists), lane)
         place = self.kv_row, self.query, cell
         backend.barrier()
@@ -454,19 +554,37 @@ class Search(NamedTuple):
         lax.fori_loop(0, lax.div(words + (at_once - 1), at_once), some, carry)
 
     def put_tail(
-        self, tail: Tail, taken: Taken, count: Array, put: Callable[[Array, Array, Array], None]
+        self, few: Few, taken: Taken, count: Array, put: Callable[[Array, Array, Array], None]
     ) -> None:
         """Puts the winners of the tail, which lie behind all that is sealed, in its order."""
         cut = taken.cut
         ties_left = cut.ties - taken.at_cut
-        mark = jnp.where(tail.rank > cut.rank, 1 << 16, (tail.rank == cut.rank).astype(jnp.int32))
-        until = jnp.cumsum(mark)
-        ties = until & 0xFFFF
-        best = (mark > 1) | ((mark == 1) & (ties <= ties_left))
-        place = count + (until >> 16) + jnp.minimum(ties, ties_left) - 1
-        put(tail.position, place, best & (place >= 0) & (place < self.plan.num_heavy))
-        if self.outputs.left is not None:
-            self.leave(tail.position, (tail.rank != NOT_A_CANDIDATE) & ~best, 1)
+
+        def visit(carry: Array, entries: list[Entry]) -> Array:
+            # Two counts share a prefix sum: those above the cut, and those at it.
+            marks = [
+                jnp.where(
+                    (x.size > 0) & ~x.is_cell & (x.rank >= cut.rank),
+                    jnp.where(x.rank > cut.rank, 1 << 16, 1),
+                    0,
+                )
+                for x in entries
+            ]
+            own = sum(marks[1:], marks[0])
+            until = carry + jnp.cumsum(own) - own
+            for x, mark in zip(entries, marks, strict=True):
+                until += mark
+                ties = until & 0xFFFF
+                best = (mark > 1) | ((mark == 1) & (ties <= ties_left))
+                place = count + (until >> 16) + jnp.minimum(ties, ties_left) - 1
+                best &= (place >= 0) & (place < self.plan.num_heavy)
+                position = self.sealed + x.number
+                put(position, place, best)
+                if self.outputs.left is not None:
+                    self.leave(position, best, -1)
+            return carry + jnp.sum(own)
+
+        few.fold(visit, jnp.int32(0))
 
     def put_in_scratch(self, position: Array, place: Array, mask: Array) -> None:
         """Winners in no order."""
@@ -493,7 +611,7 @@ class Search(NamedTuple):
         fill: Callable[[Array, Array, Array], None],
         put: Callable[[Array, Array, Array], None],
         arrange: Callable[[Array], None],
-        weigh: Callable[[list[Part], Tail, Cut], None] | None = None,
+        weigh: Callable[[Part, Tail, Cut], None] | None = None,
     ) -> None:
         """Puts the winners, or if the state does not fit some candidates; `fill` comes before.
 
@@ -513,14 +631,21 @@ class Search(NamedTuple):
         @pl.when((plan.num_heavy > 0) & fits)
         def _():
             self.prepare(fill)
-            parts, tail = self.score_all()
-            taken = self.take(parts, self.find_cut(parts, tail))
+            cells, tail = self.score_all()
+            bounds = self.narrow(cells, tail)
+            if self.outputs.left is not None:
+                self.leave_all(cells)
+            few = self.list_few(cells, tail, bounds.low)
+            cut = find_cut(few, plan.num_heavy, bounds, steps_without_ties=0)
             if weigh is not None:
-                weigh(parts, tail, taken.cut)
+                weigh(cells, tail, cut)
+            taken = self.take(few, cut)
+            if self.outputs.left is not None:
+                self.leave(self.sealed + tail.number, tail.exists, 1)
             self.read_lists(taken)
             count = self.look_for_tied(taken)
             arrange(count)
-            self.put_tail(tail, taken, count, put)
+            self.put_tail(few, taken, count, put)
 
 
 def search_for(
@@ -543,8 +668,11 @@ def search_for(
         sealing = span.of_sealing(sealing)
     sealed = sealed_at(high_water, base, sealing, reach)
     state = progress(high_water, sealed, sealing, reach)
-    place = backend.lanes(max(power_of_2_from(step.budget), 32 * num_warps))
-    return Search(step, sealing, inputs, outputs, kv_row, query, plan, sealed, state, place)
+    threads = 32 * num_warps
+    place = backend.lanes(max(power_of_2_from(step.budget), threads))
+    return Search(
+        step, sealing, inputs, outputs, kv_row, query, plan, sealed, state, threads, place
+    )
 
 
 def cells_select_kernel(
@@ -655,8 +783,11 @@ def search_launch(
     num_warps = step.tuning.warps_for_cells(step.config.num_cells, budget)
     num_words = pl.cdiv(step.S, 32) if budget > step.tuning.most_paired else None
 
-    def integers(number):
-        return jax.ShapeDtypeStruct((step.R, step.Q, number), np.int32)
+    def integers(*sizes: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((step.R, step.Q, *sizes), np.int32)
+
+    num_cells, most_tail = step.config.num_cells, cells.sealing.most_tail(step.S)
+    assert max(num_cells, most_tail) <= 1 << SIZE_BITS
 
     what = backend.Launch(
         functools.partial(
@@ -673,6 +804,7 @@ def search_launch(
         ),
         Outputs(
             *list_shapes(step),
+            few=integers(2, num_cells + most_tail + 1),
             begins=integers(budget),
             cell=integers(budget),
             positions=integers(budget + PAIRS_AT_ONCE),

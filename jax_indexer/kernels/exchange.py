@@ -16,7 +16,7 @@ from jax.experimental import pallas as pl
 from jaxtyping import Int32, UInt8
 
 from jax_indexer.kernels import backend
-from jax_indexer.kernels.best import Cut, Ranks, emit_best, find_cut
+from jax_indexer.kernels.best import Bounds, Cut, Ranks, emit_best, find_cut
 from jax_indexer.kernels.lookup_table import Tables
 from jax_indexer.kernels.output import Lists, Writer
 from jax_indexer.kernels.scores import ranks_of_runs
@@ -119,7 +119,7 @@ class Keeping(NamedTuple):
         own = self.ranks(own_first, budget)
         least, most = everywhere.extremes()
         number = jnp.int32(self.step.devices * budget)
-        cut = find_cut(everywhere, num_heavy, least, most + 1, number, slack=0)
+        cut = find_cut(everywhere, num_heavy, Bounds(least, most + 1, number))
 
         def count_before(total, ranks, first):
             return total + ((ranks[0] == cut.rank) & (first < own_first)).astype(jnp.int32)

@@ -41,6 +41,7 @@ from jax_indexer.kernels.attend import (
 from jax_indexer.kernels.best import (
     HIGHEST,
     PAIRS_AT_ONCE,
+    Bounds,
     Ranks,
     find_cut,
     number_of,
@@ -218,15 +219,16 @@ class End(NamedTuple):
         """Which of the pool are attended to: the best; of those at the cut the lowest positions."""
         live = rank != NOT_A_CANDIDATE
         lowest, most = reduced_together((~jnp.where(live, rank, HIGHEST), rank), jnp.max)
-        search = functools.partial(find_cut, slack=0, looks_for_ties=False)
+        search = functools.partial(find_cut, steps_without_ties=None)
         ranks = Ranks.of(rank, self.step.pooled)
         # At most so many are ranked; all have a rank where as many are wanted.
-        cut = search(ranks, self.num_winners, ~lowest, most + 1, self.number)
+        cut = search(ranks, self.num_winners, Bounds(~lowest, most + 1, self.number))
         # As ranks, the lowest positions come first.
         tied = (rank == cut.rank) & (cut.ties > 0)
         order = jnp.where(tied, ~position, NOT_A_CANDIDATE)
         low, number = jnp.int32(-(2**31) + 1), jnp.where(cut.ties > 0, self.number, 0)
-        ties = search(Ranks.of(order, self.step.pooled), cut.ties, low, jnp.int32(0), number)
+        bounds = Bounds(low, jnp.int32(0), number)
+        ties = search(Ranks.of(order, self.step.pooled), cut.ties, bounds)
         return live & ((rank > cut.rank) | (tied & (order >= ties.lowest)))
 
     def best_of_pool(self, query: Array, logits: Logits, block: int) -> tuple[Softmax, Members]:

@@ -19,7 +19,7 @@ from jax.experimental import pallas as pl
 
 from jax_indexer.kernels import backend
 from jax_indexer.kernels.attend import MERGED_AT_ONCE, Softmax, finite, padded, read_logits, vectors
-from jax_indexer.kernels.best import HIGHEST, Cut, number_of, reduced_together
+from jax_indexer.kernels.best import HIGHEST, Cut, number_of, of_threads, reduced_together
 from jax_indexer.kernels.cells_select import Inputs, Part, Scores, Search, Tail
 from jax_indexer.kernels.step import Place, Step, plan_query
 from jax_indexer.layout import power_of_2_from
@@ -155,21 +155,19 @@ def by_code(code: Array, number: int, amount: Array) -> Array:
     return jnp.sum(jnp.where(each[None, :] == code[:, None], amount[:, None], zero), axis=0)
 
 
-def weigh_cells(logits: Logits, search: Search, parts: list[Part], tail: Tail, cut: Cut) -> None:
+def weigh_cells(logits: Logits, search: Search, cells: Part, tail: Tail, cut: Cut) -> None:
     """Writes what candidates weigh by PQ, those outside of a pool and those in it.
 
     These are the largest logit below the cut, that at it if tokens at it are left, and that in the
     pool; the total below relative to the first, how many are left at the cut, and the total in the
     pool.
     """
-    in_tail = (tail.rank != NOT_A_CANDIDATE).astype(jnp.int32)
-    ranks = [*(part.rank for part in parts), tail.rank]
-    sizes = [*(part.size for part in parts), in_tail]
+    ranks, sizes = (cells.rank, tail.rank), (cells.size, tail.exists.astype(jnp.int32))
     scored = [Scored.of(*x, logits) for x in zip(ranks, sizes, strict=True)]
 
     def reduced(columns: list[tuple[Array, ...]], add: Callable, reduce: Callable) -> list[Array]:
-        added = [functools.reduce(add, column) for column in zip(*columns, strict=True)]
-        return reduced_together(added, reduce)
+        own = [of_threads(column, reduce, add) for column in zip(*columns, strict=True)]
+        return reduced_together(own, reduce)
 
     def largest_of_cells(rank: Array, x: Scored) -> tuple[Array, ...]:
         logit = jnp.where(x.size > 0, x.logit, -jnp.inf)

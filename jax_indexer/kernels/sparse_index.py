@@ -18,7 +18,7 @@ from jax.experimental import pallas as pl
 from jaxtyping import Float
 
 from jax_indexer.kernels import backend
-from jax_indexer.kernels.best import Ranks, find_cut, number_of
+from jax_indexer.kernels.best import Bounds, Ranks, find_cut, number_of
 from jax_indexer.kernels.output import Lists, Writer, list_shapes
 from jax_indexer.kernels.step import Lengths, QueryPlan, Step, plan_query
 from jax_indexer.layout import power_of_2_from
@@ -157,7 +157,7 @@ def verify_cut_kernel(program, inputs: VerifyInputs, outputs: VerifyOutputs, *, 
         ranks = Ranks(read, block // run, run, plan.last, step.S)
         least, most = ranks.extremes()
         candidates = plan.last - plan.first
-        found = find_cut(ranks, plan.num_heavy, least, most + 1, candidates, slack=0)
+        found = find_cut(ranks, plan.num_heavy, Bounds(least, most + 1, candidates))
         cut = number_of(found.lowest)
         outputs.cut[kv_row, query, 0] = cut
         backend.barrier()  # all threads have read the counts that are overwritten

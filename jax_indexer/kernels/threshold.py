@@ -23,7 +23,7 @@ from jax.experimental import pallas as pl
 from jaxtyping import Float, UInt8
 
 from jax_indexer.kernels import backend
-from jax_indexer.kernels.best import PAIRS_AT_ONCE, Ranks, cut_of_few, emit_best, find_cut
+from jax_indexer.kernels.best import PAIRS_AT_ONCE, Bounds, Ranks, cut_of_few, emit_best, find_cut
 from jax_indexer.kernels.group_maxima import group_maxima
 from jax_indexer.kernels.lookup_table import Tables
 from jax_indexer.kernels.output import Lists, Writer, list_shapes
@@ -136,7 +136,7 @@ class Search(NamedTuple):
         least, most = ranks.extremes()
         wanted = jnp.minimum(self.plan.num_heavy, in_play)
         slack = slack_of(self.step.config.heavy_size)
-        cut = find_cut(ranks, wanted, least, most + 1, in_play, slack)
+        cut = find_cut(ranks, wanted, Bounds(least, most + 1, in_play), slack)
         emit_best(ranks, cut, keep)
         backend.barrier()
         # With fewer groups than the budget, tokens below all maxima are needed too.
@@ -275,7 +275,7 @@ class Search(NamedTuple):
             @pl.when(kept > self.threads)
             def _():
                 many = tokens(LONG_RUN, most_tokens)
-                cut = find_cut(many, num_heavy, groups.low, groups.high, kept, slack=0)
+                cut = find_cut(many, num_heavy, Bounds(groups.low, groups.high, kept))
                 emit_best(many, cut, list_token)
 
 

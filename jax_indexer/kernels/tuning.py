@@ -39,6 +39,7 @@ class Tuning:
       group_run: neighbouring groups that a thread takes at once.
       threshold_warps: of the threshold selector, where not by the number of groups.
       cells_warps: of the cells selector, where not by the number of cells.
+      most_of_a_warp: budgets up to it are looked for by each warp, others by several together.
       most_paired: budgets above it are put in order by a bit for every position instead of by
         comparing all pairs.
       words_at_once: words of such bits.
@@ -79,6 +80,7 @@ class Tuning:
     threshold_warps: int | None = None
     cells_warps: int | None = None
     most_paired: int = 256
+    most_of_a_warp: int = 512
     words_at_once: int = 4096
     index_block: int = 1024
     index_run: int = 4
@@ -115,6 +117,10 @@ class Tuning:
         # More for winners that have a bit set, one atomic addition after the other.
         least = 16 if budget > self.most_paired else 4
         return self.cells_warps or min(max(num_cells // (16 * 32), least), 32)
+
+    def threads_for_few(self, budget: int) -> int:
+        """Those of a warp, so that it waits for no other, where what may win is few."""
+        return 32 if budget <= self.most_of_a_warp else 128
 
     def warps_for_pool(self, num_cells: int, does_more: bool) -> int:
         """More than for a search alone where much follows: it is less code to fetch for each."""
