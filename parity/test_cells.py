@@ -524,6 +524,23 @@ def test_winners_in_the_tail():
             check_lists(*run(table, index))
 
 
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("most_of_a_warp", [16, 512])
+@pytest.mark.parametrize("num_bits", [3, 6])
+def test_many_may_be_among_the_best(num_bits, most_of_a_warp):
+    """More than a chunk of what may be taken, and a tail of which a thread has several tokens."""
+    config = config_of(num_bits=num_bits, heavy_size=90)
+    tuning = dataclasses.replace(SMALL_BLOCKS, most_of_a_warp=most_of_a_warp)
+    rng = np.random.default_rng(num_bits)
+    run = jax.jit(functools.partial(lists_of, config=config, dtype=None, tuning=tuning))
+    index = start(config, [400, 90, 30], capacity=1000, sealing_for=state.sealing_for)
+    index = advanced(index, config, [500, 480, 300])
+    tail = index.high_water - config.window_size - index.cells.sealed(index.high_water)
+    assert tail.max() > 2 * 32 * tuning.warps_for_cells(config.num_cells, config.heavy_size)
+    for kind in KINDS:
+        check_lists(*run(table_of(kind, config, rng), index), kind)
+
+
 @pytest.mark.parametrize("kind", ["zeros", "no numbers"])
 def test_no_access_leaves_an_array(kind):
     """On checked memory, with programs in random order."""
