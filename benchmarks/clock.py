@@ -13,8 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-# Written before a call to empty the L2 cache: larger than that of any GPU so far.
-FLUSH_BYTES = 256 * 2**20
+# Written before a call to empty the L2 cache, which is far smaller: it also takes longer than the
+# host to launch the call. A kernel that another one is ahead of takes two microseconds more than
+# one that finds an idle GPU, and which of them it is would depend on the host.
+FLUSH_BYTES = 2**30
 
 # Calls at the head of a stream that are not counted: the first ones start on an idle GPU, where
 # every kernel takes about a microsecond more.

@@ -611,6 +611,25 @@ def test_lengths_set_by_hand_give_some_list_of_the_right_length(made_for, most_p
         assert (np.asarray(got.indices) < np.maximum(visible, 1)).all()
 
 
+@pytest.mark.usefixtures("interpreted")
+def test_starts_that_are_garbage_give_some_list():
+    """Their sizes overflow when they are added up; a search that minds them would not end."""
+    config = config_of(heavy_size=40)
+    index = start(config, [S - 1, 150, 130])
+    run = jax.jit(functools.partial(lists_of, config=config, dtype=None, tuning=SMALL_BLOCKS))
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        starts = rng.integers(-(2**31), 2**31, index.cells.starts.shape).astype(np.int32)
+        starts[..., -1] = index.cells.starts[..., -1]  # what fits the lengths is believed
+        cells = dataclasses.replace(index.cells, starts=jnp.asarray(starts))
+        table = table_of("random", config, rng)
+        got, want = run(table, dataclasses.replace(index, cells=cells))
+        np.testing.assert_array_equal(got.counts, want.counts)
+        listed_ones = np.arange(got.indices.shape[-1]) < np.asarray(got.counts)[..., None]
+        assert ((np.asarray(got.indices) >= 0) == listed_ones).all()
+        assert (np.asarray(got.indices) < np.asarray(index.lengths)[:, None, None, None]).all()
+
+
 @pytest.mark.parametrize("window_size", [2**31 - 254, 7])
 def test_sizes_beyond_any_cache(window_size):
     config = IndexerConfig(

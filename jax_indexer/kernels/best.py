@@ -306,7 +306,8 @@ class Bounds(NamedTuple):
 
     def is_open(self, enough: Array) -> Array:
         """Whether more than `enough` reach `low`, and a rank lies between the bounds."""
-        return (self.low + 1 != self.high) & (self.reaching_low > enough)
+        # No more where counts that overflowed, of a state that holds garbage, have them cross.
+        return (self.low + 1 < self.high) & (self.reaching_low > enough)
 
     def narrowed(
         self, ranks: Ranks | Weighted | Few, wanted: Array, thresholds: tuple[Array, Array, Array]

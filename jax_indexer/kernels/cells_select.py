@@ -477,6 +477,16 @@ class Search(NamedTuple):
         at = self.outputs.left.at[self.kv_row, self.query, into]
         backend.store(at, cells.size, mask=cells.exists)
 
+    def leave_tail(self, tail: Tail, taken: Taken) -> None:
+        """Adds those of the tail that are no winners to what is left of their cells."""
+        is_at = tail.exists & (tail.rank == taken.cut.rank)
+        mark = is_at.astype(jnp.int32)
+        own = jnp.sum(mark, axis=0)
+        ties = (jnp.cumsum(own) - own)[None, :] + jnp.cumsum(mark, axis=0)
+        ties_left = taken.cut.ties - taken.at_cut
+        best = (tail.rank > taken.cut.rank) | (is_at & (ties <= ties_left))
+        self.leave(self.sealed + tail.number, tail.exists & ~best, 1)
+
     def leave(self, position: Array, exists: Array, number: int) -> None:
         """Adds to what is left of the cells of some tokens."""
         # Idle lanes add nothing, each somewhere else: at one place they would wait for each other.
@@ -580,8 +590,6 @@ class Search(NamedTuple):
                 best &= (place >= 0) & (place < self.plan.num_heavy)
                 position = self.sealed + x.number
                 put(position, place, best)
-                if self.outputs.left is not None:
-                    self.leave(position, best, -1)
             return carry + jnp.sum(own)
 
         few.fold(visit, jnp.int32(0))
@@ -641,7 +649,7 @@ class Search(NamedTuple):
                 weigh(cells, tail, cut)
             taken = self.take(few, cut)
             if self.outputs.left is not None:
-                self.leave(self.sealed + tail.number, tail.exists, 1)
+                self.leave_tail(tail, taken)
             self.read_lists(taken)
             count = self.look_for_tied(taken)
             arrange(count)

@@ -63,6 +63,7 @@ from jax_indexer.kernels.rest import (
     Members,
     Sources,
     Weighed,
+    WeighedCells,
     by_code,
     weigh_cells,
     weigh_tokens,
@@ -187,8 +188,11 @@ class End(NamedTuple):
         def slots(i):
             return i * block + jnp.arange(block, dtype=jnp.int32)
 
-        def keys(i):
-            return self.rows(("key",), *self.entries(slots(i)))[0]
+        def positions(i):
+            return self.entries(slots(i))[0]
+
+        def keys(i, position):
+            return self.rows(("key",), position, slots(i) < self.number)[0]
 
         def rank(i, key):
             product = jnp.sum(key.astype(jnp.float32) * query[None, :], axis=1)
@@ -197,23 +201,26 @@ class End(NamedTuple):
             into = jnp.where(mask, slot, self.step.pooled)
             backend.store(by_key.at[(*place.of_kv, into)], ordered(product), mask=mask)
 
-        def two(i, first):
+        # Positions are read one block further ahead, so that no load of keys waits for them.
+        def two(i, ahead):
             # While one block is multiplied the next is on its way, in registers of its own: to move
             # keys from one to another is to wait for them.
-            second = keys(2 * i + 1)
+            first, position = ahead
+            second, position = keys(2 * i + 1, position), positions(2 * i + 2)
             rank(2 * i, first)
-            following = keys(2 * i + 2)
+            following, position = keys(2 * i + 2, position), positions(2 * i + 3)
             rank(2 * i + 1, second)
-            return following
+            return following, position
 
-        def one(i, first):
-            following = keys(i + 1)
+        def one(i, ahead):
+            first, position = ahead
+            following, position = keys(i + 1, position), positions(i + 2)
             rank(i, first)
-            return following
+            return following, position
 
         at_once, some = (1, one) if block < most else (2, two)  # less code for a small pool
         turns = lax.div(self.number + (at_once * block - 1), jnp.int32(at_once * block))
-        lax.fori_loop(0, turns, some, keys(0))
+        lax.fori_loop(0, turns, some, (keys(0, positions(0)), positions(1)))
 
     def winners(self, position: Array, rank: Array) -> Array:
         """Which of the pool are attended to: the best; of those at the cut the lowest positions."""
@@ -480,6 +487,8 @@ def cells_pool_kernel(
         put(step.config.sink_size + slot, slot, slot < number)
 
     backend.barrier()
+    # Early, and few numbers: nothing waits for them.
+    weighed = None if inputs.end.rest is None else WeighedCells.read(search, fits)
 
     def position_of(slot: Array, exists: Array) -> Array:
         return backend.load(outputs.search.positions.at[(*place.of_kv, slot)], mask=exists, other=0)
@@ -487,10 +496,11 @@ def cells_pool_kernel(
     end = End(step, inputs.end, outputs.scratch, place, plan, number, position_of)
 
     def estimate(estimator: Estimator, pool: Members) -> Estimated:
+        assert weighed is not None
         put_lost = None
         if pool.lost is not None:
-            put_lost = functools.partial(end.put_lost, search=search, by=estimator.by)
-        return estimator.of_cells(search, fits, pool, put_lost)
+            put_lost = functools.partial(end.put_lost, pool, search, estimator.by)
+        return estimator.of_cells(search, weighed, pool, put_lost)
 
     end.write(outputs.output, search.scores, estimate)
 

@@ -155,13 +155,41 @@ def by_code(code: Array, number: int, amount: Array) -> Array:
     return jnp.sum(jnp.where(each[None, :] == code[:, None], amount[:, None], zero), axis=0)
 
 
-def weigh_cells(logits: Logits, search: Search, cells: Part, tail: Tail, cut: Cut) -> None:
-    """Writes what candidates weigh by PQ, those outside of a pool and those in it.
+class WeighedCells(NamedTuple):
+    """What candidates weigh by PQ, of a search of cells.
 
-    These are the largest logit below the cut, that at it if tokens at it are left, and that in the
-    pool; the total below relative to the first, how many are left at the cut, and the total in the
-    pool.
+    Attributes:
+      below, at_cut, of_pool: the largest logit below the cut, that at it if tokens at it are left,
+        and that in the pool; -inf for none.
+      total_below, total_of_pool: totals below the cut and in the pool, relative to these.
+      number_at_cut: how many are left at the cut.
+      is_there: whether there is anything; else they are of nothing.
     """
+
+    below: Array
+    at_cut: Array
+    of_pool: Array
+    total_below: Array
+    number_at_cut: Array
+    total_of_pool: Array
+    is_there: Array
+
+    @classmethod
+    def read(cls, search: Search, fits: Array) -> "WeighedCells":
+        """What `weigh_cells` wrote; `fits`: whether the state of the search did."""
+        is_there = fits & (search.plan.num_heavy > 0)
+
+        def read(i: int, other: float) -> Array:
+            at = search.outputs.weighed.at[search.kv_row, search.query, jnp.int32(i)]
+            return backend.load(at, mask=is_there, other=other)
+
+        below, at_cut, of_pool = (read(i, -jnp.inf) for i in range(3))
+        total_below, number_at_cut, total_of_pool = (read(i, 0.0) for i in range(3, 6))
+        return cls(below, at_cut, of_pool, total_below, number_at_cut, total_of_pool, is_there)
+
+
+def weigh_cells(logits: Logits, search: Search, cells: Part, tail: Tail, cut: Cut) -> None:
+    """Writes what candidates weigh by PQ, those outside of a pool and those in it."""
     ranks, sizes = (cells.rank, tail.rank), (cells.size, tail.exists.astype(jnp.int32))
     scored = [Scored.of(*x, logits) for x in zip(ranks, sizes, strict=True)]
 
@@ -223,40 +251,32 @@ class Estimator(NamedTuple):
     def of_cells(
         self,
         search: Search,
-        fits: Array,
+        weighed: WeighedCells,
         pool: Members | None,
-        put_lost: Callable[[Members], list[Array]] | None,
+        put_lost: Callable[[], list[Array]] | None,
     ) -> Estimated:
-        """Candidates that are not attended to, where a search left its `weighed` and `left`.
+        """Candidates that are not attended to, where a search left what they weigh.
 
         Args:
           search: the search.
-          fits: whether its state did.
+          weighed: what it left.
           pool: what is known of the pool; None where no true logit is.
           put_lost: writes `lost` for most of the pool, and returns sums by code of the others; for
             a pool that loses any.
         """
-        usable = fits & (search.plan.num_heavy > 0)
-        means = self.read_means()
-
-        def read(i, other):
-            at = search.outputs.weighed.at[(*self.place.of_kv, jnp.int32(i))]
-            return backend.load(at, mask=usable, other=other)
-
-        below, at_cut, of_pool = (read(i, -jnp.inf) for i in range(3))
-        total_below, number, total = (read(i, 0.0) for i in range(3, 6))
-        largest = jnp.maximum(below, at_cut)
-        relative = Relative.of(pool, largest, (of_pool, total))
+        means, x = self.read_means(), weighed
+        largest = jnp.maximum(x.below, x.at_cut)
+        of_pool = x.of_pool, x.total_of_pool
+        relative = Relative.of(pool, largest, of_pool)
         if self.by[1] > 1:
-            lost = None if pool is None or put_lost is None else put_lost(pool)
-            weights = self.by_code(search, usable, largest, relative, lost)
-            return Estimated(with_values(relative.largest, weights, means), (of_pool, total))
-        of_cut = number * jnp.exp(at_cut - finite(largest))
-        weight = total_below * jnp.exp(below - finite(largest)) + of_cut
+            weights = self.by_code(search, x.is_there, largest, relative, put_lost)
+            return Estimated(with_values(relative.largest, weights, means), of_pool)
+        weight = x.total_below * jnp.exp(x.below - finite(largest))
+        weight += x.number_at_cut * jnp.exp(x.at_cut - finite(largest))
         weight *= relative.others
         if pool is not None and pool.lost is not None:
             weight += relative.lost * jnp.sum(pool.lost)
-        return Estimated(with_values(relative.largest, [weight[None]], means), (of_pool, total))
+        return Estimated(with_values(relative.largest, [weight[None]], means), of_pool)
 
     def by_code(
         self,
@@ -264,18 +284,22 @@ class Estimator(NamedTuple):
         usable: Array,
         largest: Array,
         relative: Relative,
-        lost: list[Array] | None,
+        put_lost: Callable[[], list[Array]] | None,
     ) -> list[Array]:
-        """What is not attended to weighs, by code; `lost` is what is in no list of a cell."""
+        """What is not attended to weighs, by code."""
         config, by = self.step.config, self.by[0]
         C, M = config.num_centroids, config.num_subspaces
         code = jnp.arange(C, dtype=jnp.int32)[:, None]
         other = jnp.arange(config.num_cells // C, dtype=jnp.int32)[None, :]
 
-        def weights(m: int) -> Array:
-            """Of all cells, [codes of subspace m, codes of the others]."""
+        def cells(m: int) -> Array:
+            """All of them, [codes of subspace m, codes of the others]."""
             below = C ** (M - 1 - m)
-            cell = (other // below * C + code) * below + other % below
+            return (other // below * C + code) * below + other % below
+
+        def weights(m: int) -> Array:
+            """Of what is left in them."""
+            cell = cells(m)
             rank = self.scores.rank_of(
                 code if digit == m else other // C ** (M - 1 - digit - (digit < m)) % C
                 for digit in range(M)
@@ -285,16 +309,20 @@ class Estimator(NamedTuple):
                 mask=jnp.broadcast_to(usable, cell.shape),
                 other=0,
             )
-            weight = relative.others * Scored.of(rank, left, self.logits).weights(largest)
-            if lost is None:
-                return weight
-            return weight + relative.lost * search.outputs.lost[(*self.place.of_kv, cell)]
+            return relative.others * Scored.of(rank, left, self.logits).weights(largest)
 
-        first = weights(0)
+        def with_lost(m: int, weight: Array) -> Array:
+            if put_lost is None:
+                return weight
+            return weight + relative.lost * search.outputs.lost[(*self.place.of_kv, cells(m))]
+
+        first = weights(0)  # before `put_lost`, whose barriers it does not wait for
+        lost = None if put_lost is None else put_lost()
+        first = with_lost(0, first)
         sums = [jnp.sum(first, axis=1)]
         if M == 2:  # all others are one subspace
             sums += [jnp.sum(first, axis=0)]
-        sums += [jnp.sum(weights(m), axis=1) for m in range(len(sums), by)]
+        sums += [jnp.sum(with_lost(m, weights(m)), axis=1) for m in range(len(sums), by)]
         if lost is not None:
             sums = [x + relative.lost * y for x, y in zip(sums, lost, strict=True)]
         return sums

@@ -20,6 +20,7 @@ from jax_indexer.kernels.rest import (
     Estimator,
     Members,
     Sources,
+    WeighedCells,
     weigh_cells,
     weigh_tokens,
 )
@@ -87,7 +88,8 @@ def cells_rest_kernel(
     search.find(fits, writer.fill, writer.put, arrange, weigh)
     backend.barrier()
     estimator = Estimator(step, search.scores, place, logits, inputs.sources)
-    write_rest(outputs.rest, place, estimator.of_cells(search, fits, None, None))
+    weighed = WeighedCells.read(search, fits)
+    write_rest(outputs.rest, place, estimator.of_cells(search, weighed, None, None))
 
 
 def select_cells_with_rest(
