@@ -8,7 +8,16 @@ from typing import Any
 
 from benchmarks import devices, frontier, host
 from benchmarks.frontier import Evaluation
-from benchmarks.results import ROOT, Results, Row, command_of, framework_of, is_indexer, load
+from benchmarks.results import (
+    ROOT,
+    Results,
+    Row,
+    command_of,
+    framework_of,
+    in_scan,
+    is_indexer,
+    load,
+)
 from parity.inputs import WORKLOADS
 
 RESULTS = Path(__file__).parent / "results"
@@ -223,8 +232,7 @@ def layers_and_scans(results: Sequence[Results]) -> tuple[Latest, Latest]:
     found = latest(results, "layer")
     layers, scans = {}, {}
     for name, (one, rows) in found.items():
-        shape = one["workloads"][name]
-        (scans if shape["layers"] or shape["steps"] > 1 else layers)[name] = one, rows
+        (scans if in_scan(one, name) else layers)[name] = one, rows
     return layers, scans
 
 

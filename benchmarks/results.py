@@ -219,19 +219,36 @@ def load(files: Iterable[Path]) -> list[Results]:
 
     Raises:
       ValueError: for a file that holds no results of a kind in KINDS, and for times of several
-        kinds of device.
+        kinds of device that would stand in one table.
     """
     results = [_read(file) for file in files]
-    devices: dict[str, list[str]] = {}
+    found: dict[tuple[Any, ...], dict[str, list[str]]] = {}
     for one in results:
         if one["kind"] != "quality":
+            devices = found.setdefault(_table_of(one), {})
             devices.setdefault(one["machine"]["device"], []).append(one["file"])
-    if len(devices) > 1:
-        raise ValueError(
-            "numbers of different devices are not compared; name the files of one of them: "
-            + "; ".join(f"{device}: {', '.join(names)}" for device, names in devices.items())
-        )
+    for devices in found.values():
+        if len(devices) > 1:
+            raise ValueError(
+                "numbers of different devices are not compared; keep the files of one of them: "
+                + "; ".join(f"{device}: {', '.join(names)}" for device, names in devices.items())
+            )
     return sorted(results, key=lambda one: (one["time"], one["file"]))
+
+
+def _table_of(one: Results) -> tuple[Any, ...]:
+    """What results stand beside: others of their kind, sweep and number of devices; scans apart."""
+    kind, rows = one["kind"], one["rows"]
+    sweeps = sorted({str(row.get("sweep")) for row in rows})
+    most = max((row.get("devices", 1) for row in rows), default=1)
+    scans = kind == "layer" and any(in_scan(one, row["workload"]) for row in rows)
+    return kind, *sweeps, most, scans
+
+
+def in_scan(one: Results, workload: str) -> bool:
+    """Whether a layer's workload is of many layers or steps in one jit."""
+    shape = one["workloads"][workload]
+    return bool(shape["layers"]) or shape["steps"] > 1
 
 
 def _read(file: Path) -> Results:

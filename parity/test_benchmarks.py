@@ -869,6 +869,19 @@ def test_numbers_of_different_devices_are_not_compared(folder, capsys):
     assert (folder / "README.md").read_text() == OLD_README
 
 
+def test_tables_of_one_report_may_be_of_different_devices(folder):
+    gpu_results(folder)
+    found = gpu_results(folder, device="NVIDIA H200", file="b.json")
+    for row in found["rows"]:
+        row["sweep"] = "batch"
+    results.write(folder / "b.json", found)
+    assert main(["report"]) == 0
+    readme, document = texts(folder)
+    assert "NVIDIA H100" in readme
+    assert "NVIDIA H200" not in readme
+    assert "NVIDIA H200" in document
+
+
 def test_results_that_are_named_are_shown_and_leave_the_readme_alone(folder, capsys):
     gpu_results(folder, us=77.0)
     assert main(["report", str(folder / "a.json")]) == 0
