@@ -100,8 +100,7 @@ class Sizes(dict[str, int]):
         self.if_in_pages = if_in_pages
         self._perhaps_in_pages: set[str] = set()
         self.source: dict[str, str] = {}
-        self._understood: dict[str, str] = {}
-        self._kv_layout = ""
+        self._understood: dict[str, tuple[str, str]] = {}
 
     def learn(self, source: str, **sizes: int) -> None:
         """Adds sizes and remembers where they come from."""
@@ -116,15 +115,15 @@ class Sizes(dict[str, int]):
         if self.if_in_pages and "S" in axes and is_power_of_2(shape[axes.index("S")]):
             self._perhaps_in_pages.add(name)
         axes = [axis for axis in axes if axis != LAYERS]
-        self._understood[name] = f"{name} understood as [{seen}]"
         (other,) = set(get_args(KVLayout)) - {kv_layout}
         swapped = " and ".join(axes[1:3])
-        self._kv_layout = f'with kv_layout="{kv_layout}"; kv_layout="{other}" swaps {swapped}'
+        layout = f'with kv_layout="{kv_layout}"; kv_layout="{other}" swaps {swapped}'
+        self._understood[name] = f"{name} understood as [{seen}]", layout
 
     def understood(self, *names: str) -> str:
         """The end of a message: what was understood of those of these arguments that are keys."""
         seen = [self._understood[n] for n in dict.fromkeys(names) if n in self._understood]
-        return f"; {', '.join(seen)} {self._kv_layout}" if seen else ""
+        return f"; {', '.join(text for text, _ in seen)} {seen[0][1]}" if seen else ""
 
     def in_pages(self, *names: str) -> str:
         """What else to do about wrong rows, of those of these arguments that may be in pages."""
@@ -1093,9 +1092,9 @@ def check_sizes(**given: Any) -> dict[str, int]:
     found = {}
     for name, size in given.items():
         is_number = isinstance(size, (int, np.integer)) and not isinstance(size, bool)
-        if not is_number or size < 1:
+        if not is_number or not 1 <= size < 2**31:
             raise ValueError(
-                f"{name}: expected an integer of at least 1, got {size!r}; "
+                f"{name}: expected an integer of at least 1, in 31 bits, got {size!r}; "
                 "pass a Python int, since it is static"
             )
         found[name] = int(size)

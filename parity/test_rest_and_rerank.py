@@ -154,6 +154,7 @@ CASES = {
     "the inner product": Case(sizes=sizes(metric="ip")),
     "cells": Case(selector="cells", counts=True),
     "cells of three query tokens": Case(selector="cells", T=3, counts=True, kv_layout="BKSH"),
+    "cells, no budget": Case(selector="cells", sizes=sizes(heavy_size=0)),
     "layers of cells of eight query tokens": Case(
         selector="cells", T=8, K=1, G=2, layers=2, layer=1
     ),
@@ -189,6 +190,7 @@ INTERPRETED = {
     ("a pool of more than there is", "rerank"), ("no budget", "mean"),
     ("layers of cells, from the end", "rerank, mean"),
     ("cells of three query tokens", "codes"), ("cells", "rerank, codes"),
+    ("cells, no budget", "mean"), ("cells, no budget", "rerank, codes"),
 }  # fmt: skip
 ON_CHECKED_MEMORY = {
     ("cells", "rerank, codes"), ("the middle layer", "rerank, mean"), ("all sink", "codes"),

@@ -111,6 +111,7 @@ def test_the_output_is_that_of_a_decode_step(name, option):
 INTERPRETED = {
     ("three query tokens", "codes"), ("plain", "mean"), ("cells", "codes"), ("no budget", "mean"),
     ("layers of cells, from the end", "mean"), ("cells of three query tokens", "codes"),
+    ("cells, no budget", "codes"),
 }  # fmt: skip
 ON_CHECKED_MEMORY = {("cells", "codes"), ("the middle layer", "mean"), ("all sink", "codes")}
 

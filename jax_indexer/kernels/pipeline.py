@@ -183,13 +183,18 @@ def launch_select(
         selection = selected(step, made, index, lengths, selector, layer, span)
         return with_weights(selection, weights_dtype, span)
     known = step, made["tables"], index, lengths
-    if selector == "cells" and step.S <= MOST_COUNTED:
+    if weighs_cells(step, selector):
         weights = made["weights"].weights if "weights" in made else None
         lists, rest = select_cells_with_rest(*known, rest_by, weights, layer)
         return dataclasses.replace(selection_of(step, lists), rest=rest)
     selection = selected(step, made, index, lengths, selector, layer)
     rest = rest_of_lists(*known, selection.indices, rest_by, layer)
     return dataclasses.replace(selection, rest=rest)
+
+
+def weighs_cells(step: Step, selector: str | None) -> bool:
+    """Whether a search of cells leaves what candidates weigh: it needs a token to look for."""
+    return selector == "cells" and step.config.heavy_size > 0 and step.S <= MOST_COUNTED
 
 
 def launch_step(
@@ -264,7 +269,7 @@ def launch_decode(
     has_pool = step.config.rerank > 1 or step.config.estimate_rest
     known = step, made["tables"], index, after, query, caches
     others = logits, always, lengths, layer, kept
-    if has_pool and selector == "cells" and step.S <= MOST_COUNTED:
+    if has_pool and weighs_cells(step, selector):
         ended, positions = attend_pool_of_cells(*known, *others)
     elif has_pool:
         indices = selected(step.of_pool, made, index, after, selector, layer).indices
