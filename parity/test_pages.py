@@ -319,9 +319,11 @@ def test_slots_of_pages_beyond_the_last_are_of_the_last(num_pages):
 def test_no_page_is_beyond_the_last_of_any_number():
     lists, table = Selection(jnp.full((1, 1, 1, 1), 5), None), jnp.full((1, 1), 2**31 - 1)
     assert to_physical(lists, table, page_size=16, num_pages=3).tolist() == [[[[37]]]]
-    for wrong in (0, 2.0, True):
+    for wrong in (0, 2.0, True, 2**31):
         with pytest.raises(ValueError, match=f"^num_pages: expected an integer .* got {wrong}"):
             to_physical(lists, table, page_size=16, num_pages=wrong)
+    with pytest.raises(ValueError, match=f"^page_size: expected an integer .* got {2**31}"):
+        to_physical(lists, table, page_size=2**31)
 
 
 # Prompts.
@@ -435,6 +437,11 @@ def test_bad_pages_are_told():
         (lambda: step(shaped(16, K, H), table), "^cache.key: expected .*num_pages, page_size"),
         (lambda: step(cache, None), "^cache.key: expected .*B=2"),
         (lambda: empty_cache(config, B, S, K, H, num_pages=3), "^num_pages, page_size: expected"),
+        (
+            lambda: prefill(jnp.zeros((B, S + 1, K, H)), jnp.zeros((B, S + 1, K, H)),
+                            jnp.zeros(B, jnp.int32), config, cache=cache, page_table=table),
+            "^key: .*key understood as .*s=65.* swaps s and K$",
+        ),
         (
             lambda: empty_cache(config, B, S, K, H, num_pages=3, page_size=20),
             "^page_size: expected a power of two, got 20",
