@@ -14,8 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 # Written before a call to empty the L2 cache, which is far smaller: it also takes longer than the
-# host to launch the call. A kernel that another one is ahead of takes two microseconds more than
-# one that finds an idle GPU, and which of them it is would depend on the host.
+# host to launch the call, so that no kernel of the call starts on an idle GPU.
 FLUSH_BYTES = 2**30
 
 # Calls at the head of a stream that are not counted: the first ones start on an idle GPU, where

@@ -224,25 +224,26 @@ def load(files: Iterable[Path]) -> list[Results]:
     results = [_read(file) for file in files]
     found: dict[tuple[Any, ...], dict[str, list[str]]] = {}
     for one in results:
-        if one["kind"] != "quality":
-            devices = found.setdefault(_table_of(one), {})
+        for table in _tables_of(one) if one["kind"] != "quality" else ():
+            devices = found.setdefault(table, {})
             devices.setdefault(one["machine"]["device"], []).append(one["file"])
     for devices in found.values():
         if len(devices) > 1:
             raise ValueError(
-                "numbers of different devices are not compared; keep the files of one of them: "
+                "numbers of different devices are not compared; name the files of one of them: "
                 + "; ".join(f"{device}: {', '.join(names)}" for device, names in devices.items())
             )
     return sorted(results, key=lambda one: (one["time"], one["file"]))
 
 
-def _table_of(one: Results) -> tuple[Any, ...]:
-    """What results stand beside: others of their kind, sweep and number of devices; scans apart."""
+def _tables_of(one: Results) -> set[tuple[Any, ...]]:
+    """What rows stand beside: others of their kind, sweep and number of devices; scans apart."""
     kind, rows = one["kind"], one["rows"]
-    sweeps = sorted({str(row.get("sweep")) for row in rows})
     most = max((row.get("devices", 1) for row in rows), default=1)
-    scans = kind == "layer" and any(in_scan(one, row["workload"]) for row in rows)
-    return kind, *sweeps, most, scans
+    return {
+        (kind, row.get("sweep"), most, kind == "layer" and in_scan(one, row["workload"]))
+        for row in rows
+    }
 
 
 def in_scan(one: Results, workload: str) -> bool:

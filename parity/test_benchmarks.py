@@ -880,6 +880,9 @@ def test_tables_of_one_report_may_be_of_different_devices(folder):
     assert "NVIDIA H100" in readme
     assert "NVIDIA H200" not in readme
     assert "NVIDIA H200" in document
+    del found["rows"][0]["sweep"]  # which would stand beside the other file's
+    results.write(folder / "b.json", found)
+    assert main(["report"]) == 1
 
 
 def test_results_that_are_named_are_shown_and_leave_the_readme_alone(folder, capsys):
