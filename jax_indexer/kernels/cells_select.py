@@ -164,6 +164,11 @@ class Taken(NamedTuple):
     by_cell: Array
     at_cut: Array
 
+    @property
+    def ties_left(self) -> Array:
+        """Tokens at the cut that the tail gives, its first."""
+        return self.cut.ties - self.at_cut
+
 
 class Scores(NamedTuple):
     """Scores of one query, as their ranks.
@@ -483,8 +488,8 @@ class Search(NamedTuple):
         mark = is_at.astype(jnp.int32)
         own = jnp.sum(mark, axis=0)
         ties = (jnp.cumsum(own) - own)[None, :] + jnp.cumsum(mark, axis=0)
-        ties_left = taken.cut.ties - taken.at_cut
-        best = (tail.rank > taken.cut.rank) | (is_at & (ties <= ties_left))
+        cut, ties_left = taken.cut, taken.ties_left
+        best = (tail.rank > cut.rank) | (is_at & (ties <= ties_left))
         self.leave(self.sealed + tail.number, tail.exists & ~best, 1)
 
     def leave(self, position: Array, exists: Array, number: int) -> None:
@@ -567,8 +572,7 @@ class Search(NamedTuple):
         self, few: Few, taken: Taken, count: Array, put: Callable[[Array, Array, Array], None]
     ) -> None:
         """Puts the winners of the tail, which lie behind all that is sealed, in its order."""
-        cut = taken.cut
-        ties_left = cut.ties - taken.at_cut
+        cut, ties_left = taken.cut, taken.ties_left
 
         def visit(carry: Array, entries: list[Entry]) -> Array:
             # Two counts share a prefix sum: those above the cut, and those at it.

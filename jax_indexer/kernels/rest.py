@@ -286,7 +286,7 @@ class Estimator(NamedTuple):
         relative: Relative,
         put_lost: Callable[[], list[Array]] | None,
     ) -> list[Array]:
-        """What is not attended to weighs, by code."""
+        """What is not attended to weighs, by code; `put_lost` is as in `of_cells`."""
         config, by = self.step.config, self.by[0]
         C, M = config.num_centroids, config.num_subspaces
         code = jnp.arange(C, dtype=jnp.int32)[:, None]
