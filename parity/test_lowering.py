@@ -430,17 +430,17 @@ def test_the_default_selector_is_threshold():
 
 
 def test_the_default_selector_of_small_caches_is_cells_where_a_pool_follows():
-    """One kernel does all of it; behind lists the rest would weigh tokens one by one."""
+    """Behind lists the rest would weigh tokens one by one."""
     B, S, K, N, H = 1, 1024, 2, 4, 64
     query, new = (jnp.zeros((B, 1, heads, H), jnp.bfloat16) for heads in (N, K))
-    for fields, ends in (({}, "merge_kernel"), ({"rerank": 4}, "cells_pool_kernel")):
+    for fields, one in (({}, "merge_kernel"), ({"rerank": 4}, "search_pool_kernel")):
         config = IndexerConfig(heavy_size=32, sink_size=16, window_size=16, cells=True, **fields)
         cache = empty_cache(config, B, S, K, H)
         with an_h100():
             text = lowered(
                 functools.partial(decode_attention, config=config), query, new, new, cache
             )
-        assert ends in kernels(text)
+        assert one in kernels(text)
 
 
 @pytest.mark.parametrize("mapped", ["none", "vmap", "two vmaps"])
@@ -591,7 +591,7 @@ POOLS = {
 
 @pytest.mark.parametrize("name", POOLS)
 def test_a_pool_and_the_rest_lower_to_kernels_alone(name):
-    """Two launches, or those of a selector and two or three; nothing is copied."""
+    """Two launches, four to rerank, or those of a selector and two or three; nothing is copied."""
     shape, sizes = POOLS[name]
     shape = {"T": 1, "H": 64, "S": 40001, "layers": None} | shape
     config = IndexerConfig(**sizes)
@@ -611,8 +611,15 @@ def test_a_pool_and_the_rest_lower_to_kernels_alone(name):
     has_rest = bool(config.estimate_rest)
     first = "write_kernel_and_always_kernel_and_" + first_kernel(seal=config.cells)
     first = first + "_and_sum_values_kernel" if has_rest else first
-    last = {"attend_pool_kernel"} | ({"weigh_tokens_kernel"} if has_rest else set())
-    others = {"cells_pool_kernel"} if config.cells else KERNELS["threshold"] | last
+    ranks = ["rank_keys_kernel"] if config.rerank > 1 else []
+    if config.cells and not ranks:
+        others = {"cells_pool_kernel"}
+    else:
+        weigh = ["weigh_tokens_kernel"] if has_rest else []
+        if config.cells:
+            weigh = ["weigh_codes_kernel"] if config.estimate_rest == "codes" else []
+        selects = {"search_pool_kernel"} if config.cells else KERNELS["threshold"]
+        others = selects | {"_and_".join(weigh + ranks), "attend_pool_kernel"}
     assert kernels(text) == {first} | others
     assert "f64" not in text
     assert not re.search(r"stablehlo\.(case|if|while|sort)", text)

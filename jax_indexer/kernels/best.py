@@ -115,7 +115,7 @@ class Ranks(NamedTuple):
             return tuple(totals)
 
         nothing = jnp.zeros(self.threads, jnp.int32)
-        sums = [jnp.sum(total) for total in self.fold(visit, (nothing,) * len(packs))]
+        sums = reduced_together(self.fold(visit, (nothing,) * len(packs)), jnp.sum)
         return [
             (sums[pack] >> (bits * place + 1)) & ((1 << bits) - 1)
             for pack in range(len(packs))
@@ -251,7 +251,7 @@ class Few(NamedTuple):
 def reduced_together(columns: Sequence[Array], reduce: Callable) -> list[Array]:
     """Each of some int32[n] reduced; beyond a warp a reduction has two barriers, of many or one."""
     count = len(columns)
-    if columns[0].size <= 32:
+    if columns[0].size <= 32 or count == 1:
         return [reduce(column) for column in columns]
     columns = [*columns, *columns[: power_of_2_from(count) - count]]
     found = reduce(backend.join_columns(columns), axis=0)

@@ -63,13 +63,17 @@ FIRST_BITS = 15
 SIZE_BITS = 16
 MOST_SIZE = (1 << SIZE_BITS) - 1  # more than a budget
 assert LARGEST_BUDGET_OF_CELLS < 1 << FIRST_BITS
+# Counts of tokens and of winners that are in no list share an integer.
+OTHER_BITS = 17
+OTHER_WINNER = 1 << OTHER_BITS
+assert LARGEST_BUDGET_OF_CELLS < 1 << (32 - OTHER_BITS)
 # Tokens looked at at once for those that tie at the cut.
 TIED_BLOCK = 1024
 # The cut is narrowed among all cells until as many tokens as are wanted, times the first, may be
 # above it, or one of so many candidates; what remains is a list that a warp goes through.
 MOST_OF_WANTED = 2
 ONE_OF_CANDIDATES = 128
-# Neighbours in that list that a thread takes.
+# Neighbours in that list that a thread takes: of four, kernels would take minutes to compile.
 FEW_RUN = 2
 
 
@@ -98,10 +102,10 @@ class Outputs(NamedTuple):
       bits: words with a bit for each position, if budgets are large, else None.
       bits_before: how many bits are set before each word, likewise.
       weighed: f32[R, Q, n], for what weighs candidates; None if nothing does.
-      left: i32[R, Q, cells + 1], candidates in each cell that are no winners, or None.
-      lost: f32[R, Q, cells], for what candidates of a pool weigh, or None.
-      own: i32[R, Q, n], for each winner its cell, with the place where the cell's winners begin if
-        they are from its list, else the complement of the cell; or None.
+      others: i32[R, Q, cells], of what is in no list: how many tokens, and with `OTHER_WINNER` how
+        many winners; or None.
+      taken: i32[R, Q, TAKEN], `Taken` and how many winners are sealed, for those who ask later; or
+        None.
     """
 
     indices: Any
@@ -114,9 +118,8 @@ class Outputs(NamedTuple):
     bits: Any
     bits_before: Any
     weighed: Any
-    left: Any
-    lost: Any
-    own: Any
+    others: Any
+    taken: Any
 
 
 class Part(NamedTuple):
@@ -153,21 +156,39 @@ class Taken(NamedTuple):
     """Who is taken from the cells.
 
     Attributes:
-      cut: who is among the best of all.
+      rank: the cut.
+      ties: how many tokens at it are taken.
+      at_cut: how many of these are sealed.
+      of_lists: how many of these are taken from lists; the others are looked for in the codes.
       whole: tokens taken from lists.
-      by_cell: whether those at the cut are among these; else they are looked for in the codes.
-      at_cut: tokens taken at the cut.
+      cells: how many lists these are from.
     """
 
-    cut: Cut
-    whole: Array
-    by_cell: Array
+    rank: Array
+    ties: Array
     at_cut: Array
+    of_lists: Array
+    whole: Array
+    cells: Array
+
+    @classmethod
+    def read(cls, taken: Any, at: tuple[Array, Array]) -> tuple["Taken", Array]:
+        """`Outputs.taken` of a query: who is taken, and how many are sealed."""
+        *fields, count = (taken[(*at, i)] for i in range(len(cls._fields) + 1))
+        return cls(*fields), count
 
     @property
-    def ties_left(self) -> Array:
+    def to_find(self) -> Array:
+        """Sealed tokens at the cut that are looked for."""
+        return self.at_cut - self.of_lists
+
+    @property
+    def of_tail(self) -> Array:
         """Tokens at the cut that the tail gives, its first."""
-        return self.cut.ties - self.at_cut
+        return self.ties - self.at_cut
+
+
+TAKEN = power_of_2_from(len(Taken._fields) + 1)
 
 
 class Scores(NamedTuple):
@@ -273,6 +294,10 @@ class Search(NamedTuple):
         fits &= end == self.sealed - self.sealing.first_candidate
         return fits & ((new_end - end == self.sealing.segment) | ~self.state.begun)
 
+    def has_cut(self, fits: Array) -> Array:
+        """Whether there is anything to look for, in a state that fits."""
+        return fits & (self.plan.num_heavy > 0)
+
     @property
     def scores(self) -> "Scores":
         """What scores its tokens and cells."""
@@ -295,27 +320,34 @@ class Search(NamedTuple):
             # For what has no position.
             outputs.bits[self.kv_row, self.query, outputs.bits_before.shape[2]] = jnp.int32(0)
 
+    def rows_and_threads(self, number: int) -> tuple[Array, Array]:
+        """Of so many cells or tokens: rows [n, 1] and threads [1, threads]."""
+        rows = backend.lanes(power_of_2_from(pl.cdiv(number, self.threads)))
+        return rows[:, None], backend.lanes(self.threads)[None, :]
+
     def score_all(self) -> tuple[Part, Tail]:
         """Cells and tail."""
-        num_cells, thread = self.step.config.num_cells, backend.lanes(self.threads)[None, :]
-
-        def rows(number: int) -> Array:
-            return backend.lanes(power_of_2_from(pl.cdiv(number, self.threads)))[:, None]
-
-        cell = rows(num_cells) * self.threads + thread
+        num_cells = self.step.config.num_cells
+        row, thread = self.rows_and_threads(num_cells)
+        cell = row * self.threads + thread
         exists = cell < num_cells
         cell = jnp.minimum(cell, num_cells - 1)
         size = jnp.where(exists, self.size_of(cell), 0)
         rank = self.scores.rank_of(self.scores.codes_of_cells(cell))
         rank = jnp.where(size > 0, rank, NOT_A_CANDIDATE)
-        row = rows(self.sealing.most_tail(self.step.S))
+        return Part(cell, exists, size, rank), self.score_tail()
+
+    def score_tail(self) -> Tail:
+        row, thread = self.rows_and_threads(self.sealing.most_tail(self.step.S))
         number = row.shape[0] * thread + row
         waits = self.sealed + number < self.plan.last
-        tail = Tail(number, waits, self.scores.ranks_of_tokens(self.sealed + number, waits))
-        return Part(cell, exists, size, rank), tail
+        return Tail(number, waits, self.scores.ranks_of_tokens(self.sealed + number, waits))
 
-    def narrow(self, cells: Part, tail: Tail) -> Bounds:
-        """Bounds of the cut, above whose lower one is little: each cell is all of its tokens."""
+    def narrow(self, cells: Part, tail: Tail) -> tuple[Bounds, Array]:
+        """Bounds of the cut, above whose lower one is little: each cell is all of its tokens.
+
+        Also the lowest rank of all.
+        """
         sizes = cells.size, tail.exists.astype(jnp.int32)
         tokens = Weighted((cells.rank, tail.rank), sizes)
         least, most = tokens.extremes()
@@ -325,7 +357,7 @@ class Search(NamedTuple):
         share = jnp.sqrt(jnp.sqrt(share))
         bounds = Bounds(least, most + 1, candidates, jnp.int32(0))
         enough = jnp.maximum(wanted * MOST_OF_WANTED, lax.div(candidates, ONE_OF_CANDIDATES))
-        return narrow(tokens, wanted, bounds, enough, STEPS_WITHOUT_TIES, share)
+        return narrow(tokens, wanted, bounds, enough, STEPS_WITHOUT_TIES, share), least
 
     def list_few(self, cells: Part, tail: Tail, low: Array) -> Few:
         """Lists all cells and tokens of the tail that reach a rank, the latter in their order."""
@@ -398,13 +430,13 @@ class Search(NamedTuple):
         cells_at_cut, tied, above = few.added(count, 3)
         by_cell = (cells_at_cut <= 1) | (tied <= cut.ties)
         at_cut = jnp.minimum(tied, cut.ties)
-        of_tied = jnp.where(by_cell, at_cut, 0)
-        whole = jnp.minimum(above + of_tied, self.plan.num_heavy)
+        of_lists = jnp.where(by_cell, at_cut, 0)
+        whole = jnp.minimum(above + of_lists, self.plan.num_heavy)
 
         def write(carry: Array, entries: list[Entry]) -> Array:
             takes = []
             for x in entries:
-                tied = jnp.where(x.rank == cut.rank, jnp.minimum(x.size, of_tied), 0)
+                tied = jnp.where(x.rank == cut.rank, jnp.minimum(x.size, of_lists), 0)
                 takes.append(jnp.where(x.is_cell, jnp.where(x.rank > cut.rank, x.size, tied), 0))
             # Two counts share a prefix sum: cells that are taken from, and what is taken.
             marks = [jnp.where(take > 0, (1 << 16) + take, 0) for take in takes]
@@ -419,16 +451,11 @@ class Search(NamedTuple):
                 into = outputs.begins.at[self.kv_row, self.query, jnp.where(taken, first, budget)]
                 backend.store(into, jnp.ones_like(first), mask=taken)
                 before += mark
-                if outputs.left is not None:
-                    cell = jnp.where(taken, x.number, self.step.config.num_cells)
-                    size = self.size_of(x.number, taken)
-                    at = outputs.left.at[self.kv_row, self.query, cell]
-                    backend.store(at, size - take, mask=taken)
             return carry + jnp.sum(own)
 
-        few.fold(write, jnp.int32(0))
+        both = few.fold(write, jnp.int32(0))
         backend.barrier()
-        return Taken(cut, whole, by_cell, at_cut)
+        return Taken(cut.rank, cut.ties, at_cut, of_lists, whole, both >> 16)
 
     def read_lists(self, taken: Taken) -> None:
         """Writes the positions of the winners in lists to scratch, cell by cell."""
@@ -447,8 +474,6 @@ class Search(NamedTuple):
         position = backend.load(self.inputs.order.at[self.kv_row, entry], mask=exists, other=0)
         into = outputs.positions.at[self.kv_row, self.query, place]
         backend.store(into, position, mask=exists)
-        if outputs.own is not None:
-            backend.store(outputs.own.at[self.kv_row, self.query, place], both, mask=exists)
 
     def look_for_tied(self, taken: Taken) -> Array:
         """Writes positions of the first tokens at the cut, if need be; how many winners now."""
@@ -457,50 +482,68 @@ class Search(NamedTuple):
         def look(state):
             begin, count = state
             token = begin + jnp.arange(TIED_BLOCK, dtype=jnp.int32)
-            mark = self.scores.ranks_of_tokens(token, token < self.sealed) == taken.cut.rank
+            mark = self.scores.ranks_of_tokens(token, token < self.sealed) == taken.rank
             until = count + jnp.cumsum(mark.astype(jnp.int32))
-            found = mark & (until <= taken.at_cut)
+            found = mark & (until <= taken.to_find)
             into = jnp.where(found, taken.whole + until - 1, budget + PAIRS_AT_ONCE)
-            found &= into < budget
             at = self.outputs.positions.at[self.kv_row, self.query, into]
-            backend.store(at, token, mask=found)
-            self.put_own(token, into, found)
-            if self.outputs.left is not None:
-                self.leave(token, found, -1)
+            backend.store(at, token, mask=found & (into < budget))
             return begin + TIED_BLOCK, jnp.max(until)
 
         _, found = lax.while_loop(
-            lambda state: ~taken.by_cell & (state[1] < taken.at_cut) & (state[0] < self.sealed),
+            lambda state: (state[1] < taken.to_find) & (state[0] < self.sealed),
             look,
             (self.plan.first, jnp.int32(0)),
         )
-        return jnp.minimum(taken.whole + jnp.minimum(found, taken.at_cut), self.plan.num_heavy)
+        return jnp.minimum(taken.whole + jnp.minimum(found, taken.to_find), self.plan.num_heavy)
 
-    def leave_all(self, cells: Part) -> None:
-        """Leaves all that is sealed in its cells."""
-        into = jnp.where(cells.exists, cells.cell, self.step.config.num_cells)
-        at = self.outputs.left.at[self.kv_row, self.query, into]
-        backend.store(at, cells.size, mask=cells.exists)
+    def count_others(self, taken: Taken, count: Array) -> None:
+        """Writes how many tokens of each cell are in no list, and how many winners from none.
 
-    def leave_tail(self, tail: Tail, taken: Taken) -> None:
-        """Adds those of the tail that are no winners to what is left of their cells."""
-        is_at = tail.exists & (tail.rank == taken.cut.rank)
+        Args:
+          taken: who is taken.
+          count: of the winners in scratch before those of the tail.
+        """
+        others, number = self.outputs.others, self.step.config.num_cells
+        cell = jnp.arange(number, dtype=jnp.int32)
+        backend.store(others.at[self.kv_row, self.query, cell], jnp.zeros(number, jnp.int32))
+
+        def add(position: Array, exists: Array, amount: Array | int) -> None:
+            # Idle lanes add nothing, each somewhere else: at one place they wait for each other.
+            lane = lax.broadcasted_iota(jnp.int32, position.shape, position.ndim - 1)
+            cell = jnp.where(exists, self.scores.cells_of(position, exists), lane & (number - 1))
+            backend.barrier()
+            backend.add(others, (self.kv_row, self.query, cell), jnp.where(exists, amount, 0))
+
+        tail = self.score_tail()
+        is_at = tail.exists & (tail.rank == taken.rank)
         mark = is_at.astype(jnp.int32)
         own = jnp.sum(mark, axis=0)
         ties = (jnp.cumsum(own) - own)[None, :] + jnp.cumsum(mark, axis=0)
-        cut, ties_left = taken.cut, taken.ties_left
-        best = (tail.rank > cut.rank) | (is_at & (ties <= ties_left))
-        self.leave(self.sealed + tail.number, tail.exists & ~best, 1)
+        best = (tail.rank > taken.rank) | (is_at & (ties <= taken.of_tail))
+        amount = jnp.where(best, OTHER_WINNER + 1, 1)
+        add(self.sealed + tail.number, tail.exists, amount)
 
-    def leave(self, position: Array, exists: Array, number: int) -> None:
-        """Adds to what is left of the cells of some tokens."""
-        # Idle lanes add nothing, each somewhere else: at one place they would wait for each other.
-        lane = lax.broadcasted_iota(jnp.int32, position.shape, position.ndim - 1)
-        lane &= self.step.config.num_cells - 1
-        cell = jnp.where(exists, self.scores.cells_of(position, exists), lane)
-        place = self.kv_row, self.query, cell
-        backend.barrier()
-        backend.add(self.outputs.left, place, jnp.where(exists, number, 0))
+        def found(i, carry):
+            place = taken.whole + i * TIED_BLOCK + jnp.arange(TIED_BLOCK, dtype=jnp.int32)
+            at = self.outputs.positions.at[self.kv_row, self.query, place]
+            position = backend.load(at, mask=place < count, other=0)
+            add(position, place < count, OTHER_WINNER)
+            return carry
+
+        # Those that were looked for, which few searches do.
+        turns = lax.div(count - taken.whole + (TIED_BLOCK - 1), jnp.int32(TIED_BLOCK))
+        lax.fori_loop(0, turns, found, jnp.int32(0))
+
+    def left_of(self, cell: Array, exists: Array, rank: Array, taken: Taken) -> Array:
+        """How many tokens of some cells are no winners, from `count_others`."""
+        size = self.size_of(cell, exists)
+        of_lists = jnp.where(rank == taken.rank, jnp.minimum(size, taken.of_lists), 0)
+        of_lists = jnp.where(rank > taken.rank, size, of_lists)
+        at = self.outputs.others.at[self.kv_row, self.query, cell]
+        others = backend.load(at, mask=exists, other=0)
+        winners = of_lists + lax.shift_right_logical(others, OTHER_BITS)
+        return size + (others & (OTHER_WINNER - 1)) - winners
 
     def list_sealed(self, count: Array, writer: Writer) -> None:
         """Puts the winners in scratch in order."""
@@ -572,14 +615,13 @@ class Search(NamedTuple):
         self, few: Few, taken: Taken, count: Array, put: Callable[[Array, Array, Array], None]
     ) -> None:
         """Puts the winners of the tail, which lie behind all that is sealed, in its order."""
-        cut, ties_left = taken.cut, taken.ties_left
 
         def visit(carry: Array, entries: list[Entry]) -> Array:
             # Two counts share a prefix sum: those above the cut, and those at it.
             marks = [
                 jnp.where(
-                    (x.size > 0) & ~x.is_cell & (x.rank >= cut.rank),
-                    jnp.where(x.rank > cut.rank, 1 << 16, 1),
+                    (x.size > 0) & ~x.is_cell & (x.rank >= taken.rank),
+                    jnp.where(x.rank > taken.rank, 1 << 16, 1),
                     0,
                 )
                 for x in entries
@@ -589,8 +631,8 @@ class Search(NamedTuple):
             for x, mark in zip(entries, marks, strict=True):
                 until += mark
                 ties = until & 0xFFFF
-                best = (mark > 1) | ((mark == 1) & (ties <= ties_left))
-                place = count + (until >> 16) + jnp.minimum(ties, ties_left) - 1
+                best = (mark > 1) | ((mark == 1) & (ties <= taken.of_tail))
+                place = count + (until >> 16) + jnp.minimum(ties, taken.of_tail) - 1
                 best &= (place >= 0) & (place < self.plan.num_heavy)
                 position = self.sealed + x.number
                 put(position, place, best)
@@ -604,26 +646,13 @@ class Search(NamedTuple):
         place = jnp.where(mask, place, scratch.shape[2])
         backend.store(scratch.at[self.kv_row, self.query, place], position, mask=mask)
 
-    def put_member(self, position: Array, place: Array, mask: Array) -> None:
-        """Likewise, winners that are from no list of a cell."""
-        self.put_in_scratch(position, place, mask)
-        self.put_own(position, place, mask)
-
-    def put_own(self, position: Array, place: Array, mask: Array) -> None:
-        """Writes the cells of winners that are from no list, where these are asked for."""
-        own = self.outputs.own
-        if own is not None:
-            place = jnp.where(mask, place, own.shape[2])
-            cell = self.scores.cells_of(jnp.where(mask, position, 0), mask)
-            backend.store(own.at[self.kv_row, self.query, place], ~cell, mask=mask)
-
     def find(
         self,
         fits: Array,
         fill: Callable[[Array, Array, Array], None],
         put: Callable[[Array, Array, Array], None],
         arrange: Callable[[Array], None],
-        weigh: Callable[[Part, Tail, Cut], None] | None = None,
+        weigh: Callable[[Part, Tail, Few, Taken, Array], None] | None = None,
     ) -> None:
         """Puts the winners, or if the state does not fit some candidates; `fill` comes before.
 
@@ -632,30 +661,35 @@ class Search(NamedTuple):
           fill: takes positions, places and a mask, of what is written again.
           put: likewise, of winners.
           arrange: takes how many winners lie in scratch.
-          weigh: takes all candidates, and the cut.
+          weigh: takes all candidates, the few that may win, who of them does, and the lowest rank.
         """
         plan, place = self.plan, self.place
+        if self.outputs.taken is not None:
+
+            @pl.when(~self.has_cut(fits))
+            def _():
+                into = self.outputs.taken.at[self.kv_row, self.query, jnp.arange(TAKEN)]
+                backend.store(into, jnp.zeros(TAKEN, jnp.int32))
 
         @pl.when((plan.num_heavy > 0) & ~fits)
         def _():
             put(plan.first + place, place, place < plan.num_heavy)
 
-        @pl.when((plan.num_heavy > 0) & fits)
+        @pl.when(self.has_cut(fits))
         def _():
             self.prepare(fill)
             cells, tail = self.score_all()
-            bounds = self.narrow(cells, tail)
-            if self.outputs.left is not None:
-                self.leave_all(cells)
+            bounds, least = self.narrow(cells, tail)
             few = self.list_few(cells, tail, bounds.low)
             cut = find_cut(few, plan.num_heavy, bounds, steps_without_ties=0)
-            if weigh is not None:
-                weigh(cells, tail, cut)
             taken = self.take(few, cut)
-            if self.outputs.left is not None:
-                self.leave_tail(tail, taken)
+            if weigh is not None:
+                weigh(cells, tail, few, taken, least)
             self.read_lists(taken)
             count = self.look_for_tied(taken)
+            if self.outputs.taken is not None:
+                for i, x in enumerate((*taken, count)):
+                    self.outputs.taken[self.kv_row, self.query, i] = x
             arrange(count)
             self.put_tail(few, taken, count, put)
 
@@ -823,9 +857,8 @@ def search_launch(
             bits=integers(num_words + 1) if num_words else None,
             bits_before=integers(num_words) if num_words else None,
             weighed=None,
-            left=None,
-            lost=None,
-            own=None,
+            others=None,
+            taken=None,
         ),
         programs=step.R * step.Q,
         in_place=("weights",),

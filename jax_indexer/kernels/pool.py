@@ -1,11 +1,12 @@
 """The end of a step behind a pool: its best by true keys are attended to, the rest is estimated.
 
-One program a query reads the keys of the pool, finds the cut among their inner products, gathers
-the winners and reads their values alone. What else is known of the query is merged in.
+Many programs read the keys of a pool, which takes the longest; beside them, what all candidates
+weigh by PQ is added up. Then one program a query finds the cut among the true inner products,
+gathers the winners and reads their values alone. What else is known of the query is merged in.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -26,6 +27,7 @@ from jax_indexer.kernels.attend import (
     Softmax,
     attend,
     block_of,
+    finite,
     merge_two,
     padded,
     read_caches,
@@ -42,6 +44,7 @@ from jax_indexer.kernels.best import (
     HIGHEST,
     PAIRS_AT_ONCE,
     Bounds,
+    Cut,
     Ranks,
     find_cut,
     number_of,
@@ -49,24 +52,31 @@ from jax_indexer.kernels.best import (
 )
 from jax_indexer.kernels.cells_select import (
     FIRST_BITS,
+    TAKEN,
     Inputs,
     Outputs,
     Scores,
     Search,
+    Taken,
     search_for,
     search_launch,
 )
 from jax_indexer.kernels.lookup_table import Tables
 from jax_indexer.kernels.rest import (
+    NUMBERS,
     Estimated,
     Estimator,
+    Means,
     Members,
     Sources,
     Weighed,
-    WeighedCells,
+    WeighedAsCells,
     by_code,
-    weigh_cells,
-    weigh_tokens,
+    find_and_weigh,
+    read_weighed,
+    weigh_codes_launch,
+    weigh_tokens_launch,
+    weighed_beside,
 )
 from jax_indexer.kernels.step import Lengths, Place, QueryPlan, Step, plan_query
 from jax_indexer.layout import power_of_2_from
@@ -75,8 +85,11 @@ from jax_indexer.state import PQIndex, Sealing
 
 # Positions of a cache, at the most, whose weights a search adds up: it counts in float32.
 MOST_COUNTED = 1 << 24
-# Entries of a pool that are in no list of a cell, of which sums are made at once.
-OTHERS_AT_ONCE = 64
+
+
+# Lists of cells whose entries are added up by code at once, and entries from none.
+LISTS_AT_ONCE, OTHERS_AT_ONCE = 96, 32
+MOST_FIRST = (1 << FIRST_BITS) - 1
 
 
 class EndInputs(NamedTuple):
@@ -103,16 +116,27 @@ class EndInputs(NamedTuple):
 
 
 class Scratch(NamedTuple):
-    """i32[R, Q, E + 1] of the entries of a pool, the last for what has no place; else None.
+    """[R, Q, E + 1] of the entries of a pool, the last for what has no place; else None.
 
     Attributes:
-      by_key: ranks of true inner products; behind them what is added up by code.
+      amounts, until: what is added up by code, and running sums of it.
       winners, winning: positions of winners, and their ranks.
     """
 
-    by_key: Any
+    amounts: Any
+    until: Any
     winners: Any
     winning: Any
+
+
+class Lists(NamedTuple):
+    """Which lists of cells a pool is from: as in a search's `Outputs`."""
+
+    taken: Any
+    cell: Any
+
+
+Estimate = Callable[[Estimator, Members, Means, list[Array] | None], Estimated]
 
 
 class End(NamedTuple):
@@ -120,20 +144,22 @@ class End(NamedTuple):
 
     Attributes:
       step: of the config that reranks.
-      inputs, scratch: of the launch; no inputs where nothing is attended to.
+      inputs, scratch: of the launch; None where it needs none.
       place: of the query.
       plan: of the query, by the config that reranks.
       number: entries of the pool between sink and window.
       position_of: from int32[n] entries, and which of them exist, to positions.
+      ranks: i32[R, Q, E + 1], of true inner products; None where all of them are attended to.
     """
 
     step: Step
     inputs: EndInputs | Any
-    scratch: Scratch
+    scratch: Scratch | Any
     place: Place
     plan: QueryPlan
     number: Array
     position_of: Callable[[Array, Array], Array]
+    ranks: Any
 
     @property
     def slots(self) -> Array:
@@ -177,151 +203,103 @@ class End(NamedTuple):
             key, value = self.rows(Caches._fields, position, exists)
             return attend(query, key, value, exists, logits)
 
-        return in_blocks(some, self.number, self.step.pooled, block)
+        return in_blocks(some, self.number, self.step.pooled, block, some(0))
 
-    def rank_keys(self, query: Array) -> None:
-        """Writes the ranks of true inner products to scratch."""
-        place, by_key, cache = self.place, self.scratch.by_key, self.inputs.key
-        most = self.step.tuning.pooled_bytes // (padded(cache.shape[3]) * cache.dtype.itemsize)
-        block = max(min(most, power_of_2_from(self.step.pooled) // 4), ROWS)
+    def rank_keys(self, ranks: Any, query: Array, first: Array, block: int) -> None:
+        """Writes the ranks of the true inner products of some entries; none if not in the pool."""
+        slot = first + jnp.arange(block, dtype=jnp.int32)
+        position, exists = self.entries(slot)
+        (key,) = self.rows(("key",), position, exists)
+        product = jnp.sum(key.astype(jnp.float32) * query[None, :], axis=1)
+        rank = jnp.where(self.in_pool(position, exists), ordered(product), NOT_A_CANDIDATE)
+        into = jnp.where(exists, slot, self.step.pooled)
+        backend.store(ranks.at[(*self.place.of_kv, into)], rank, mask=exists)
 
-        def slots(i):
-            return i * block + jnp.arange(block, dtype=jnp.int32)
+    def winners(self, position: Array, rank: Array) -> tuple[Array, Cut, Bounds]:
+        """Which of the pool are attended to: the best; of those at the cut the lowest positions.
 
-        def positions(i):
-            return self.entries(slots(i))[0]
-
-        def keys(i, position):
-            return self.rows(("key",), position, slots(i) < self.number)[0]
-
-        def rank(i, key):
-            product = jnp.sum(key.astype(jnp.float32) * query[None, :], axis=1)
-            slot = slots(i)
-            mask = slot < self.step.pooled
-            into = jnp.where(mask, slot, self.step.pooled)
-            backend.store(by_key.at[(*place.of_kv, into)], ordered(product), mask=mask)
-
-        # Positions are read one block further ahead, so that no load of keys waits for them.
-        def two(i, ahead):
-            # While one block is multiplied the next is on its way, in registers of its own: to move
-            # keys from one to another is to wait for them.
-            first, position = ahead
-            second, position = keys(2 * i + 1, position), positions(2 * i + 2)
-            rank(2 * i, first)
-            following, position = keys(2 * i + 2, position), positions(2 * i + 3)
-            rank(2 * i + 1, second)
-            return following, position
-
-        def one(i, ahead):
-            first, position = ahead
-            following, position = keys(i + 1, position), positions(i + 2)
-            rank(i, first)
-            return following, position
-
-        at_once, some = (1, one) if block < most else (2, two)  # less code for a small pool
-        turns = lax.div(self.number + (at_once * block - 1), jnp.int32(at_once * block))
-        lax.fori_loop(0, turns, some, (keys(0, positions(0)), positions(1)))
-
-    def winners(self, position: Array, rank: Array) -> Array:
-        """Which of the pool are attended to: the best; of those at the cut the lowest positions."""
-        live = rank != NOT_A_CANDIDATE
-        lowest, most = reduced_together((~jnp.where(live, rank, HIGHEST), rank), jnp.max)
-        search = functools.partial(find_cut, steps_without_ties=None)
-        ranks = Ranks.of(rank, self.step.pooled)
+        Also the cut, and between which ranks all are.
+        """
+        least, most = reduced_together(
+            (~jnp.where(rank == NOT_A_CANDIDATE, HIGHEST, rank), rank), jnp.max
+        )
         # At most so many are ranked; all have a rank where as many are wanted.
-        cut = search(ranks, self.num_winners, Bounds(~lowest, most + 1, self.number))
+        bounds = Bounds(~least, most + 1, self.number)
+        search = functools.partial(find_cut, steps_without_ties=None)
+        # The least reaches no threshold.
+        cut = search(Ranks.of(rank, self.step.pooled - 1), self.num_winners, bounds)
         # As ranks, the lowest positions come first.
         tied = (rank == cut.rank) & (cut.ties > 0)
         order = jnp.where(tied, ~position, NOT_A_CANDIDATE)
         low, number = jnp.int32(-(2**31) + 1), jnp.where(cut.ties > 0, self.number, 0)
-        bounds = Bounds(low, jnp.int32(0), number)
-        ties = search(Ranks.of(order, self.step.pooled), cut.ties, bounds)
-        return live & ((rank > cut.rank) | (tied & (order >= ties.lowest)))
+        ties = search(
+            Ranks.of(order, self.step.pooled), cut.ties, Bounds(low, jnp.int32(0), number)
+        )
+        is_best = (rank > cut.rank) | (tied & (order >= ties.lowest))
+        return (rank != NOT_A_CANDIDATE) & is_best, cut, bounds
 
-    def best_of_pool(self, query: Array, logits: Logits, block: int) -> tuple[Softmax, Members]:
-        """Attention to the winners, and what is known of all of the pool."""
+    def put(self, scratch: Any, x: Array) -> None:
+        """What lanes of the pool have."""
+        mask = self.slots < self.step.pooled
+        into = jnp.where(mask, self.slots, self.step.pooled)
+        backend.store(scratch.at[(*self.place.of_kv, into)], x, mask=mask)
+
+    def read(self, scratch: Any, slot: Array, exists: Array) -> Array:
+        """What was put there, 0 for what does not exist."""
+        slot = jnp.where(exists, jnp.clip(slot, 0, self.step.pooled - 1), 0)
+        return backend.load(scratch.at[(*self.place.of_kv, slot)], mask=exists, other=0)
+
+    def best_of_pool(
+        self, logits: Logits, block: int, by_cell: "ByCell | None", meanwhile: Callable[[], Any]
+    ) -> tuple[Softmax, Members, list[Array], Any]:
+        """Attention to the winners; what is known of all of the pool; what losers are by code.
+
+        Also what `meanwhile` returns, which reads beside the values.
+        """
         place, scratch, size = self.place, self.scratch, self.step.pooled
-        self.rank_keys(query)
-        backend.barrier()
-        position, exists = self.entries(self.slots)
-        live = self.in_pool(position, exists)
-        rank = backend.load(scratch.by_key.at[(*place.of_kv, self.slots)], mask=exists, other=0)
-        rank = jnp.where(live, rank, NOT_A_CANDIDATE)
-        winner = self.winners(position, rank)
+        slots, exists = self.slots, self.slots < self.number
+        at = self.ranks.at[(*place.of_kv, jnp.where(exists, slots, 0))]
+        rank = backend.load(at, mask=exists, other=NOT_A_CANDIDATE)
+        position, _ = self.entries(slots)
+        winner, cut, bounds = self.winners(position, rank)
         until = jnp.cumsum(winner.astype(jnp.int32))
         to = jnp.where(winner, until - 1, size)
         for into, x in ((scratch.winners, position), (scratch.winning, rank)):
             backend.store(into.at[(*place.of_kv, to)], x, mask=winner)
+        live = rank != NOT_A_CANDIDATE
+        is_candidate, logit = live & ~self.is_short, made_logits(number_of(rank), logits)
+        # Logits rise with ranks, or fall: none is above the larger of those of two bounds.
+        least, lowest, highest = (
+            made_logits(number_of(x), logits) for x in (bounds.low, cut.rank, bounds.high - 1)
+        )
+        least = jnp.where(least == least, least, -jnp.inf)  # not NaN
+        largest = jnp.where(bounds.low < bounds.high, jnp.maximum(least, highest), -jnp.inf)
+        total = jnp.sum(jnp.where(live, jnp.exp(logit - finite(largest)), 0))
+        largest_lost = jnp.maximum(least, lowest)
+        loses = (largest_lost < jnp.inf) & (cut.rank > NOT_A_CANDIDATE) & ~self.is_short
+        largest_lost = jnp.where(loses, largest_lost, -jnp.inf)
+        lost = is_candidate & ~winner & (logit < jnp.inf) & loses
+        lost = jnp.exp(jnp.where(lost, logit - finite(largest_lost), -jnp.inf))
+        pool = Members(position, is_candidate, lost, largest_lost, largest, total)
+        if by_cell is not None:
+            by_cell.put(lost)
         count = self.num_winners
         backend.barrier()
 
-        def some(first) -> Softmax:
+        def rows(first) -> tuple[Array, Array, Array]:
             slot = first + jnp.arange(block, dtype=jnp.int32)
             exists = slot < count
-            at, ranks = (
-                backend.load(x.at[(*place.of_kv, slot)], mask=exists, other=0)
-                for x in (scratch.winners, scratch.winning)
-            )
+            at, ranks = (self.read(x, slot, exists) for x in (scratch.winners, scratch.winning))
             logit = jnp.where(exists, made_logits(number_of(ranks), logits), -jnp.inf)
-            return softmax(logit, exists, *self.rows(("value",), at, exists))
+            (value,) = self.rows(("value",), at, exists)
+            return logit, exists, value
 
-        found = in_blocks(some, count, min(self.step.num_middle, size), block)
-        logit = jnp.where(live, made_logits(number_of(rank), logits), -jnp.inf)
-        is_candidate = live & ~self.is_short
-        lost = jnp.where(is_candidate & ~winner & (logit < jnp.inf), logit, -jnp.inf)
-        return found, Members.of(position, is_candidate, logit, lost)
-
-    def put_lost(self, pool: Members, search: Search, by: tuple[int, int]) -> list[Array]:
-        """What losers weigh: by cell to `lost`, for those from the list of one; else by code.
-
-        Listed winners of a cell lie side by side, so what they weigh is a difference of a running
-        sum: no two lanes write to one cell.
-        """
-        assert pool.lost is not None
-        at, slot, config = self.place.of_kv, self.slots, self.step.config
-        own_of = search.outputs.own
-        own = backend.load(own_of.at[(*at, slot)], mask=pool.is_candidate, other=-1)
-        following = jnp.minimum(slot + 1, self.step.pooled)
-        following_of = backend.load(
-            own_of.at[(*at, following)], mask=following < self.number, other=-1
-        )
-        # They lie before all others.
-        is_listed = own >= 0
-        until = jnp.cumsum(jnp.where(is_listed, pool.lost, 0))
-        mask = slot < self.step.pooled
-        into = jnp.where(mask, slot, self.step.pooled)
-        backend.barrier()
-        for scratch, x in ((self.scratch.by_key, until), (self.scratch.winning, pool.lost)):
-            bits = lax.bitcast_convert_type(jnp.where(pool.is_candidate, x, 0), jnp.int32)
-            backend.store(scratch.at[(*at, into)], bits, mask=mask)
-        listed = jnp.max(jnp.where(is_listed, slot + 1, 0))
-        cell, begin = (own >> FIRST_BITS), own & ((1 << FIRST_BITS) - 1)
-        ends = is_listed & ((following_of < 0) | (following_of >> FIRST_BITS != cell))
-        ends &= (cell < config.num_cells) & (begin <= slot)
-        backend.barrier()
-
-        def read(scratch: Any, place: Array, wanted: Array) -> Array:
-            bits = backend.load(scratch.at[(*at, place)], mask=wanted, other=0)
-            return lax.bitcast_convert_type(bits, jnp.float32)
-
-        before = read(self.scratch.by_key, jnp.maximum(begin - 1, 0), ends & (begin > 0))
-        # Not to a cell: an interpreter writes back what lies there, in any order.
-        into = jnp.where(ends, cell, np.int32(config.num_cells))
-        backend.store(search.outputs.lost.at[(*at, into)], until - before, mask=ends)
-
-        def some(i, sums):
-            slot = listed + i * OTHERS_AT_ONCE + jnp.arange(OTHERS_AT_ONCE, dtype=jnp.int32)
-            exists = slot < self.number
-            slot = jnp.where(exists, slot, 0)
-            cell = ~backend.load(own_of.at[(*at, slot)], mask=exists, other=-1)
-            amount = read(self.scratch.winning, slot, exists)
-            codes = search.scores.codes_of_cells(cell)
-            return [x + by_code(code, by[1], amount) for x, code in zip(sums, codes, strict=True)]
-
-        turns = lax.div(self.number - listed + (OTHERS_AT_ONCE - 1), jnp.int32(OTHERS_AT_ONCE))
-        others = lax.fori_loop(0, turns, some, [jnp.zeros(by[1], jnp.float32)] * by[0])
-        backend.barrier()
-        return others
+        # Values are on their way while losers are added up.
+        first, read = rows(0), meanwhile()
+        sums = [jnp.sum(lost)[None]] if by_cell is None else by_cell.sums()
+        most = min(self.step.num_middle, size)
+        found = in_blocks(lambda i: softmax(*rows(i)), count, most, block, softmax(*first))
+        return found, pool, sums, read
 
     def by_codes(self, amount: Array, scores: Scores, by: tuple[int, int]) -> list[Array]:
         """Sums of what the pool's entries have, 0 for what is no candidate, by code."""
@@ -332,20 +310,13 @@ class End(NamedTuple):
         if len(self.slots) <= at_once:
             codes = scores.codes_of(*self.entries(self.slots))
             return [by_code(code, number, amount) for code in codes]
-        bits = lax.bitcast_convert_type(amount, jnp.int32)
-        mask = self.slots < self.step.pooled
-        into = jnp.where(mask, self.slots, self.step.pooled)
-        by_key = self.scratch.by_key
-        backend.store(by_key.at[(*self.place.of_kv, into)], bits, mask=mask)
+        self.put(self.scratch.amounts, amount)
         backend.barrier()
 
         def some(i, sums):
             slot = i * at_once + jnp.arange(at_once, dtype=jnp.int32)
-            position, exists = self.entries(slot)
-            bits = backend.load(by_key.at[(*self.place.of_kv, slot)], mask=exists, other=0)
-            amount = lax.bitcast_convert_type(bits, jnp.float32)
-            codes = scores.codes_of(position, exists)
-            return [x + by_code(code, number, amount) for x, code in zip(sums, codes, strict=True)]
+            amount = self.read(self.scratch.amounts, slot, slot < self.number)
+            return added(sums, scores.codes_of(*self.entries(slot)), amount)
 
         turns = lax.div(self.number + (at_once - 1), jnp.int32(at_once))
         return lax.fori_loop(0, turns, some, [jnp.zeros(number, jnp.float32)] * by[0])
@@ -354,30 +325,145 @@ class End(NamedTuple):
         self,
         output: Attention,
         scores: Scores,
-        estimate: Callable[[Estimator, Members], Estimated],
+        estimate: Estimate,
+        by_cell: "ByCell | None" = None,
     ) -> None:
-        """Attends, and writes the output; `estimate` takes what is known of the pool."""
+        """Attends, and writes the output.
+
+        Args:
+          output: of the launch.
+          scores: of the query.
+          estimate: takes what is known of the pool, means of values, and what losers are by code.
+          by_cell: adds these up, cell by cell.
+        """
         place, value_size = self.place, self.inputs.value.shape[3]
         tuning = self.step.tuning
         block = block_of(self.inputs.query.shape[3], value_size, tuning.attended_tile, tuning)
         query, logits = read_query(self.inputs.query, *place.at), read_logits(self.inputs.logits)
-        if self.step.config.rerank > 1:
-            found, pool = self.best_of_pool(query, logits, block)
+        estimator = None
+        if self.inputs.rest is not None:
+            estimator = Estimator(self.step, scores, place, logits, self.inputs.rest)
+        if self.ranks is not None:
+            known = read_parts(self.inputs.known, *place.at)
+            read = estimator.read_means if estimator else lambda: None
+            found, pool, lost, means = self.best_of_pool(logits, block, by_cell, read)
         else:
             found = self.all_of_pool(query, logits, block)
             position, exists = self.entries(self.slots)
             is_candidate = exists & ~self.is_short
             pool = Members(position, is_candidate, None, None, found.largest, found.total)
-        found = merge_two(read_parts(self.inputs.known, *place.at), found)
-        if self.inputs.rest is not None:
-            estimator = Estimator(self.step, scores, place, logits, self.inputs.rest)
-            found = merge_two(found, estimate(estimator, pool).rest)
+            known = read_parts(self.inputs.known, *place.at)
+            means, lost = estimator and estimator.read_means(), None
+        found = merge_two(known, found)
+        if estimator is not None:
+            assert means is not None
+            found = merge_two(found, estimate(estimator, pool, means, lost).rest)
         write_output(output, *place.at, found)
 
 
-def in_blocks(some: Callable[[Any], Softmax], number: Array, most: int, block: int) -> Softmax:
-    """Parts of a softmax, of a number of entries, in blocks; of one block at the least."""
-    found = some(0)
+class Run(NamedTuple):
+    """Some of a pool's entries that have codes in common, all from one list, or one from none.
+
+    Attributes:
+      exists: which there are.
+      is_list: which are from a list.
+      begins, ends: their places, before the last.
+      codes: one subspace after the other.
+    """
+
+    exists: Array
+    is_list: Array
+    begins: Array
+    ends: Array
+    codes: list[Array]
+
+
+class ByCell(NamedTuple):
+    """Sums by code of what a pool's entries have, in one program.
+
+    Entries from the list of one cell lie side by side: of these the sums are differences of a
+    running sum. What says which they are is read before all that waits for something else.
+
+    Attributes:
+      end, scores: of the program.
+      lists: cells of lists, with the places where their entries begin.
+      taken: how many lists there are.
+      first: the first runs.
+    """
+
+    end: End
+    scores: Scores
+    lists: Any
+    taken: Taken
+    first: Run
+
+    @classmethod
+    def of(cls, end: End, scores: Scores, lists: Lists) -> "ByCell":
+        taken, _ = Taken.read(lists.taken, end.place.of_kv)
+        one = cls(end, scores, lists.cell, taken, None)  # type: ignore[arg-type]
+        return one._replace(first=one.runs(jnp.int32(0)))
+
+    def runs(self, i: Array) -> Run:
+        """Some lists and some of what is in none."""
+        at = self.end.place.of_kv
+        lane = jnp.arange(LISTS_AT_ONCE + OTHERS_AT_ONCE, dtype=jnp.int32)
+        is_list = lane < LISTS_AT_ONCE
+        place = i * LISTS_AT_ONCE + lane
+        has_list = is_list & (place < self.taken.cells)
+        has_next = is_list & (place + 1 < self.taken.cells)
+        cell, ends = (
+            backend.load(self.lists.at[(*at, jnp.where(mask, at_place, 0))], mask=mask, other=0)
+            for at_place, mask in ((place, has_list), (place + 1, has_next))
+        )
+        slot = self.taken.whole + i * OTHERS_AT_ONCE + lane - LISTS_AT_ONCE
+        position, exists = self.end.entries(jnp.where(is_list, 0, slot))
+        exists &= ~is_list
+        of_token = self.scores.codes_of(jnp.where(exists, position, 0), exists)
+        of_cell = self.scores.codes_of_cells(cell >> FIRST_BITS)
+        ends = jnp.where(has_next, ends & MOST_FIRST, self.taken.whole)
+        return Run(
+            has_list | exists,
+            is_list,
+            jnp.where(is_list, cell & MOST_FIRST, slot),
+            jnp.where(is_list, ends, slot + 1),
+            [jnp.where(is_list, x, y) for x, y in zip(of_cell, of_token, strict=True)],
+        )
+
+    def put(self, amount: Array) -> None:
+        """Puts aside what is added up behind a barrier."""
+        self.end.put(self.end.scratch.amounts, amount)
+        self.end.put(self.end.scratch.until, jnp.cumsum(amount))
+
+    def sums(self) -> list[Array]:
+        """Those of what was put aside."""
+        config, scratch, read = self.end.step.config, self.end.scratch, self.end.read
+
+        def add(sums: list[Array], run: Run) -> list[Array]:
+            of_lists = run.exists & run.is_list
+            amount = read(scratch.until, run.ends - 1, of_lists)
+            amount -= read(scratch.until, run.begins - 1, of_lists & (run.begins > 0))
+            amount += read(scratch.amounts, run.begins, run.exists & ~run.is_list)
+            return added(sums, run.codes, amount)
+
+        sums = [jnp.zeros(config.num_centroids, jnp.float32)] * config.num_subspaces
+        others = self.end.number - self.taken.whole
+        turns = jnp.maximum(
+            lax.div(self.taken.cells + (LISTS_AT_ONCE - 1), jnp.int32(LISTS_AT_ONCE)),
+            lax.div(others + (OTHERS_AT_ONCE - 1), jnp.int32(OTHERS_AT_ONCE)),
+        )
+        sums = add(sums, self.first)
+        return lax.fori_loop(1, turns, lambda i, sums: add(sums, self.runs(i)), sums)
+
+
+def added(sums: list[Array], codes: Iterable[Array], amount: Array) -> list[Array]:
+    """Sums by code with some amounts more, whose codes are given one subspace after the other."""
+    return [x + by_code(code, len(x), amount) for x, code in zip(sums, codes, strict=True)]
+
+
+def in_blocks(
+    some: Callable[[Any], Softmax], number: Array, most: int, block: int, found: Softmax
+) -> Softmax:
+    """Parts of a softmax, of a number of entries, in blocks, of which the first is found."""
     if most <= block:
         return found
     turns = lax.div(number + (block - 1), jnp.int32(block))
@@ -386,9 +472,14 @@ def in_blocks(some: Callable[[Any], Softmax], number: Array, most: int, block: i
 
 def scratch_shapes(step: Step) -> Scratch:
     """Outputs that hold what programs put aside."""
-    shape = jax.ShapeDtypeStruct((step.R, step.Q, step.pooled + 1), np.int32)
-    of_winners = shape if step.config.rerank > 1 else None
-    return Scratch(shape, of_winners, of_winners)
+
+    def entries(dtype: Any, is_there: bool) -> jax.ShapeDtypeStruct | None:
+        shape = step.R, step.Q, step.pooled + 1
+        return jax.ShapeDtypeStruct(shape, dtype) if is_there else None
+
+    amounts = entries(np.float32, step.config.estimate_rest == "codes")
+    winners = entries(np.int32, step.config.rerank > 1)
+    return Scratch(amounts, amounts, winners, winners)
 
 
 def end_inputs(
@@ -398,7 +489,7 @@ def end_inputs(
     logits: Logits,
     known: Parts,
     index: PQIndex,
-    weighed: Weighed | None,
+    weighed: Weighed | WeighedAsCells | None,
     kept: Kept | None,
     page_table: Array | None,
 ) -> EndInputs:
@@ -412,7 +503,9 @@ def _without_pages(after: Lengths) -> Lengths:
     return after._replace(page_table=None)
 
 
-def sources_of(step: Step, index: PQIndex, weighed: Weighed | None = None) -> Sources | None:
+def sources_of(
+    step: Step, index: PQIndex, weighed: Weighed | WeighedAsCells | None = None
+) -> Sources | None:
     """What the rest is made from, None without it."""
     if index.values is None:
         return None
@@ -430,158 +523,114 @@ STATE = (
 )
 
 
-# Behind a search of cells
+# The keys of a pool
 
 
-class SearchedInputs(NamedTuple):
-    """What is searched for a pool, and what is done with it."""
+class RankInputs(NamedTuple):
+    """A pool, and what its entries are ranked by.
 
-    search: Inputs
-    end: EndInputs
-    lengths: Any  # not read
+    Attributes:
+      lengths: after the step.
+      pool: where `position_in` finds the entries.
+      query: [B, T, N, H].
+      key: the cache.
+      kept, page_table: as in `EndInputs`.
+    """
+
+    lengths: Lengths
+    pool: Any
+    query: Any
+    key: Any
+    kept: Kept | None
+    page_table: Any
 
 
-class SearchedOutputs(NamedTuple):
-    """The scratch of a search, which has no lists, that of a pool, and what ends a step."""
-
-    search: Outputs
-    scratch: Scratch
-    output: Attention
-    lengths: Any
+PositionIn = Callable[[Any, Step, Place], Callable[[Array, Array], Array]]
 
 
-def cells_pool_kernel(
-    program,
-    inputs: SearchedInputs,
-    outputs: SearchedOutputs,
-    *,
-    step: Step,
-    sealing: Sealing,
-    num_warps: int,
-):
-    """Searches, and ends the step: of a pool nobody asks in which order it is."""
-    place, of_pool = Place.of(step, program), step.of_pool
-    token, is_first = 0, place.head == 0
-    if step.T > 1:
-        token, is_first = place.token, is_first & (place.token == 0)
-    plan, plan_of_pool = (
-        plan_query(x, inputs.search.lengths, place.kv_row, token) for x in (step, of_pool)
-    )
-    search = search_for(
-        of_pool, sealing, num_warps, inputs.search, outputs.search, *place.of_kv, plan_of_pool
-    )
-    fits = search.state_fits()
-    write_length(inputs.search.lengths, outputs.lengths, place.row, is_first)
-    if outputs.search.lost is not None:
-        cell = jnp.arange(step.config.num_cells, dtype=jnp.int32)
-        backend.store(outputs.search.lost.at[(*place.of_kv, cell)], jnp.zeros(cell.size))
-    weigh, fill, put = None, search.put_in_scratch, search.put_member
-    if inputs.end.rest is not None:
-        weigh = functools.partial(weigh_cells, read_logits(inputs.end.logits), search)
-    search.find(fits, fill, put, lambda count: None, weigh)
-    number = plan_of_pool.between(step.config)
-
-    @pl.when(plan_of_pool.num_heavy == 0)  # all of a short context is listed
-    def _():
-        slot = jnp.arange(power_of_2_from(step.pooled), dtype=jnp.int32)
-        put(step.config.sink_size + slot, slot, slot < number)
-
-    backend.barrier()
-    # Early, and few numbers: nothing waits for them.
-    weighed = None if inputs.end.rest is None else WeighedCells.read(search, fits)
+def in_lists(indices: Any, step: Step, place: Place) -> Callable[[Array, Array], Array]:
+    """What `End.position_of` is, of lists i32[B, T, N, P]: their entries behind the sink."""
 
     def position_of(slot: Array, exists: Array) -> Array:
-        return backend.load(outputs.search.positions.at[(*place.of_kv, slot)], mask=exists, other=0)
+        entry = jnp.where(exists, step.config.sink_size + slot, 0)
+        return backend.load(indices.at[(*place.at, entry)], mask=exists, other=-1)
 
-    end = End(step, inputs.end, outputs.scratch, place, plan, number, position_of)
-
-    def estimate(estimator: Estimator, pool: Members) -> Estimated:
-        assert weighed is not None
-        put_lost = None
-        if pool.lost is not None:
-            put_lost = functools.partial(end.put_lost, pool, search, estimator.by)
-        return estimator.of_cells(search, weighed, pool, put_lost)
-
-    end.write(outputs.output, search.scores, estimate)
+    return position_of
 
 
-def attend_pool_of_cells(
+def in_search(positions: Any, step: Step, place: Place) -> Callable[[Array, Array], Array]:
+    """Likewise, of what a search has put in scratch, i32[R, Q, n]."""
+
+    def position_of(slot: Array, exists: Array) -> Array:
+        return backend.load(positions.at[(*place.of_kv, slot)], mask=exists, other=0)
+
+    return position_of
+
+
+def plan_of_pool(step: Step, lengths: Lengths, place: Place) -> QueryPlan:
+    """The plan of a query, by the config that finds a pool."""
+    return plan_query(step.of_pool, lengths, place.kv_row, 0 if step.T == 1 else place.token)
+
+
+class RankOutputs(NamedTuple):
+    """i32[R, Q, E + 1] ranks of true inner products."""
+
+    ranks: Any
+
+
+def rank_keys_kernel(
+    program,
+    inputs: RankInputs,
+    outputs: RankOutputs,
+    *,
     step: Step,
-    tables: Tables,
-    index: PQIndex,
+    position_in: PositionIn,
+    block: int,
+):
+    blocks = pl.cdiv(step.pooled, block)
+    place, first = Place.of(step, program // blocks), program % blocks * block
+    plan = plan_query(step, inputs.lengths, place.kv_row, 0 if step.T == 1 else place.token)
+    number = plan_of_pool(step, inputs.lengths, place).between(step.config)
+    position_of = position_in(inputs.pool, step, place)
+    end = End(step, inputs, None, place, plan, number, position_of, None)
+
+    @pl.when(first < number)
+    def _():
+        end.rank_keys(outputs.ranks, read_query(inputs.query, *place.at), first, block)
+
+
+def rank_launch(
+    step: Step,
     after: Lengths,
-    query: Float[Array, "B T N H"],
-    caches: Caches,
-    logits: Logits,
-    known: Parts,
-    lengths: Lengths,
+    query: Array,
+    key: Array,
+    pool: Array,
+    position_in: PositionIn,
     layer: Array | None,
-    kept: Kept | None = None,
-) -> tuple[Ended, Int32[Array, "R Q E"]]:
-    """Selects a pool for a few query tokens and does the rest of a step, in one kernel.
-
-    Arguments and result are those of `attend_pool`, which takes lists. The pool comes with it, in
-    an order of its own.
-
-    Source: CONTRACT.md, sections 3 and 4.
-    """
-    assert index.cells is not None
-    codes, table, after = step.by_rows(index.codes), after.page_table, _without_pages(after)
-    search, _ = search_launch(step.of_pool, tables, codes, after, index.cells, None, layer)
-    rest, reranks = step.config.estimate_rest, step.config.rerank > 1
-    num_warps = step.tuning.warps_for_pool(step.config.num_cells, reranks or rest == "codes")
-
-    def integers(*sizes: int) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((step.R, step.Q, *sizes), np.int32)
-
-    lost = None
-    if rest == "codes" and reranks:
-        lost = jax.ShapeDtypeStruct((step.R, step.Q, step.config.num_cells), np.float32)
-    scratch = search.outputs._replace(
-        indices=None,
-        counts=None,
-        bits=None,
-        bits_before=None,
-        positions=integers(step.pooled + PAIRS_AT_ONCE),
-        weighed=jax.ShapeDtypeStruct((step.R, step.Q, 6), np.float32) if rest else None,
-        left=integers(step.config.num_cells + 1) if rest == "codes" else None,
-        lost=lost,
-        own=None if lost is None else integers(step.pooled + 1),
-    )
-    output, lengths_after = shapes_of_end(query, caches.value.shape[-1], lengths, after, layer)
-    what = backend.Launch(
-        functools.partial(
-            cells_pool_kernel, step=step, sealing=index.cells.sealing, num_warps=num_warps
-        ),
-        SearchedInputs(
-            search.inputs,
-            end_inputs(step, query, caches, logits, known, index, None, kept, table),
-            lengths,
-        ),
-        SearchedOutputs(
-            scratch,
-            scratch_shapes(step),
-            output,
-            lengths_after,
-        ),
-        programs=search.programs,
-        in_place=REACHED,
-        state=(*(f"search.{name}" for name in search.state), *STATE),
+    kept: Kept | None,
+    page_table: Array | None,
+) -> backend.Launch:
+    """The launch that ranks the entries of a pool by their keys."""
+    most = step.tuning.ranked_bytes // (padded(query.shape[3]) * key.dtype.itemsize)
+    block = min(max(most, ROWS), max(power_of_2_from(step.pooled), ROWS))
+    return backend.Launch(
+        functools.partial(rank_keys_kernel, step=step, position_in=position_in, block=block),
+        RankInputs(after, pool, query, key, kept, page_table),
+        RankOutputs(jax.ShapeDtypeStruct((step.R, step.Q, step.pooled + 1), np.int32)),
+        programs=step.B * step.T * step.N * pl.cdiv(step.pooled, block),
+        state=("key", *KEPT_STATE),
         layer=layer,
     )
-    made = backend.launch(what, num_warps=num_warps)
-    return Ended(made.output, made.lengths), made.search.positions
-
-
-# Behind lists
 
 
 class PoolInputs(NamedTuple):
-    """Lists of a pool, i32[B, T, N, P], and what is done with them."""
+    """A pool, where `position_in` finds its entries, and what is done with it."""
 
-    indices: Any
+    pool: Any
+    lists: Lists | None
     search: Inputs
     end: EndInputs
+    ranked: RankOutputs | None
     lengths: Any  # not read
 
 
@@ -593,36 +642,67 @@ class PoolOutputs(NamedTuple):
     lengths: Any
 
 
-def position_in(indices: Any, step: Step, place: Place) -> Callable[[Array, Array], Array]:
-    """What `End.position_of` is, for a list: its entries behind the sink."""
-
-    def position_of(slot: Array, exists: Array) -> Array:
-        entry = jnp.where(exists, step.config.sink_size + slot, 0)
-        return backend.load(indices.at[(*place.at, entry)], mask=exists, other=-1)
-
-    return position_of
-
-
-def attend_pool_kernel(program, inputs: PoolInputs, outputs: PoolOutputs, *, step: Step):
-    place, of_pool = Place.of(step, program), step.of_pool
-    plan, plan_of_pool = (
-        plan_query(x, inputs.search.lengths, place.kv_row, place.token) for x in (step, of_pool)
-    )
-    is_first = (place.token == 0) & (place.head == 0)
+def attend_pool_kernel(
+    program, inputs: PoolInputs, outputs: PoolOutputs, *, step: Step, position_in: PositionIn
+):
+    place = Place.of(step, program)
+    token, is_first = 0, place.head == 0
+    if step.T > 1:
+        token, is_first = place.token, is_first & (place.token == 0)
+    plan = plan_query(step, inputs.search.lengths, place.kv_row, token)
+    number = plan_of_pool(step, inputs.search.lengths, place).between(step.config)
     write_length(inputs.search.lengths, outputs.lengths, place.row, is_first)
-
-    number, position_of = (
-        plan_of_pool.between(step.config),
-        position_in(inputs.indices, step, place),
-    )
-    end = End(step, inputs.end, outputs.scratch, place, plan, number, position_of)
+    position_of = position_in(inputs.pool, step, place)
+    ranks = None if inputs.ranked is None else inputs.ranked.ranks
+    end = End(step, inputs.end, outputs.scratch, place, plan, number, position_of, ranks)
     scores = Scores(step, inputs.search.table, inputs.search.codes, *place.of_kv)
 
-    def estimate(estimator: Estimator, pool: Members) -> Estimated:
-        by_codes = functools.partial(end.by_codes, scores=scores, by=estimator.by)
-        return estimator.of_parts(pool, by_codes)
+    by_cell = None if inputs.lists is None else ByCell.of(end, scores, inputs.lists)
+    found = None if inputs.end.rest is None else inputs.end.rest.weighed
+    weighed = read_weighed(found, place) if isinstance(found, WeighedAsCells) else None
 
-    end.write(outputs.output, scores, estimate)
+    def estimate(
+        estimator: Estimator, pool: Members, means: Means, lost: list[Array] | None
+    ) -> Estimated:
+        if weighed is not None:
+            return estimator.of_cells(*weighed, pool, means, lost)
+        by_codes = functools.partial(end.by_codes, scores=scores, by=estimator.by)
+        return estimator.of_parts(pool, means, by_codes)
+
+    end.write(outputs.output, scores, estimate, by_cell)
+
+
+def end_launch(
+    step: Step,
+    pool: Array,
+    lists: Lists | None,
+    search: Inputs,
+    end: EndInputs,
+    ranked: RankOutputs | None,
+    position_in: PositionIn,
+    lengths: Lengths,
+    layer: Array | None,
+) -> Ended:
+    """Attends to a pool or the best of it, and merges all that is known."""
+    what = backend.Launch(
+        functools.partial(attend_pool_kernel, step=step, position_in=position_in),
+        PoolInputs(pool, lists, search, end, ranked, lengths),
+        PoolOutputs(
+            scratch_shapes(step),
+            *shapes_of_end(end.query, end.value.shape[-1], lengths, search.lengths, layer),
+        ),
+        programs=step.B * step.T * step.N,
+        in_place=REACHED,
+        state=("search.codes", *STATE),
+        layer=layer,
+    )
+    by_codes = step.config.estimate_rest == "codes"
+    num_warps = step.tuning.summed_warps if by_codes else step.tuning.pooled_warps
+    made = backend.launch(what, num_warps=num_warps)
+    return Ended(made.output, made.lengths)
+
+
+# Behind lists
 
 
 def attend_pool(
@@ -662,25 +742,198 @@ def attend_pool(
     """
     codes, table, after = step.by_rows(index.codes), after.page_table, _without_pages(after)
     search = Inputs(after, None, tables.by_query, codes, None, None, None)
-    weighed = None
+    launches = {}
     if step.config.estimate_rest:
-        weighed = weigh_tokens(step, search, indices, logits, layer)
-    what = backend.Launch(
-        functools.partial(attend_pool_kernel, step=step),
-        PoolInputs(
-            indices,
-            search,
-            end_inputs(step, query, caches, logits, known, index, weighed, kept, table),
-            lengths,
-        ),
-        PoolOutputs(
-            scratch_shapes(step),
-            *shapes_of_end(query, caches.value.shape[-1], lengths, after, layer),
-        ),
-        programs=step.B * step.T * step.N,
-        in_place=REACHED,
-        state=("search.codes", *STATE),
-        layer=layer,
+        launches["weighed"] = weigh_tokens_launch(step, search, indices, logits, layer)
+    if step.config.rerank > 1:
+        of_keys = step, after, query, caches.key, indices
+        launches["ranked"] = rank_launch(*of_keys, in_lists, layer, kept, table)
+    made = backend.launch_together(launches, num_warps=step.tuning.ranked_warps)
+    weighed, ranked = made.get("weighed"), made.get("ranked")
+    end = end_inputs(step, query, caches, logits, known, index, weighed, kept, table)
+    return end_launch(step, indices, None, search, end, ranked, in_lists, lengths, layer)
+
+
+# Behind a search of cells
+
+
+class SearchedInputs(NamedTuple):
+    """What is searched for a pool, and what is done with it."""
+
+    search: Inputs
+    end: EndInputs
+    lengths: Any  # not read
+
+
+class SearchedOutputs(NamedTuple):
+    """The scratch of a search, which has no lists, that of a pool, and what ends a step."""
+
+    search: Outputs
+    scratch: Scratch
+    output: Attention
+    lengths: Any
+
+
+def search_of_pool(
+    step: Step, sealing: Sealing, num_warps: int, inputs: Inputs, outputs: Outputs, place: Place
+) -> tuple[Search, Array, Callable[..., None]]:
+    """A search for a pool, whether its state fits, and what puts the pool into scratch.
+
+    Of a pool nobody asks in which order it is.
+    """
+    plan = plan_of_pool(step, inputs.lengths, place)
+    search = search_for(step.of_pool, sealing, num_warps, inputs, outputs, *place.of_kv, plan)
+    fits, put, number = search.state_fits(), search.put_in_scratch, plan.between(step.config)
+
+    def find(weigh: Callable | None = None) -> None:
+        search.find(fits, put, put, lambda count: None, weigh)
+
+        @pl.when(plan.num_heavy == 0)  # all of a short context is listed
+        def _():
+            slot = jnp.arange(power_of_2_from(step.pooled), dtype=jnp.int32)
+            put(step.config.sink_size + slot, slot, slot < number)
+
+    return search, fits, find
+
+
+class PoolSearchInputs(NamedTuple):
+    """What is searched, and how to make logits where candidates are weighed."""
+
+    search: Inputs
+    logits: Logits | None
+
+
+def search_pool_kernel(
+    program,
+    inputs: PoolSearchInputs,
+    outputs: Outputs,
+    *,
+    step: Step,
+    sealing: Sealing,
+    num_warps: int,
+):
+    place = Place.of(step, program)
+    search, fits, find = search_of_pool(step, sealing, num_warps, inputs.search, outputs, place)
+    if inputs.logits is None:
+        find()
+    else:
+        find_and_weigh(search, fits, read_logits(inputs.logits), find)
+
+
+def cells_pool_kernel(
+    program,
+    inputs: SearchedInputs,
+    outputs: SearchedOutputs,
+    *,
+    step: Step,
+    sealing: Sealing,
+    num_warps: int,
+):
+    """Searches, and attends to all that is found."""
+    place = Place.of(step, program)
+    token, is_first = 0, place.head == 0
+    if step.T > 1:
+        token, is_first = place.token, is_first & (place.token == 0)
+    of_search = inputs.search, outputs.search
+    search, fits, find = search_of_pool(step, sealing, num_warps, *of_search, place)
+    write_length(inputs.search.lengths, outputs.lengths, place.row, is_first)
+    weighed, weights = weighed_beside(search, fits, read_logits(inputs.end.logits), find)
+    plan = plan_query(step, inputs.search.lengths, place.kv_row, token)
+    number = search.plan.between(step.config)
+    position_of = in_search(outputs.search.positions, step, place)
+    end = End(step, inputs.end, outputs.scratch, place, plan, number, position_of, None)
+
+    def estimate(
+        estimator: Estimator, pool: Members, means: Means, lost: list[Array] | None
+    ) -> Estimated:
+        return estimator.of_cells(weighed, weights, pool, means, lost)
+
+    end.write(outputs.output, search.scores, estimate)
+
+
+def attend_pool_of_cells(
+    step: Step,
+    tables: Tables,
+    index: PQIndex,
+    after: Lengths,
+    query: Float[Array, "B T N H"],
+    caches: Caches,
+    logits: Logits,
+    known: Parts,
+    lengths: Lengths,
+    layer: Array | None,
+    kept: Kept | None = None,
+) -> tuple[Ended, Int32[Array, "R Q E"]]:
+    """Selects a pool for a few query tokens and does the rest of a step.
+
+    Arguments and result are those of `attend_pool`, which takes lists. The pool comes with it, in
+    an order of its own.
+
+    Source: CONTRACT.md, sections 3 and 4.
+    """
+    assert index.cells is not None
+    codes, table, after = step.by_rows(index.codes), after.page_table, _without_pages(after)
+    search, _ = search_launch(step.of_pool, tables, codes, after, index.cells, None, layer)
+    rest, sealing = step.config.estimate_rest, index.cells.sealing
+    of_end = functools.partial(end_inputs, step, query, caches, logits, known, index)
+
+    def scratch(dtype: Any, *sizes: int, when: Any = True) -> jax.ShapeDtypeStruct | None:
+        return jax.ShapeDtypeStruct((step.R, step.Q, *sizes), dtype) if when else None
+
+    by_codes, num_cells = rest == "codes", step.config.num_cells
+    reranks = step.config.rerank > 1
+    num_warps = step.tuning.warps_for_rest(num_cells, by_codes and not reranks)
+    outputs = search.outputs._replace(
+        indices=None,
+        counts=None,
+        bits=None,
+        bits_before=None,
+        positions=scratch(np.int32, step.pooled + PAIRS_AT_ONCE),
+        weighed=scratch(np.float32, NUMBERS, when=rest),
+        taken=scratch(np.int32, TAKEN, when=by_codes),
     )
-    made = backend.launch(what, num_warps=step.tuning.attended_warps)
-    return Ended(made.output, made.lengths)
+    if not reranks:  # the search holds what it weighs, and its pool is small
+        outputs = outputs._replace(others=scratch(np.int32, num_cells, when=by_codes))
+        what = backend.Launch(
+            functools.partial(cells_pool_kernel, step=step, sealing=sealing, num_warps=num_warps),
+            SearchedInputs(search.inputs, of_end(None, kept, table), lengths),
+            SearchedOutputs(
+                outputs,
+                scratch_shapes(step),
+                *shapes_of_end(query, caches.value.shape[-1], lengths, after, layer),
+            ),
+            programs=search.programs,
+            in_place=REACHED,
+            state=(*(f"search.{name}" for name in search.state), *STATE),
+            layer=layer,
+        )
+        made = backend.launch(what, num_warps=num_warps)
+        return Ended(made.output, made.lengths), made.search.positions
+
+    what = search._replace(
+        kernel=functools.partial(
+            search_pool_kernel, step=step, sealing=sealing, num_warps=num_warps
+        ),
+        inputs=PoolSearchInputs(search.inputs, vectors(logits) if rest else None),
+        outputs=outputs,
+        in_place=(),
+        state=tuple(f"search.{name}" for name in search.state),
+    )
+    found = backend.launch(what, num_warps=num_warps)
+    launches = {}
+    if by_codes:
+        launches["weighed"] = weigh_codes_launch(step, sealing, search, found, logits)
+    of_keys = step, after, query, caches.key, found.positions
+    launches["ranked"] = rank_launch(*of_keys, in_search, layer, kept, table)
+    made = backend.launch_together(launches, num_warps=step.tuning.ranked_warps)
+    weighed = lists = None
+    if rest:
+        weighed = WeighedAsCells(found.weighed, made["weighed"].weights if by_codes else None)
+    if by_codes:
+        lists = Lists(found.taken, found.cell)
+    of_tokens = Inputs(after, None, None, codes if by_codes else None, None, None, None)
+    end = of_end(weighed, kept, table)
+    ended = end_launch(
+        step, found.positions, lists, of_tokens, end, made["ranked"], in_search, lengths, layer
+    )
+    return ended, found.positions

@@ -19,11 +19,22 @@ from jax.experimental import pallas as pl
 
 from jax_indexer.kernels import backend
 from jax_indexer.kernels.attend import MERGED_AT_ONCE, Softmax, finite, padded, read_logits, vectors
-from jax_indexer.kernels.best import HIGHEST, Cut, number_of, of_threads, reduced_together
-from jax_indexer.kernels.cells_select import Inputs, Part, Scores, Search, Tail
+from jax_indexer.kernels.best import HIGHEST, Entry, Few, number_of, of_threads, reduced_together
+from jax_indexer.kernels.cells_select import (
+    MOST_SIZE,
+    Inputs,
+    Outputs,
+    Part,
+    Scores,
+    Search,
+    Tail,
+    Taken,
+    search_for,
+)
 from jax_indexer.kernels.step import Place, Step, plan_query
 from jax_indexer.layout import power_of_2_from
 from jax_indexer.reference import NOT_A_CANDIDATE, Logits, corrected_by, made_logits
+from jax_indexer.state import Sealing
 from jax_indexer.values import sums_by
 
 # Parts that a context is weighed in, at the most, token by token.
@@ -44,6 +55,19 @@ class Weighed(NamedTuple):
     at_cut: Any
 
 
+class WeighedAsCells(NamedTuple):
+    """What candidates weigh by PQ, cell by cell.
+
+    Attributes:
+      numbers: f32[R, Q, NUMBERS], those of `WeighedCells`.
+      weights: f32[R, Q, M', C'], the sums of exp(logit - largest) outside of the pool by code;
+        None where the numbers say it.
+    """
+
+    numbers: Any
+    weights: Any
+
+
 class Sources(NamedTuple):
     """What the rest is made from.
 
@@ -55,7 +79,7 @@ class Sources(NamedTuple):
 
     sums: Any
     counts: Any
-    weighed: Weighed | None
+    weighed: Weighed | WeighedAsCells | None
 
 
 class Scored(NamedTuple):
@@ -97,14 +121,6 @@ class Members(NamedTuple):
     largest_lost: Array | None
     largest: Array | None
     total: Array | None
-
-    @classmethod
-    def of(cls, position: Array, is_candidate: Array, logit: Array, lost: Array) -> "Members":
-        """From true logits, and from those that are not attended to: -inf for none."""
-        largest, largest_lost = reduced_together((logit, lost), jnp.max)
-        total = jnp.sum(jnp.exp(logit - finite(largest)))
-        lost = jnp.exp(lost - finite(largest_lost))
-        return cls(position, is_candidate, lost, largest_lost, largest, total)
 
 
 class Relative(NamedTuple):
@@ -159,71 +175,196 @@ class WeighedCells(NamedTuple):
     """What candidates weigh by PQ, of a search of cells.
 
     Attributes:
-      below, at_cut, of_pool: the largest logit below the cut, that at it if tokens at it are left,
-        and that in the pool; -inf for none.
-      total_below, total_of_pool: totals below the cut and in the pool, relative to these.
-      number_at_cut: how many are left at the cut.
-      is_there: whether there is anything; else they are of nothing.
+      largest, of_pool: the largest logit outside of the pool, and that in it; -inf for none.
+      total, total_of_pool: the sums of exp(logit - largest) outside and in it.
     """
 
-    below: Array
-    at_cut: Array
+    largest: Array
     of_pool: Array
-    total_below: Array
-    number_at_cut: Array
+    total: Array
     total_of_pool: Array
-    is_there: Array
 
     @classmethod
-    def read(cls, search: Search, fits: Array) -> "WeighedCells":
-        """What `weigh_cells` wrote; `fits`: whether the state of the search did."""
-        is_there = fits & (search.plan.num_heavy > 0)
+    def read(cls, numbers: Any, at: tuple[Array, Array]) -> "WeighedCells":
+        """What is known of a query."""
+        return cls(*(numbers[(*at, i)] for i in range(len(cls._fields))))
 
-        def read(i: int, other: float) -> Array:
-            at = search.outputs.weighed.at[search.kv_row, search.query, jnp.int32(i)]
-            return backend.load(at, mask=is_there, other=other)
+    @staticmethod
+    def write_nothing(numbers: Any, at: tuple[Array, Array]) -> None:
+        """Writes that there is no candidate."""
+        number = jnp.arange(NUMBERS, dtype=jnp.int32)
+        is_logit = number < WeighedCells._fields.index("total")
+        backend.store(numbers.at[(*at, number)], jnp.where(is_logit, -jnp.inf, 0))
 
-        below, at_cut, of_pool = (read(i, -jnp.inf) for i in range(3))
-        total_below, number_at_cut, total_of_pool = (read(i, 0.0) for i in range(3, 6))
-        return cls(below, at_cut, of_pool, total_below, number_at_cut, total_of_pool, is_there)
+    def write(self, numbers: Any, at: tuple[Array, Array]) -> None:
+        for i, x in enumerate(self):
+            numbers[(*at, i)] = x
 
 
-def weigh_cells(logits: Logits, search: Search, cells: Part, tail: Tail, cut: Cut) -> None:
-    """Writes what candidates weigh by PQ, those outside of a pool and those in it."""
-    ranks, sizes = (cells.rank, tail.rank), (cells.size, tail.exists.astype(jnp.int32))
-    scored = [Scored.of(*x, logits) for x in zip(ranks, sizes, strict=True)]
+NUMBERS = len(WeighedCells._fields)
 
-    def reduced(columns: list[tuple[Array, ...]], add: Callable, reduce: Callable) -> list[Array]:
-        own = [of_threads(column, reduce, add) for column in zip(*columns, strict=True)]
-        return reduced_together(own, reduce)
 
-    def largest_of_cells(rank: Array, x: Scored) -> tuple[Array, ...]:
-        logit = jnp.where(x.size > 0, x.logit, -jnp.inf)
-        sides = rank < cut.rank, rank > cut.rank
-        return tuple(jnp.where(side, logit, -jnp.inf) for side in sides)
+def weigh_cells(
+    search: Search,
+    logits: Logits,
+    cells: Part,
+    tail: Tail,
+    few: Few,
+    taken: Taken,
+    least: Array,
+) -> WeighedCells:
+    """What candidates weigh by PQ, those outside of a pool and those in it.
 
-    columns = [largest_of_cells(*x) for x in zip(ranks, scored, strict=True)]
-    below, above = reduced(columns, jnp.maximum, jnp.max)
+    The pool, and most that it takes to know the largest outside, is among few.
 
-    def totals_of_cells(rank: Array, x: Scored) -> tuple[Array, ...]:
-        size = x.size.astype(jnp.float32)
-        is_at, is_below = rank == cut.rank, rank < cut.rank
-        weight = jnp.exp(x.logit - finite(jnp.where(is_below, below, above))) * size
-        weight = jnp.where((x.size > 0) & ~is_at, weight, 0)
-        sides = jnp.where(is_below, weight, 0), jnp.where(is_below, 0, weight)
-        return *sides, jnp.where(is_at, size, 0)
+    Args:
+      search: the search; of one that sums by code the total outside is not asked for.
+      logits: how to make logits.
+      cells, tail: all candidates.
+      few: those that may win.
+      taken: who of them does.
+      least: the lowest rank of all.
+    """
 
-    columns = [totals_of_cells(*x) for x in zip(ranks, scored, strict=True)]
-    total_below, total_above, number = reduced(columns, jnp.add, jnp.sum)
-    ties = jnp.where(number > 0, cut.ties.astype(jnp.float32), 0)
-    left, at_cut = number - ties, made_logits(number_of(cut.rank), logits)
-    of_pool = jnp.maximum(above, jnp.where(ties > 0, at_cut, -jnp.inf))
-    total = total_above * jnp.exp(above - finite(of_pool))
-    total += jnp.where(ties > 0, ties * jnp.exp(at_cut - finite(of_pool)), 0)
-    at_cut = jnp.where(left > 0, at_cut, -jnp.inf)
-    weighed = search.outputs.weighed
-    for i, x in enumerate((below, at_cut, of_pool, total_below, left, total)):
-        weighed[search.kv_row, search.query, i] = x
+    def logit_of(rank: Array) -> Array:
+        return made_logits(number_of(rank), logits)
+
+    def above(x: Entry, logit: Array) -> Array:
+        return (x.size > 0) & (x.rank > taken.rank) & (logit < jnp.inf)
+
+    def look(so_far: tuple[Array, ...], entries: list[Entry]) -> tuple[Array, ...]:
+        largest, below, number = so_far
+        for x in entries:
+            logit = logit_of(x.rank)
+            largest = jnp.maximum(largest, jnp.where(above(x, logit), logit, -jnp.inf))
+            below = jnp.maximum(below, jnp.where(x.rank < taken.rank, x.rank, NOT_A_CANDIDATE))
+            is_at = (x.size > 0) & (x.rank == taken.rank)
+            large = search.size_of(x.number, is_at & x.is_cell & (x.size == MOST_SIZE))
+            number += jnp.where(is_at, jnp.maximum(x.size, large), 0)
+        return largest, below, number
+
+    none = jnp.full(few.threads, -jnp.inf, jnp.float32)
+    nobody = jnp.full(few.threads, NOT_A_CANDIDATE, jnp.int32)
+    largest, below, number = few.fold(look, (none, nobody, jnp.zeros_like(nobody)))
+    largest, below, number = jnp.max(largest), jnp.max(below), jnp.sum(number)
+    at_cut = logit_of(taken.rank)
+    ties, left = (
+        jnp.where(at_cut < jnp.inf, x, 0).astype(jnp.float32)
+        for x in (taken.ties, number - taken.ties)
+    )
+    of_pool = jnp.maximum(largest, jnp.where(ties > 0, at_cut, -jnp.inf))
+
+    def add(so_far: Array, entries: list[Entry]) -> Array:
+        for x in entries:
+            logit = logit_of(x.rank)
+            weight = x.size.astype(jnp.float32) * jnp.exp(logit - finite(of_pool))
+            so_far += jnp.where(above(x, logit), weight, 0)
+        return so_far
+
+    def with_cut(total: Array, number: Array, largest: Array) -> Array:
+        return total + jnp.where(number > 0, number * jnp.exp(at_cut - finite(largest)), 0)
+
+    total_of_pool = with_cut(jnp.sum(few.fold(add, jnp.zeros_like(none))), ties, of_pool)
+
+    scored = [
+        Scored.of(part.rank, jnp.where(part.rank < taken.rank, size, 0), logits)
+        for part, size in ((cells, cells.size), (tail, tail.exists.astype(jnp.int32)))
+    ]
+
+    def look_at_all() -> Array:
+        found = [jnp.where(x.size > 0, x.logit, -jnp.inf) for x in scored]
+        return jnp.max(of_threads(found, jnp.max, jnp.maximum))
+
+    # Logits rise with ranks, or fall.
+    ends = logit_of(below), logit_of(least)
+    is_known = (below != NOT_A_CANDIDATE) & (ends[0] < jnp.inf) & (ends[1] < jnp.inf)
+    largest = lax.cond(is_known, lambda: jnp.maximum(*ends), look_at_all)
+    largest = jnp.maximum(largest, jnp.where(left > 0, at_cut, -jnp.inf))
+    if search.outputs.taken is not None:
+        return WeighedCells(largest, of_pool, jnp.float32(0), total_of_pool)
+    weights = [x.weights(largest) for x in scored]
+    total = jnp.sum(of_threads(weights, jnp.sum, jnp.add))
+    return WeighedCells(largest, of_pool, with_cut(total, left, largest), total_of_pool)
+
+
+def weigh_codes(
+    search: Search, fits: Array, logits: Logits, taken: Taken, count: Array, largest: Array
+) -> list[Array]:
+    """Sums by code of what is outside of the pool, relative to the largest there.
+
+    Args:
+      search: of the pool.
+      fits: whether its state fits.
+      logits: how to make logits.
+      taken, count: what it found, as `Search.count_others` takes it.
+      largest: logit outside of the pool.
+    """
+    config, scores, usable = search.step.config, search.scores, search.has_cut(fits)
+    by, C = config.num_subspaces, config.num_centroids
+    code = jnp.arange(C, dtype=jnp.int32)[:, None]
+    other = jnp.arange(config.num_cells // C, dtype=jnp.int32)[None, :]
+
+    def weights(m: int) -> Array:
+        """Of all cells, [codes of subspace m, codes of the others]."""
+        below = C ** (by - 1 - m)
+        cell = (other // below * C + code) * below + other % below
+        rank = scores.rank_of(
+            code if digit == m else other // C ** (by - 1 - digit - (digit < m)) % C
+            for digit in range(by)
+        )
+        left = search.left_of(cell, jnp.broadcast_to(usable, cell.shape), rank, taken)
+        return Scored.of(rank, left, logits).weights(largest)
+
+    pl.when(usable)(lambda: search.count_others(taken, count))
+    backend.barrier()
+    first = weights(0)
+    sums = [jnp.sum(first, axis=1)]
+    if by == 2:  # all others are one subspace
+        sums += [jnp.sum(first, axis=0)]
+    return sums + [jnp.sum(weights(m), axis=1) for m in range(len(sums), by)]
+
+
+def weighed_beside(
+    search: Search, fits: Array, logits: Logits, find: Callable[..., None]
+) -> tuple[WeighedCells, list[Array]]:
+    """What candidates weigh, of a search that `find` makes, and sums by code outside of its pool.
+
+    Args:
+      search: the search.
+      fits: whether its state fits.
+      logits: how to make logits.
+      find: makes it, and takes what `Search.find` does as `weigh`.
+    """
+    at, numbers = (search.kv_row, search.query), search.outputs.weighed
+    find_and_weigh(search, fits, logits, find)
+    backend.barrier()
+    weighed = WeighedCells.read(numbers, at)
+    if search.outputs.taken is None:
+        return weighed, [weighed.total[None]]
+    found = Taken.read(search.outputs.taken, at)
+    return weighed, weigh_codes(search, fits, logits, *found, weighed.largest)
+
+
+def find_and_weigh(search: Search, fits: Array, logits: Logits, find: Callable[..., None]) -> None:
+    """Writes what candidates weigh; arguments are those of `weighed_beside`."""
+    at, numbers = (search.kv_row, search.query), search.outputs.weighed
+
+    @pl.when(~search.has_cut(fits))
+    def _():
+        WeighedCells.write_nothing(numbers, at)
+
+    find(weigh=lambda *found: weigh_cells(search, logits, *found).write(numbers, at))
+
+
+def read_weighed(found: WeighedAsCells, place: Place) -> tuple[WeighedCells, list[Array]]:
+    """What another launch has weighed, and sums by code outside of the pool."""
+    at = place.of_kv
+    weighed = WeighedCells.read(found.numbers, at)
+    if found.weights is None:
+        return weighed, [weighed.total[None]]
+    by, number = found.weights.shape[2:]
+    code = jnp.arange(number, dtype=jnp.int32)
+    return weighed, [backend.load(found.weights.at[(*at, m, code)]) for m in range(by)]
 
 
 class Estimator(NamedTuple):
@@ -246,96 +387,44 @@ class Estimator(NamedTuple):
     @property
     def by(self) -> tuple[int, int]:
         """M' and C'."""
-        return self.sources.counts.shape[1:3]
+        return sums_by(self.step.config)
 
     def of_cells(
         self,
-        search: Search,
         weighed: WeighedCells,
+        weights: list[Array],
         pool: Members | None,
-        put_lost: Callable[[], list[Array]] | None,
+        means: "Means",
+        lost: list[Array] | None,
     ) -> Estimated:
-        """Candidates that are not attended to, where a search left what they weigh.
+        """Candidates that are not attended to, where they were weighed cell by cell.
 
         Args:
-          search: the search.
-          weighed: what it left.
+          weighed: what they weigh.
+          weights: the same by code, outside of the pool, relative to the largest there.
           pool: what is known of the pool; None where no true logit is.
-          put_lost: writes `lost` for most of the pool, and returns sums by code of the others; for
-            a pool that loses any.
+          means: of values.
+          lost: sums of `Members.lost` by code; None for a pool that loses nothing.
         """
-        means, x = self.read_means(), weighed
-        largest = jnp.maximum(x.below, x.at_cut)
-        of_pool = x.of_pool, x.total_of_pool
-        relative = Relative.of(pool, largest, of_pool)
-        if self.by[1] > 1:
-            weights = self.by_code(search, x.is_there, largest, relative, put_lost)
-            return Estimated(with_values(relative.largest, weights, means), of_pool)
-        weight = x.total_below * jnp.exp(x.below - finite(largest))
-        weight += x.number_at_cut * jnp.exp(x.at_cut - finite(largest))
-        weight *= relative.others
-        if pool is not None and pool.lost is not None:
-            weight += relative.lost * jnp.sum(pool.lost)
-        return Estimated(with_values(relative.largest, [weight[None]], means), of_pool)
-
-    def by_code(
-        self,
-        search: Search,
-        usable: Array,
-        largest: Array,
-        relative: Relative,
-        put_lost: Callable[[], list[Array]] | None,
-    ) -> list[Array]:
-        """What is not attended to weighs, by code; `put_lost` is as in `of_cells`."""
-        config, by = self.step.config, self.by[0]
-        C, M = config.num_centroids, config.num_subspaces
-        code = jnp.arange(C, dtype=jnp.int32)[:, None]
-        other = jnp.arange(config.num_cells // C, dtype=jnp.int32)[None, :]
-
-        def cells(m: int) -> Array:
-            """All of them, [codes of subspace m, codes of the others]."""
-            below = C ** (M - 1 - m)
-            return (other // below * C + code) * below + other % below
-
-        def weights(m: int) -> Array:
-            """Of what is left in them."""
-            cell = cells(m)
-            rank = self.scores.rank_of(
-                code if digit == m else other // C ** (M - 1 - digit - (digit < m)) % C
-                for digit in range(M)
-            )
-            left = backend.load(
-                search.outputs.left.at[(*self.place.of_kv, cell)],
-                mask=jnp.broadcast_to(usable, cell.shape),
-                other=0,
-            )
-            return relative.others * Scored.of(rank, left, self.logits).weights(largest)
-
-        def with_lost(m: int, weight: Array) -> Array:
-            if put_lost is None:
-                return weight
-            return weight + relative.lost * search.outputs.lost[(*self.place.of_kv, cells(m))]
-
-        first = weights(0)  # before `put_lost`, whose barriers it does not wait for
-        lost = None if put_lost is None else put_lost()
-        first = with_lost(0, first)
-        sums = [jnp.sum(first, axis=1)]
-        if M == 2:  # all others are one subspace
-            sums += [jnp.sum(first, axis=0)]
-        sums += [jnp.sum(with_lost(m, weights(m)), axis=1) for m in range(len(sums), by)]
+        of_pool = weighed.of_pool, weighed.total_of_pool
+        relative = Relative.of(pool, weighed.largest, of_pool)
+        weights = [relative.others * x for x in weights]
         if lost is not None:
-            sums = [x + relative.lost * y for x, y in zip(sums, lost, strict=True)]
-        return sums
+            weights = [x + relative.lost * y for x, y in zip(weights, lost, strict=True)]
+        return Estimated(with_values(relative.largest, weights, means), of_pool)
 
-    def of_parts(self, pool: Members, by_codes: Callable[[Array], list[Array]]) -> Estimated:
+    def of_parts(
+        self, pool: Members, means: "Means", by_codes: Callable[[Array], list[Array]]
+    ) -> Estimated:
         """Candidates that are not attended to, where they were weighed token by token.
 
         Args:
           pool: what is known of the pool.
+          means: of values.
           by_codes: sums what lanes of the pool have by code, in each of M' subspaces.
         """
         weighed, (by, number) = self.sources.weighed, self.by
-        assert weighed is not None
+        assert isinstance(weighed, Weighed)
         score = self.scores.ranks_of_tokens(pool.position, pool.is_candidate)
         of_pool = Scored.of(score, pool.is_candidate.astype(jnp.int32), self.logits)
         cut = jnp.min(jnp.where(pool.is_candidate, score, HIGHEST))
@@ -361,7 +450,7 @@ class Estimator(NamedTuple):
             amount += relative.lost * pool.lost
         sums = zip(weights, by_codes(amount), strict=True)
         weights = [relative.others * x + y for x, y in sums]
-        rest = with_values(relative.largest, weights, self.read_means())
+        rest = with_values(relative.largest, weights, means)
         return Estimated(rest, weight_of_pool)
 
     def read_means(self) -> "Means":
@@ -390,14 +479,12 @@ class Means(NamedTuple):
 def with_values(largest: Array, weights: list[Array], means: Means) -> Softmax:
     """Weights by code, relative to the largest logit, with the means of the codes' values."""
     counts, by = means.counts, len(means.counts)
-    total = jnp.maximum(jnp.sum(weights[0]), 0)
+    empty = [jnp.where(x == 0, weight, 0) for x, weight in zip(counts, weights, strict=True)]
+    of_codes = weights[0], sum(empty[1:], empty[0]), counts[0].astype(jnp.float32)
+    total, of_empty, summed = reduced_together(of_codes, jnp.sum)
+    total = jnp.maximum(total, 0)
     # Empty codes have the mean of all, of which (M' - 1) times is too much.
-    empty = sum(
-        jnp.sum(jnp.where(count == 0, weight, 0))
-        for count, weight in zip(counts, weights, strict=True)
-    )
-    summed = jnp.sum(counts[0])
-    of_all = (empty - (by - 1) * total) / jnp.maximum(summed, 1).astype(jnp.float32)
+    of_all = (of_empty - (by - 1) * total) / jnp.maximum(summed, 1)
     values = jnp.zeros(means.sums[0].shape[1], jnp.float32)
     for m, (count, weight) in enumerate(zip(counts, weights, strict=True)):
         share = weight / jnp.maximum(count, 1).astype(jnp.float32)
@@ -408,6 +495,78 @@ def with_values(largest: Array, weights: list[Array], means: Means) -> Softmax:
         jnp.where(is_there, largest, -jnp.inf),
         jnp.where(is_there, total, 0),
         jnp.where(is_there, values, 0),
+    )
+
+
+# Behind a search of cells
+
+
+class CodesInputs(NamedTuple):
+    """What a search of cells went through, and what it found: as in `Outputs`."""
+
+    search: Inputs
+    logits: Logits
+    taken: Any
+    weighed: Any
+    positions: Any
+
+
+class CodesOutputs(NamedTuple):
+    """f32[R, Q, M, C] sums by code outside of the pool; and scratch, as in `Outputs`."""
+
+    weights: Any
+    others: Any
+
+
+def weigh_codes_kernel(
+    program,
+    inputs: CodesInputs,
+    outputs: CodesOutputs,
+    *,
+    step: Step,
+    sealing: Sealing,
+    num_warps: int,
+):
+    """What the candidates of a query weigh by code, from scores as its search had them."""
+    place, of_pool, logits = Place.of(step, program), step.of_pool, read_logits(inputs.logits)
+    plan = plan_query(
+        of_pool, inputs.search.lengths, place.kv_row, 0 if step.T == 1 else place.token
+    )
+    scratch = Outputs(**dict.fromkeys(Outputs._fields))
+    scratch = scratch._replace(positions=inputs.positions, others=outputs.others)
+    search = search_for(of_pool, sealing, num_warps, inputs.search, scratch, *place.of_kv, plan)
+    largest = WeighedCells.read(inputs.weighed, place.of_kv).largest
+    found = Taken.read(inputs.taken, place.of_kv)
+    sums = weigh_codes(search, search.state_fits(), logits, *found, largest)
+    code = jnp.arange(step.config.num_centroids, dtype=jnp.int32)
+    for m, x in enumerate(sums):
+        backend.store(outputs.weights.at[(*place.of_kv, m, code)], x)
+
+
+def weigh_codes_launch(
+    step: Step, sealing: Sealing, search: backend.Launch, found: Outputs, logits: Logits
+) -> backend.Launch:
+    """The launch that weighs all candidates by code.
+
+    Args:
+      step: of the config that reranks.
+      sealing: of the cells.
+      search: for a pool.
+      found: what it has found.
+      logits: how to make logits.
+    """
+    queries = step.R, step.Q
+    warps = step.tuning.ranked_warps
+    return backend.Launch(
+        functools.partial(weigh_codes_kernel, step=step, sealing=sealing, num_warps=warps),
+        CodesInputs(search.inputs, vectors(logits), found.taken, found.weighed, found.positions),
+        CodesOutputs(
+            jax.ShapeDtypeStruct((*queries, *sums_by(step.config)), np.float32),
+            jax.ShapeDtypeStruct((*queries, step.config.num_cells), np.int32),
+        ),
+        programs=search.programs,
+        state=tuple(f"search.{name}" for name in search.state),
+        layer=search.layer,
     )
 
 
@@ -524,10 +683,10 @@ def tokens_of_part(step: Step) -> int:
     return max(step.tuning.weighed_tokens, power_of_2_from(pl.cdiv(step.S, MOST_PARTS)))
 
 
-def weigh_tokens(
+def weigh_tokens_launch(
     step: Step, search: Inputs, indices: Array, logits: Logits, layer: Array | None
-) -> Weighed:
-    """Weighs all candidates token by token.
+) -> backend.Launch:
+    """The launch that weighs all candidates token by token.
 
     Args:
       step: of the config that reranks.
@@ -543,7 +702,7 @@ def weigh_tokens(
         return jax.ShapeDtypeStruct((*of_parts, *rest), dtype)
 
     by = sums_by(step.config)
-    what = backend.Launch(
+    return backend.Launch(
         functools.partial(weigh_tokens_kernel, step=step),
         WeighInputs(search, indices, vectors(logits)),
         Weighed(shape(np.float32), shape(np.float32, *by), shape(np.int32, *by)),
@@ -551,4 +710,3 @@ def weigh_tokens(
         state=("search.codes",),
         layer=layer,
     )
-    return backend.launch(what, num_warps=step.tuning.attended_warps)

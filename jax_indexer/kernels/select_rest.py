@@ -11,18 +11,25 @@ from jaxtyping import Int32
 
 from jax_indexer.kernels import backend
 from jax_indexer.kernels.attend import LeftOut, finite, read_logits, vectors, write_output
-from jax_indexer.kernels.cells_select import Inputs, Outputs, Scores, search_for, search_launch
+from jax_indexer.kernels.cells_select import (
+    TAKEN,
+    Inputs,
+    Outputs,
+    Scores,
+    search_for,
+    search_launch,
+)
 from jax_indexer.kernels.lookup_table import Tables
 from jax_indexer.kernels.output import Lists, Writer
-from jax_indexer.kernels.pool import End, Scratch, position_in, sources_of
+from jax_indexer.kernels.pool import End, Scratch, in_lists, sources_of
 from jax_indexer.kernels.rest import (
+    NUMBERS,
     Estimated,
     Estimator,
     Members,
     Sources,
-    WeighedCells,
-    weigh_cells,
-    weigh_tokens,
+    weigh_tokens_launch,
+    weighed_beside,
 )
 from jax_indexer.kernels.step import Lengths, Place, Step, plan_query
 from jax_indexer.reference import Attention, Logits
@@ -84,12 +91,14 @@ def cells_rest_kernel(
     def arrange(count: Array) -> None:
         search.list_sealed(count, writer)
 
-    weigh = functools.partial(weigh_cells, logits, search)
-    search.find(fits, writer.fill, writer.put, arrange, weigh)
-    backend.barrier()
+    find = functools.partial(search.find, fits, writer.fill, writer.put, arrange)
+    weighed, weights = weighed_beside(search, fits, logits, find)
     estimator = Estimator(step, search.scores, place, logits, inputs.sources)
-    weighed = WeighedCells.read(search, fits)
-    write_rest(outputs.rest, place, estimator.of_cells(search, weighed, None, None))
+    write_rest(
+        outputs.rest,
+        place,
+        estimator.of_cells(weighed, weights, None, estimator.read_means(), None),
+    )
 
 
 def select_cells_with_rest(
@@ -117,11 +126,16 @@ def select_cells_with_rest(
     assert index.cells is not None
     codes, by_codes = step.by_rows(index.codes), step.config.estimate_rest == "codes"
     search, num_warps = search_launch(step, tables, codes, lengths, index.cells, weights, layer)
-    num_warps = max(num_warps, step.tuning.warps_for_pool(step.config.num_cells, by_codes))
-    queries, left = (step.R, step.Q), None
-    if by_codes:
-        left = jax.ShapeDtypeStruct((*queries, step.config.num_cells + 1), np.int32)
-    weighed = jax.ShapeDtypeStruct((*queries, 6), np.float32)
+    num_warps = max(num_warps, step.tuning.warps_for_rest(step.config.num_cells, by_codes))
+
+    def scratch(dtype: Any, when: bool, *sizes: int) -> jax.ShapeDtypeStruct | None:
+        return jax.ShapeDtypeStruct((step.R, step.Q, *sizes), dtype) if when else None
+
+    outputs = search.outputs._replace(
+        weighed=scratch(np.float32, True, NUMBERS),
+        others=scratch(np.int32, by_codes, step.config.num_cells),
+        taken=scratch(np.int32, by_codes, TAKEN),
+    )
     sources = sources_of(step, index)
     assert sources is not None
     what = backend.Launch(
@@ -129,9 +143,7 @@ def select_cells_with_rest(
             cells_rest_kernel, step=step, sealing=index.cells.sealing, num_warps=num_warps
         ),
         SearchedInputs(search.inputs, vectors(logits), sources),
-        SearchedOutputs(
-            search.outputs._replace(weighed=weighed, left=left), rest_shapes(step, sources)
-        ),
+        SearchedOutputs(outputs, rest_shapes(step, sources)),
         programs=search.programs,
         in_place=tuple(f"search.{name}" for name in search.in_place),
         state=(*(f"search.{name}" for name in search.state), "sources.sums", "sources.counts"),
@@ -163,14 +175,14 @@ class ListedOutputs(NamedTuple):
 def listed_rest_kernel(program, inputs: ListedInputs, outputs: ListedOutputs, *, step: Step):
     place = Place.of(step, program)
     plan = plan_query(step, inputs.search.lengths, place.kv_row, place.token)
-    position_of = position_in(inputs.indices, step, place)
-    end = End(step, None, outputs.scratch, place, plan, plan.between(step.config), position_of)
+    number, position_of = plan.between(step.config), in_lists(inputs.indices, step, place)
+    end = End(step, None, outputs.scratch, place, plan, number, position_of, None)
     position, exists = end.entries(end.slots)
     pool = Members(position, exists & ~end.is_short, None, None, None, None)
     scores = Scores(step, inputs.search.table, inputs.search.codes, *place.of_kv)
     estimator = Estimator(step, scores, place, read_logits(inputs.logits), inputs.sources)
     by_codes = functools.partial(end.by_codes, scores=scores, by=estimator.by)
-    write_rest(outputs.rest, place, estimator.of_parts(pool, by_codes))
+    write_rest(outputs.rest, place, estimator.of_parts(pool, estimator.read_means(), by_codes))
 
 
 def rest_of_lists(
@@ -196,15 +208,17 @@ def rest_of_lists(
     Source: CONTRACT.md, section 4.
     """
     search = Inputs(lengths, None, tables.by_query, step.by_rows(index.codes), None, None, None)
-    sources = sources_of(step, index, weigh_tokens(step, search, indices, logits, layer))
+    num_warps = step.tuning.attended_warps
+    weigh = weigh_tokens_launch(step, search, indices, logits, layer)
+    sources = sources_of(step, index, backend.launch(weigh, num_warps=num_warps))
     assert sources is not None
-    by_key = jax.ShapeDtypeStruct((step.R, step.Q, step.pooled + 1), np.int32)
+    amounts = jax.ShapeDtypeStruct((step.R, step.Q, step.pooled + 1), np.float32)
     what = backend.Launch(
         functools.partial(listed_rest_kernel, step=step),
         ListedInputs(indices, search, vectors(logits), sources),
-        ListedOutputs(Scratch(by_key, None, None), rest_shapes(step, sources)),
+        ListedOutputs(Scratch(amounts, None, None, None), rest_shapes(step, sources)),
         programs=step.B * step.T * step.N,
         state=("search.codes", "sources.sums", "sources.counts"),
         layer=layer,
     )
-    return Rest(*backend.launch(what, num_warps=step.tuning.attended_warps).rest)
+    return Rest(*backend.launch(what, num_warps=num_warps).rest)

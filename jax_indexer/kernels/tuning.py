@@ -54,9 +54,10 @@ class Tuning:
       attended_at_once: tokens that a program attends to behind its own search, at the most.
       attended_warps, merged_warps: of programs that attend to a block of a list, that merge more
         parts than are read at once; fewer take one warp.
-      pooled_bytes: keys of a pool that are on their way while as many are multiplied.
+      ranked_bytes: keys of a pool that a program ranks.
+      ranked_warps: of such a program, and of those beside it that weigh all candidates.
       pooled_tile: elements that sums by code of a pool take at once.
-      pooled_warps: of programs that rerank, or sum by code, behind their own search.
+      pooled_warps, summed_warps: of programs that attend to a pool; of those that sum by code.
       weighed_tile, weighed_tokens: of the rest: elements that a program holds, and tokens that it
         takes. The bits of an output depend on them.
       tokens_per_part, sums_block: k-means: tokens that one program sums, and sums that one adds
@@ -80,7 +81,7 @@ class Tuning:
     threshold_warps: int | None = None
     cells_warps: int | None = None
     most_paired: int = 256
-    most_of_a_warp: int = 512
+    most_of_a_warp: int = 1024
     words_at_once: int = 4096
     index_block: int = 1024
     index_run: int = 4
@@ -95,9 +96,11 @@ class Tuning:
     attended_at_once: int = 256
     attended_warps: int = 8
     merged_warps: int = 4
-    pooled_bytes: int = 65536
+    ranked_bytes: int = 32768
+    ranked_warps: int = 8
     pooled_tile: int = 32768
-    pooled_warps: int = 16
+    pooled_warps: int = 4
+    summed_warps: int = 16
     weighed_tile: int = 4096
     weighed_tokens: int = 256
     tokens_per_part: int = 4096
@@ -122,10 +125,10 @@ class Tuning:
         """Those of a warp, so that it waits for no other, where what may win is few."""
         return 32 if budget <= self.most_of_a_warp else 128
 
-    def warps_for_pool(self, num_cells: int, does_more: bool) -> int:
+    def warps_for_rest(self, num_cells: int, by_code: bool) -> int:
         """More than for a search alone where much follows: it is less code to fetch for each."""
         warps = self.warps_for_cells(num_cells, 1)
-        return max(self.pooled_warps, warps) if does_more else warps
+        return max(self.summed_warps, warps) if by_code else warps
 
     def warps_for_groups(self, num_groups: int, programs: int) -> int:
         """Warps of the threshold selector, for lists of this many groups."""
