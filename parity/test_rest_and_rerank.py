@@ -183,7 +183,9 @@ def test_a_step_is_the_oracles(name, option):
 
 
 # Several parts of a pool, of cells, and of tokens that are weighed.
-IN_PARTS = dataclasses.replace(SMALL, weighed_tile=32, weighed_tokens=16)
+IN_PARTS = dataclasses.replace(
+    SMALL, weighed_tile=32, weighed_tokens=16, ranked_bytes=1024, lists_at_once=2, others_at_once=2
+)
 # The interpreter compiles for seconds, checked memory is slow.
 INTERPRETED = {
     ("three query tokens", "rerank, codes"), ("many new tokens", "codes"), ("cells", "codes"),

@@ -431,7 +431,8 @@ class Search(NamedTuple):
         by_cell = (cells_at_cut <= 1) | (tied <= cut.ties)
         at_cut = jnp.minimum(tied, cut.ties)
         of_lists = jnp.where(by_cell, at_cut, 0)
-        whole = jnp.minimum(above + of_lists, self.plan.num_heavy)
+        # Sizes that are garbage may add up to anything.
+        whole = jnp.clip(above + of_lists, 0, self.plan.num_heavy)
 
         def write(carry: Array, entries: list[Entry]) -> Array:
             takes = []
@@ -455,7 +456,8 @@ class Search(NamedTuple):
 
         both = few.fold(write, jnp.int32(0))
         backend.barrier()
-        return Taken(cut.rank, cut.ties, at_cut, of_lists, whole, both >> 16)
+        cells = jnp.clip(both >> 16, 0, budget)
+        return Taken(cut.rank, cut.ties, at_cut, of_lists, whole, cells)
 
     def read_lists(self, taken: Taken) -> None:
         """Writes the positions of the winners in lists to scratch, cell by cell."""

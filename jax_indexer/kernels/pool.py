@@ -85,10 +85,6 @@ from jax_indexer.state import PQIndex, Sealing
 
 # Positions of a cache, at the most, whose weights a search adds up: it counts in float32.
 MOST_COUNTED = 1 << 24
-
-
-# Lists of cells whose entries are added up by code at once, and entries from none.
-LISTS_AT_ONCE, OTHERS_AT_ONCE = 96, 32
 MOST_FIRST = (1 << FIRST_BITS) - 1
 
 
@@ -318,7 +314,7 @@ class End(NamedTuple):
             amount = self.read(self.scratch.amounts, slot, slot < self.number)
             return added(sums, scores.codes_of(*self.entries(slot)), amount)
 
-        turns = lax.div(self.number + (at_once - 1), jnp.int32(at_once))
+        turns = turns_of(self.number, at_once)
         return lax.fori_loop(0, turns, some, [jnp.zeros(number, jnp.float32)] * by[0])
 
     def write(
@@ -361,13 +357,13 @@ class End(NamedTuple):
         write_output(output, *place.at, found)
 
 
-class Run(NamedTuple):
-    """Some of a pool's entries that have codes in common, all from one list, or one from none.
+class Runs(NamedTuple):
+    """Some of a pool's entries that have codes in common: all from one list, or one from none.
 
     Attributes:
       exists: which there are.
       is_list: which are from a list.
-      begins, ends: their places, before the last.
+      begins, ends: places of the first entry, and behind the last.
       codes: one subspace after the other.
     """
 
@@ -376,6 +372,32 @@ class Run(NamedTuple):
     begins: Array
     ends: Array
     codes: list[Array]
+
+    @classmethod
+    def read(cls, end: End, scores: Scores, lists: Any, taken: Taken, i: Array | int) -> "Runs":
+        """The i-th of some lists and of some entries from none."""
+        at, tuning = end.place.of_kv, end.step.tuning
+        lane = jnp.arange(tuning.lists_at_once + tuning.others_at_once, dtype=jnp.int32)
+        is_list = lane < tuning.lists_at_once
+        place = i * tuning.lists_at_once + lane
+        has_list, has_next = (is_list & (x < taken.cells) for x in (place, place + 1))
+        cell, following = (
+            backend.load(lists.at[(*at, jnp.where(exists, x, 0))], mask=exists, other=0)
+            for x, exists in ((place, has_list), (place + 1, has_next))
+        )
+        slot = taken.whole + i * tuning.others_at_once + lane - tuning.lists_at_once
+        position, exists = end.entries(jnp.where(is_list, 0, slot))
+        exists &= ~is_list
+        of_token = scores.codes_of(jnp.where(exists, position, 0), exists)
+        of_cell = scores.codes_of_cells(cell >> FIRST_BITS)
+        ends = jnp.where(has_next, following & MOST_FIRST, taken.whole)
+        return cls(
+            has_list | exists,
+            is_list,
+            jnp.where(is_list, cell & MOST_FIRST, slot),
+            jnp.where(is_list, ends, slot + 1),
+            [jnp.where(is_list, x, y) for x, y in zip(of_cell, of_token, strict=True)],
+        )
 
 
 class ByCell(NamedTuple):
@@ -395,39 +417,13 @@ class ByCell(NamedTuple):
     scores: Scores
     lists: Any
     taken: Taken
-    first: Run
+    first: Runs
 
     @classmethod
     def of(cls, end: End, scores: Scores, lists: Lists) -> "ByCell":
         taken, _ = Taken.read(lists.taken, end.place.of_kv)
-        one = cls(end, scores, lists.cell, taken, None)  # type: ignore[arg-type]
-        return one._replace(first=one.runs(jnp.int32(0)))
-
-    def runs(self, i: Array) -> Run:
-        """Some lists and some of what is in none."""
-        at = self.end.place.of_kv
-        lane = jnp.arange(LISTS_AT_ONCE + OTHERS_AT_ONCE, dtype=jnp.int32)
-        is_list = lane < LISTS_AT_ONCE
-        place = i * LISTS_AT_ONCE + lane
-        has_list = is_list & (place < self.taken.cells)
-        has_next = is_list & (place + 1 < self.taken.cells)
-        cell, ends = (
-            backend.load(self.lists.at[(*at, jnp.where(mask, at_place, 0))], mask=mask, other=0)
-            for at_place, mask in ((place, has_list), (place + 1, has_next))
-        )
-        slot = self.taken.whole + i * OTHERS_AT_ONCE + lane - LISTS_AT_ONCE
-        position, exists = self.end.entries(jnp.where(is_list, 0, slot))
-        exists &= ~is_list
-        of_token = self.scores.codes_of(jnp.where(exists, position, 0), exists)
-        of_cell = self.scores.codes_of_cells(cell >> FIRST_BITS)
-        ends = jnp.where(has_next, ends & MOST_FIRST, self.taken.whole)
-        return Run(
-            has_list | exists,
-            is_list,
-            jnp.where(is_list, cell & MOST_FIRST, slot),
-            jnp.where(is_list, ends, slot + 1),
-            [jnp.where(is_list, x, y) for x, y in zip(of_cell, of_token, strict=True)],
-        )
+        known = end, scores, lists.cell, taken
+        return cls(*known, Runs.read(*known, 0))
 
     def put(self, amount: Array) -> None:
         """Puts aside what is added up behind a barrier."""
@@ -438,7 +434,7 @@ class ByCell(NamedTuple):
         """Those of what was put aside."""
         config, scratch, read = self.end.step.config, self.end.scratch, self.end.read
 
-        def add(sums: list[Array], run: Run) -> list[Array]:
+        def add(sums: list[Array], run: Runs) -> list[Array]:
             of_lists = run.exists & run.is_list
             amount = read(scratch.until, run.ends - 1, of_lists)
             amount -= read(scratch.until, run.begins - 1, of_lists & (run.begins > 0))
@@ -446,13 +442,18 @@ class ByCell(NamedTuple):
             return added(sums, run.codes, amount)
 
         sums = [jnp.zeros(config.num_centroids, jnp.float32)] * config.num_subspaces
-        others = self.end.number - self.taken.whole
+        tuning, others = self.end.step.tuning, self.end.number - self.taken.whole
         turns = jnp.maximum(
-            lax.div(self.taken.cells + (LISTS_AT_ONCE - 1), jnp.int32(LISTS_AT_ONCE)),
-            lax.div(others + (OTHERS_AT_ONCE - 1), jnp.int32(OTHERS_AT_ONCE)),
+            turns_of(self.taken.cells, tuning.lists_at_once),
+            turns_of(others, tuning.others_at_once),
         )
         sums = add(sums, self.first)
-        return lax.fori_loop(1, turns, lambda i, sums: add(sums, self.runs(i)), sums)
+        return lax.fori_loop(1, turns, lambda i, sums: add(sums, Runs.read(*self[:4], i)), sums)
+
+
+def turns_of(number: Array, at_once: int) -> Array:
+    """How many turns so many take, some at once."""
+    return lax.div(number + (at_once - 1), jnp.int32(at_once))
 
 
 def added(sums: list[Array], codes: Iterable[Array], amount: Array) -> list[Array]:
@@ -466,7 +467,7 @@ def in_blocks(
     """Parts of a softmax, of a number of entries, in blocks, of which the first is found."""
     if most <= block:
         return found
-    turns = lax.div(number + (block - 1), jnp.int32(block))
+    turns = turns_of(number, block)
     return lax.fori_loop(1, turns, lambda i, found: merge_two(found, some(i * block)), found)
 
 

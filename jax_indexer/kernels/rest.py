@@ -1,10 +1,10 @@
 """The rest: candidates that are not attended to, estimated from their scores and means of values.
 
 What candidates outside of a pool weigh by PQ is added up by code. Where a search of cells finds the
-pool, it has the scores and sizes of all, and leaves their weights, and how many tokens of each cell
-are not in the pool. Elsewhere programs of their own go through all tokens. The lowest score in the
-pool is the cut: below it nothing is in the pool; tokens at it are counted, so that nothing remains
-where all of them are in the pool.
+pool, it also says what all of them weigh together, and sums by code go through cells again, each
+with the number of its tokens that are not in the pool. Elsewhere programs go through all tokens.
+The lowest score in the pool is the cut: below it nothing is in the pool; tokens at it are counted,
+so that nothing remains where all of them are in the pool.
 """
 
 import functools

@@ -57,6 +57,8 @@ class Tuning:
       ranked_bytes: keys of a pool that a program ranks.
       ranked_warps: of such a program, and of those beside it that weigh all candidates.
       pooled_tile: elements that sums by code of a pool take at once.
+      lists_at_once, others_at_once: lists of cells whose entries in a pool are added up by code at
+        once, and entries from none; a power of two together.
       pooled_warps, summed_warps: of programs that attend to a pool; of those that sum by code.
       weighed_tile, weighed_tokens: of the rest: elements that a program holds, and tokens that it
         takes. The bits of an output depend on them.
@@ -99,6 +101,8 @@ class Tuning:
     ranked_bytes: int = 32768
     ranked_warps: int = 8
     pooled_tile: int = 32768
+    lists_at_once: int = 96
+    others_at_once: int = 32
     pooled_warps: int = 4
     summed_warps: int = 16
     weighed_tile: int = 4096
