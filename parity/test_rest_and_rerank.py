@@ -539,3 +539,64 @@ def test_together_they_are_closer_to_full_attention_than_exact_top_k():
     exact = out(dataclasses.replace(config, rerank=40, estimate_rest=False))
     errors = [np.linalg.norm(x - full, axis=-1).mean() for x in (out(config), exact)]
     assert errors[0] < errors[1] / 4, errors
+
+
+def by_both(config, codebooks, key, value, *, scale):
+    """The output behind the last of some tokens, by kernels behind "cells" and by XLA."""
+    n, S = key.shape[1], 64
+    cache = empty_cache(config, 1, S, 1, key.shape[3], dtype=jnp.float32)
+    index = dataclasses.replace(cache.index, codebooks=jnp.asarray(codebooks)[None, None])
+    first = jax.jit(append, static_argnames=("config", "implementation"))
+    at = (slice(None), slice(None, n - 1))
+    cache = dataclasses.replace(
+        cache, key=cache.key.at[at].set(key[at]), value=cache.value.at[at].set(value[at])
+    )
+    for i in range(n - 1):
+        part = key[:, i : i + 1]
+        index = first(index, part, config, value=cache.value, implementation="xla")
+    cache = dataclasses.replace(cache, index=index)
+    query = np.zeros((1, 1, 1, key.shape[3]), np.float32)
+    query[..., 0] = 1
+
+    def end(implementation, selector):
+        with backend.interpreted():
+            out, _ = decode_attention(
+                query, key[:, n - 1 :], value[:, n - 1 :], cache, config, scale=scale,
+                implementation=implementation, selector=selector,
+            )  # fmt: skip
+        return np.asarray(out)
+
+    return end("triton", "cells"), end("xla", None)
+
+
+@pytest.mark.parametrize(("rest", "rerank"), [("mean", 1), ("codes", 2)])
+def test_scores_next_to_the_cut_are_left(rest, rerank):
+    """They are just below all that may win, so that no list of these has them."""
+    ulp = np.spacing(np.float32(6))
+    groups = ((6, 2), (6 - ulp, 26), (6 - 2 * ulp, 4))
+    config = IndexerConfig(
+        num_subspaces=1, num_bits=2, heavy_size=2 // rerank, rerank=rerank, estimate_rest=rest,
+        sink_size=0, window_size=0, cells=True,
+    )  # fmt: skip
+    codebooks = np.zeros((1, 4, 2), np.float32)
+    codebooks[0, :3, 0] = [score for score, _ in groups]
+    codebooks[0, 3, 1] = 100
+    score = np.concatenate([np.full(number, score, np.float32) for score, number in groups[::-1]])
+    key = np.stack([score, np.zeros_like(score)], axis=-1)[None, :, None]
+    value = np.stack([np.arange(len(score)), np.ones(len(score))], axis=-1)[None, :, None]
+    got, want = by_both(config, codebooks, key, value.astype(np.float32), scale=0.25)
+    np.testing.assert_allclose(got, want, rtol=4e-6)
+
+
+def test_losers_count_beside_an_infinite_logit():
+    """Of a scale below 0, where the worst key has it."""
+    config = IndexerConfig(
+        num_subspaces=1, num_bits=1, heavy_size=2, rerank=8, estimate_rest="mean",
+        sink_size=0, window_size=0, cells=True,
+    )  # fmt: skip
+    codebooks = np.array([[[0, 0], [1, 0]]], np.float32)
+    key = np.zeros((1, 30, 1, 2), np.float32)
+    key[0, ::3, 0, 0], key[0, 1::3, 0, 0], key[0, 4, 0, 0] = 1, 0.5, -np.inf
+    value = np.stack([np.arange(30), np.ones(30)], axis=-1)[None, :, None].astype(np.float32)
+    got, want = by_both(config, codebooks, key, value, scale=-1.0)
+    np.testing.assert_allclose(got, want, rtol=4e-6)

@@ -271,11 +271,12 @@ class End(NamedTuple):
         least = jnp.where(least == least, least, -jnp.inf)  # not NaN
         largest = jnp.where(bounds.low < bounds.high, jnp.maximum(least, highest), -jnp.inf)
         total = jnp.sum(jnp.where(live, jnp.exp(logit - finite(largest)), 0))
-        largest_lost = jnp.maximum(least, lowest)
-        loses = (largest_lost < jnp.inf) & (cut.rank > NOT_A_CANDIDATE) & ~self.is_short
-        largest_lost = jnp.where(loses, largest_lost, -jnp.inf)
-        lost = is_candidate & ~winner & (logit < jnp.inf) & loses
-        lost = jnp.exp(jnp.where(lost, logit - finite(largest_lost), -jnp.inf))
+        is_lost = is_candidate & ~winner & (logit < jnp.inf)
+        bound = jnp.maximum(least, lowest)
+        largest_lost = lax.cond(
+            bound < jnp.inf, lambda: bound, lambda: jnp.max(jnp.where(is_lost, logit, -jnp.inf))
+        )
+        lost = jnp.exp(jnp.where(is_lost, logit - finite(largest_lost), -jnp.inf))
         pool = Members(position, is_candidate, lost, largest_lost, largest, total)
         if by_cell is not None:
             by_cell.put(lost)

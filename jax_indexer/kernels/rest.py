@@ -226,6 +226,9 @@ def weigh_cells(
       least: the lowest rank of all.
     """
 
+    # Of a cut that takes none at it, those at it are below, and need not be among few.
+    lowest = jnp.where(taken.ties > 0, taken.rank, taken.rank + 1)
+
     def logit_of(rank: Array) -> Array:
         return made_logits(number_of(rank), logits)
 
@@ -237,8 +240,8 @@ def weigh_cells(
         for x in entries:
             logit = logit_of(x.rank)
             largest = jnp.maximum(largest, jnp.where(above(x, logit), logit, -jnp.inf))
-            below = jnp.maximum(below, jnp.where(x.rank < taken.rank, x.rank, NOT_A_CANDIDATE))
-            is_at = (x.size > 0) & (x.rank == taken.rank)
+            below = jnp.maximum(below, jnp.where(x.rank < lowest, x.rank, NOT_A_CANDIDATE))
+            is_at = (x.size > 0) & (x.rank == taken.rank) & (taken.ties > 0)
             large = search.size_of(x.number, is_at & x.is_cell & (x.size == MOST_SIZE))
             number += jnp.where(is_at, jnp.maximum(x.size, large), 0)
         return largest, below, number
@@ -267,7 +270,7 @@ def weigh_cells(
     total_of_pool = with_cut(jnp.sum(few.fold(add, jnp.zeros_like(none))), ties, of_pool)
 
     scored = [
-        Scored.of(part.rank, jnp.where(part.rank < taken.rank, size, 0), logits)
+        Scored.of(part.rank, jnp.where(part.rank < lowest, size, 0), logits)
         for part, size in ((cells, cells.size), (tail, tail.exists.astype(jnp.int32)))
     ]
 
