@@ -569,11 +569,10 @@ def by_both(config, codebooks, key, value, *, scale):
     return end("triton", "cells"), end("xla", None)
 
 
-@pytest.mark.parametrize(("rest", "rerank"), [("mean", 1), ("codes", 2)])
-def test_scores_next_to_the_cut_are_left(rest, rerank):
-    """They are just below all that may win, so that no list of these has them."""
-    ulp = np.spacing(np.float32(6))
-    groups = ((6, 2), (6 - ulp, 26), (6 - 2 * ulp, 4))
+@pytest.mark.parametrize(("rest", "rerank", "scale"), [("mean", 1, 1), ("codes", 2, 25)])
+def test_scores_next_to_the_cut_are_left(rest, rerank, scale):
+    """A threshold falls next to the second score: no list of what may win has it."""
+    groups = ((6, 2), (5, 26), (1, 4))
     config = IndexerConfig(
         num_subspaces=1, num_bits=2, heavy_size=2 // rerank, rerank=rerank, estimate_rest=rest,
         sink_size=0, window_size=0, cells=True,
@@ -584,19 +583,20 @@ def test_scores_next_to_the_cut_are_left(rest, rerank):
     score = np.concatenate([np.full(number, score, np.float32) for score, number in groups[::-1]])
     key = np.stack([score, np.zeros_like(score)], axis=-1)[None, :, None]
     value = np.stack([np.arange(len(score)), np.ones(len(score))], axis=-1)[None, :, None]
-    got, want = by_both(config, codebooks, key, value.astype(np.float32), scale=0.25)
+    got, want = by_both(config, codebooks, key, value.astype(np.float32), scale=scale)
     np.testing.assert_allclose(got, want, rtol=4e-6)
 
 
-def test_losers_count_beside_an_infinite_logit():
-    """Of a scale below 0, where the worst key has it."""
+@pytest.mark.parametrize(("wrong", "rerank"), [(-np.inf, 8), (np.nan, 20)])
+def test_losers_count_beside_one_that_weighs_nothing(wrong, rerank):
+    """Of a scale below 0, where the worst key has the largest logit, and one of them none."""
     config = IndexerConfig(
-        num_subspaces=1, num_bits=1, heavy_size=2, rerank=8, estimate_rest="mean",
+        num_subspaces=1, num_bits=1, heavy_size=2, rerank=rerank, estimate_rest="mean",
         sink_size=0, window_size=0, cells=True,
     )  # fmt: skip
     codebooks = np.array([[[0, 0], [1, 0]]], np.float32)
     key = np.zeros((1, 30, 1, 2), np.float32)
-    key[0, ::3, 0, 0], key[0, 1::3, 0, 0], key[0, 4, 0, 0] = 1, 0.5, -np.inf
+    key[0, ::3, 0, 0], key[0, 1::3, 0, 0], key[0, 4, 0, 0], key[0, 5, 0, 0] = 1, 0.5, wrong, -120
     value = np.stack([np.arange(30), np.ones(30)], axis=-1)[None, :, None].astype(np.float32)
     got, want = by_both(config, codebooks, key, value, scale=-1.0)
     np.testing.assert_allclose(got, want, rtol=4e-6)

@@ -268,13 +268,13 @@ class End(NamedTuple):
         least, lowest, highest = (
             made_logits(number_of(x), logits) for x in (bounds.low, cut.rank, bounds.high - 1)
         )
-        least = jnp.where(least == least, least, -jnp.inf)  # not NaN
         largest = jnp.where(bounds.low < bounds.high, jnp.maximum(least, highest), -jnp.inf)
         total = jnp.sum(jnp.where(live, jnp.exp(logit - finite(largest)), 0))
         is_lost = is_candidate & ~winner & (logit < jnp.inf)
-        bound = jnp.maximum(least, lowest)
         largest_lost = lax.cond(
-            bound < jnp.inf, lambda: bound, lambda: jnp.max(jnp.where(is_lost, logit, -jnp.inf))
+            (least < jnp.inf) & (lowest < jnp.inf),  # nor NaN
+            lambda: jnp.maximum(least, lowest),
+            lambda: jnp.max(jnp.where(is_lost, logit, -jnp.inf)),
         )
         lost = jnp.exp(jnp.where(is_lost, logit - finite(largest_lost), -jnp.inf))
         pool = Members(position, is_candidate, lost, largest_lost, largest, total)
@@ -288,6 +288,8 @@ class End(NamedTuple):
             exists = slot < count
             at, ranks = (self.read(x, slot, exists) for x in (scratch.winners, scratch.winning))
             logit = jnp.where(exists, made_logits(number_of(ranks), logits), -jnp.inf)
+            # Garbage in a state may leave fewer winners than there should be.
+            at = jnp.clip(at, 0, self.step.S - 1)
             (value,) = self.rows(("value",), at, exists)
             return logit, exists, value
 
