@@ -11,7 +11,6 @@ import functools
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
@@ -831,8 +830,7 @@ def search_launch(
     num_warps = step.tuning.warps_for_cells(step.config.num_cells, budget)
     num_words = pl.cdiv(step.S, 32) if budget > step.tuning.most_paired else None
 
-    def integers(*sizes: int) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((step.R, step.Q, *sizes), np.int32)
+    integers = functools.partial(step.scratch, np.int32)
 
     num_cells, most_tail = step.config.num_cells, cells.sealing.most_tail(step.S)
     assert max(num_cells, most_tail) <= 1 << SIZE_BITS

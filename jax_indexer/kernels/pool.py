@@ -9,7 +9,6 @@ import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
@@ -78,7 +77,7 @@ from jax_indexer.kernels.rest import (
     weigh_tokens_launch,
     weighed_beside,
 )
-from jax_indexer.kernels.step import Lengths, Place, QueryPlan, Step, plan_query
+from jax_indexer.kernels.step import Lengths, Place, QueryPlan, Step
 from jax_indexer.layout import power_of_2_from
 from jax_indexer.reference import NOT_A_CANDIDATE, Attention, Caches, Logits, made_logits, ordered
 from jax_indexer.state import PQIndex, Sealing
@@ -477,12 +476,9 @@ def in_blocks(
 def scratch_shapes(step: Step) -> Scratch:
     """Outputs that hold what programs put aside."""
 
-    def entries(dtype: Any, is_there: bool) -> jax.ShapeDtypeStruct | None:
-        shape = step.R, step.Q, step.pooled + 1
-        return jax.ShapeDtypeStruct(shape, dtype) if is_there else None
-
-    amounts = entries(np.float32, step.config.estimate_rest == "codes")
-    winners = entries(np.int32, step.config.rerank > 1)
+    by_codes, reranks = step.config.estimate_rest == "codes", step.config.rerank > 1
+    amounts = step.scratch(np.float32, step.pooled + 1) if by_codes else None
+    winners = step.scratch(np.int32, step.pooled + 1) if reranks else None
     return Scratch(amounts, amounts, winners, winners)
 
 
@@ -571,11 +567,6 @@ def in_search(positions: Any, step: Step, place: Place) -> Callable[[Array, Arra
     return position_of
 
 
-def plan_of_pool(step: Step, lengths: Lengths, place: Place) -> QueryPlan:
-    """The plan of a query, by the config that finds a pool."""
-    return plan_query(step.of_pool, lengths, place.kv_row, 0 if step.T == 1 else place.token)
-
-
 class RankOutputs(NamedTuple):
     """i32[R, Q, E + 1] ranks of true inner products."""
 
@@ -593,8 +584,8 @@ def rank_keys_kernel(
 ):
     blocks = pl.cdiv(step.pooled, block)
     place, first = Place.of(step, program // blocks), program % blocks * block
-    plan = plan_query(step, inputs.lengths, place.kv_row, 0 if step.T == 1 else place.token)
-    number = plan_of_pool(step, inputs.lengths, place).between(step.config)
+    plan = place.plan(step, inputs.lengths)
+    number = place.plan(step.of_pool, inputs.lengths).between(step.config)
     position_of = position_in(inputs.pool, step, place)
     end = End(step, inputs, None, place, plan, number, position_of, None)
 
@@ -620,7 +611,7 @@ def rank_launch(
     return backend.Launch(
         functools.partial(rank_keys_kernel, step=step, position_in=position_in, block=block),
         RankInputs(after, pool, query, key, kept, page_table),
-        RankOutputs(jax.ShapeDtypeStruct((step.R, step.Q, step.pooled + 1), np.int32)),
+        RankOutputs(step.scratch(np.int32, step.pooled + 1)),
         programs=step.B * step.T * step.N * pl.cdiv(step.pooled, block),
         state=("key", *KEPT_STATE),
         layer=layer,
@@ -650,11 +641,8 @@ def attend_pool_kernel(
     program, inputs: PoolInputs, outputs: PoolOutputs, *, step: Step, position_in: PositionIn
 ):
     place = Place.of(step, program)
-    token, is_first = 0, place.head == 0
-    if step.T > 1:
-        token, is_first = place.token, is_first & (place.token == 0)
-    plan = plan_query(step, inputs.search.lengths, place.kv_row, token)
-    number = plan_of_pool(step, inputs.search.lengths, place).between(step.config)
+    is_first, plan = place.is_first(step), place.plan(step, inputs.search.lengths)
+    number = place.plan(step.of_pool, inputs.search.lengths).between(step.config)
     write_length(inputs.search.lengths, outputs.lengths, place.row, is_first)
     position_of = position_in(inputs.pool, step, place)
     ranks = None if inputs.ranked is None else inputs.ranked.ranks
@@ -785,7 +773,7 @@ def search_of_pool(
 
     Of a pool nobody asks in which order it is.
     """
-    plan = plan_of_pool(step, inputs.lengths, place)
+    plan = place.plan(step.of_pool, inputs.lengths)
     search = search_for(step.of_pool, sealing, num_warps, inputs, outputs, *place.of_kv, plan)
     fits, put, number = search.state_fits(), search.put_in_scratch, plan.between(step.config)
 
@@ -835,14 +823,12 @@ def cells_pool_kernel(
 ):
     """Searches, and attends to all that is found."""
     place = Place.of(step, program)
-    token, is_first = 0, place.head == 0
-    if step.T > 1:
-        token, is_first = place.token, is_first & (place.token == 0)
+    is_first = place.is_first(step)
     of_search = inputs.search, outputs.search
     search, fits, find = search_of_pool(step, sealing, num_warps, *of_search, place)
     write_length(inputs.search.lengths, outputs.lengths, place.row, is_first)
     weighed, weights = weighed_beside(search, fits, read_logits(inputs.end.logits), find)
-    plan = plan_query(step, inputs.search.lengths, place.kv_row, token)
+    plan = place.plan(step, inputs.search.lengths)
     number = search.plan.between(step.config)
     position_of = in_search(outputs.search.positions, step, place)
     end = End(step, inputs.end, outputs.scratch, place, plan, number, position_of, None)
@@ -881,9 +867,6 @@ def attend_pool_of_cells(
     rest, sealing = step.config.estimate_rest, index.cells.sealing
     of_end = functools.partial(end_inputs, step, query, caches, logits, known, index)
 
-    def scratch(dtype: Any, *sizes: int, when: Any = True) -> jax.ShapeDtypeStruct | None:
-        return jax.ShapeDtypeStruct((step.R, step.Q, *sizes), dtype) if when else None
-
     by_codes, num_cells = rest == "codes", step.config.num_cells
     reranks = step.config.rerank > 1
     num_warps = step.tuning.warps_for_rest(num_cells, by_codes and not reranks)
@@ -892,12 +875,13 @@ def attend_pool_of_cells(
         counts=None,
         bits=None,
         bits_before=None,
-        positions=scratch(np.int32, step.pooled + PAIRS_AT_ONCE),
-        weighed=scratch(np.float32, NUMBERS, when=rest),
-        taken=scratch(np.int32, TAKEN, when=by_codes),
+        positions=step.scratch(np.int32, step.pooled + PAIRS_AT_ONCE),
+        weighed=step.scratch(np.float32, NUMBERS) if rest else None,
+        taken=step.scratch(np.int32, TAKEN) if by_codes else None,
     )
-    if not reranks:  # the search holds what it weighs, and its pool is small
-        outputs = outputs._replace(others=scratch(np.int32, num_cells, when=by_codes))
+    if not reranks:  # all of a small pool is attended to: one kernel does it
+        others = step.scratch(np.int32, num_cells) if by_codes else None
+        outputs = outputs._replace(others=others)
         what = backend.Launch(
             functools.partial(cells_pool_kernel, step=step, sealing=sealing, num_warps=num_warps),
             SearchedInputs(search.inputs, of_end(None, kept, table), lengths),

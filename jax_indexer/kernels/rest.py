@@ -110,7 +110,8 @@ class Members(NamedTuple):
       position: in the cache.
       is_candidate: which lanes are candidates.
       lost: what candidates weigh that are not attended to, relative to `largest_lost`.
-      largest_lost: the largest of their true logits; None, as `lost`, where all are attended to.
+      largest_lost: no less than their true logits, and no more than the largest of all; None, as
+        `lost`, where all are attended to.
       largest, total: of all true logits, and of the exponentials relative to it; None where these
         are not known.
     """
@@ -532,9 +533,7 @@ def weigh_codes_kernel(
 ):
     """What the candidates of a query weigh by code, from scores as its search had them."""
     place, of_pool, logits = Place.of(step, program), step.of_pool, read_logits(inputs.logits)
-    plan = plan_query(
-        of_pool, inputs.search.lengths, place.kv_row, 0 if step.T == 1 else place.token
-    )
+    plan = place.plan(of_pool, inputs.search.lengths)
     scratch = Outputs(**dict.fromkeys(Outputs._fields))
     scratch = scratch._replace(positions=inputs.positions, others=outputs.others)
     search = search_for(of_pool, sealing, num_warps, inputs.search, scratch, *place.of_kv, plan)
@@ -558,14 +557,13 @@ def weigh_codes_launch(
       found: what it has found.
       logits: how to make logits.
     """
-    queries = step.R, step.Q
     warps = step.tuning.ranked_warps
     return backend.Launch(
         functools.partial(weigh_codes_kernel, step=step, sealing=sealing, num_warps=warps),
         CodesInputs(search.inputs, vectors(logits), found.taken, found.weighed, found.positions),
         CodesOutputs(
-            jax.ShapeDtypeStruct((*queries, *sums_by(step.config)), np.float32),
-            jax.ShapeDtypeStruct((*queries, step.config.num_cells), np.int32),
+            step.scratch(np.float32, *sums_by(step.config)),
+            step.scratch(np.int32, step.config.num_cells),
         ),
         programs=search.programs,
         state=tuple(f"search.{name}" for name in search.state),

@@ -80,8 +80,7 @@ def cells_rest_kernel(
     num_warps: int,
 ):
     place = Place.of(step, program)
-    token = 0 if step.T == 1 else place.token
-    plan = plan_query(step, inputs.search.lengths, place.kv_row, token)
+    plan = place.plan(step, inputs.search.lengths)
     lists = Lists(outputs.search.indices, outputs.search.counts, outputs.search.weights)
     writer = Writer(lists, *place.of_kv, plan)
     writer.settle()
@@ -127,14 +126,10 @@ def select_cells_with_rest(
     codes, by_codes = step.by_rows(index.codes), step.config.estimate_rest == "codes"
     search, num_warps = search_launch(step, tables, codes, lengths, index.cells, weights, layer)
     num_warps = max(num_warps, step.tuning.warps_for_rest(step.config.num_cells, by_codes))
-
-    def scratch(dtype: Any, when: bool, *sizes: int) -> jax.ShapeDtypeStruct | None:
-        return jax.ShapeDtypeStruct((step.R, step.Q, *sizes), dtype) if when else None
-
     outputs = search.outputs._replace(
-        weighed=scratch(np.float32, True, NUMBERS),
-        others=scratch(np.int32, by_codes, step.config.num_cells),
-        taken=scratch(np.int32, by_codes, TAKEN),
+        weighed=step.scratch(np.float32, NUMBERS),
+        others=step.scratch(np.int32, step.config.num_cells) if by_codes else None,
+        taken=step.scratch(np.int32, TAKEN) if by_codes else None,
     )
     sources = sources_of(step, index)
     assert sources is not None
@@ -212,7 +207,7 @@ def rest_of_lists(
     weigh = weigh_tokens_launch(step, search, indices, logits, layer)
     sources = sources_of(step, index, backend.launch(weigh, num_warps=num_warps))
     assert sources is not None
-    amounts = jax.ShapeDtypeStruct((step.R, step.Q, step.pooled + 1), np.float32)
+    amounts = step.scratch(np.float32, step.pooled + 1)
     what = backend.Launch(
         functools.partial(listed_rest_kernel, step=step),
         ListedInputs(indices, search, vectors(logits), sources),

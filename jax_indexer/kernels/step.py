@@ -4,6 +4,7 @@ import dataclasses
 import functools
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -88,6 +89,10 @@ class Step:
     def num_middle(self) -> int:
         """Entries of a list between the sink and the window, at the most."""
         return self.P - self.config.sink_size - self.config.window_size
+
+    def scratch(self, dtype: Any, *sizes: int) -> jax.ShapeDtypeStruct:
+        """[R, Q, ...] of what programs put aside for each query."""
+        return jax.ShapeDtypeStruct((self.R, self.Q, *sizes), dtype)
 
     @property
     def budget(self) -> int:
@@ -314,3 +319,12 @@ class Place(NamedTuple):
     def of_kv(self) -> tuple[Array, Array]:
         """Of [R, Q, ...]."""
         return self.kv_row, self.query
+
+    def is_first(self, step: Step) -> Array:
+        """Whether it is the first query of its row."""
+        is_first = self.head == 0
+        return is_first if step.T == 1 else is_first & (self.token == 0)
+
+    def plan(self, step: Step, lengths: Lengths) -> QueryPlan:
+        """The plan of the query, by the config of this step."""
+        return plan_query(step, lengths, self.kv_row, 0 if step.T == 1 else self.token)
