@@ -618,7 +618,10 @@ def test_a_pool_and_the_rest_lower_to_kernels_alone(name):
         weigh = ["weigh_tokens_kernel"] if has_rest else []
         if config.cells:
             weigh = ["weigh_codes_kernel"] if config.estimate_rest == "codes" else []
-        selects = {"search_pool_kernel"} if config.cells else KERNELS["threshold"]
+        searches = ["search_pool_kernel"]
+        if config.estimate_rest == "codes":
+            searches += ["count_tail_kernel"]
+        selects = {"_and_".join(searches)} if config.cells else KERNELS["threshold"]
         others = selects | {"_and_".join(weigh + ranks), "attend_pool_kernel"}
     assert kernels(text) == {first} | others
     assert "f64" not in text

@@ -62,10 +62,6 @@ FIRST_BITS = 15
 SIZE_BITS = 16
 MOST_SIZE = (1 << SIZE_BITS) - 1  # more than a budget
 assert LARGEST_BUDGET_OF_CELLS < 1 << FIRST_BITS
-# Counts of tokens and of winners that are in no list share an integer.
-OTHER_BITS = 17
-OTHER_WINNER = 1 << OTHER_BITS
-assert LARGEST_BUDGET_OF_CELLS < 1 << (32 - OTHER_BITS)
 # Tokens looked at at once for those that tie at the cut.
 TIED_BLOCK = 1024
 # The cut is narrowed among all cells until as many tokens as are wanted, times the first, may be
@@ -101,8 +97,10 @@ class Outputs(NamedTuple):
       bits: words with a bit for each position, if budgets are large, else None.
       bits_before: how many bits are set before each word, likewise.
       weighed: f32[R, Q, n], for what weighs candidates; None if nothing does.
-      others: i32[R, Q, cells], of what is in no list: how many tokens, and with `OTHER_WINNER` how
-        many winners; or None.
+      in_tail: i32[R, n, cells], how many tokens of each cell are in the tail, for each query or
+        query token; or None.
+      others: i32[R, Q, cells], how many winners at the cut are from no list, if there are any; or
+        None.
       taken: i32[R, Q, TAKEN], `Taken` and how many winners are sealed, for those who ask later; or
         None.
     """
@@ -117,8 +115,14 @@ class Outputs(NamedTuple):
     bits: Any
     bits_before: Any
     weighed: Any
+    in_tail: Any
     others: Any
     taken: Any
+
+
+def cell_counts(step: Step) -> dict[str, Any]:
+    """Fields of `Outputs` where one kernel searches and weighs cells by code."""
+    return dict.fromkeys(("in_tail", "others"), step.scratch(np.int32, step.config.num_cells))
 
 
 class Part(NamedTuple):
@@ -185,6 +189,11 @@ class Taken(NamedTuple):
     def of_tail(self) -> Array:
         """Tokens at the cut that the tail gives, its first."""
         return self.ties - self.at_cut
+
+    @property
+    def has_others(self) -> Array:
+        """Whether tokens at the cut are taken that are from no list."""
+        return self.ties > self.of_lists
 
 
 TAKEN = power_of_2_from(len(Taken._fields) + 1)
@@ -336,10 +345,14 @@ class Search(NamedTuple):
         rank = jnp.where(size > 0, rank, NOT_A_CANDIDATE)
         return Part(cell, exists, size, rank), self.score_tail()
 
-    def score_tail(self) -> Tail:
+    def tail(self) -> tuple[Array, Array]:
+        """How-manieth tokens behind the sealed ones, in order column by column, and which exist."""
         row, thread = self.rows_and_threads(self.sealing.most_tail(self.step.S))
         number = row.shape[0] * thread + row
-        waits = self.sealed + number < self.plan.last
+        return number, self.sealed + number < self.plan.last
+
+    def score_tail(self) -> Tail:
+        number, waits = self.tail()
         return Tail(number, waits, self.scores.ranks_of_tokens(self.sealed + number, waits))
 
     def narrow(self, cells: Part, tail: Tail) -> tuple[Bounds, Array]:
@@ -498,53 +511,76 @@ class Search(NamedTuple):
         )
         return jnp.minimum(taken.whole + jnp.minimum(found, taken.to_find), self.plan.num_heavy)
 
+    def clear_counts(self, counts: Any, at: tuple[Array, Array]) -> None:
+        """Zeros for all cells."""
+        cell = jnp.arange(self.step.config.num_cells, dtype=jnp.int32)
+        backend.store(counts.at[(*at, cell)], jnp.zeros_like(cell))
+
+    def add_to_cells(
+        self, counts: Any, at: tuple[Array, Array], position: Array, exists: Array
+    ) -> None:
+        """Adds tokens to their cells."""
+        # Idle lanes add nothing, each somewhere else: at one place they wait for each other.
+        lane = lax.broadcasted_iota(jnp.int32, position.shape, position.ndim - 1)
+        idle = lane & (self.step.config.num_cells - 1)
+        cell = jnp.where(exists, self.scores.cells_of(position, exists), idle)
+        backend.barrier()
+        backend.add(counts, (*at, cell), exists.astype(jnp.int32))
+
+    @property
+    def at_tail(self) -> tuple[Array, Array]:
+        """Where `Outputs.in_tail` is of this query."""
+        return self.kv_row, self.query * self.outputs.in_tail.shape[1] // self.step.Q
+
+    def count_tail(self) -> None:
+        """Writes `Outputs.in_tail`: atomics take microseconds, and queries of a row share it."""
+        number, waits = self.tail()
+        self.clear_counts(self.outputs.in_tail, self.at_tail)
+        self.add_to_cells(self.outputs.in_tail, self.at_tail, self.sealed + number, waits)
+
     def count_others(self, taken: Taken, count: Array) -> None:
-        """Writes how many tokens of each cell are in no list, and how many winners from none.
+        """Writes `Outputs.others`, if anybody at the cut wins that is in no list: few searches.
 
         Args:
           taken: who is taken.
           count: of the winners in scratch before those of the tail.
         """
-        others, number = self.outputs.others, self.step.config.num_cells
-        cell = jnp.arange(number, dtype=jnp.int32)
-        backend.store(others.at[self.kv_row, self.query, cell], jnp.zeros(number, jnp.int32))
+        others, at = self.outputs.others, (self.kv_row, self.query)
 
-        def add(position: Array, exists: Array, amount: Array | int) -> None:
-            # Idle lanes add nothing, each somewhere else: at one place they wait for each other.
-            lane = lax.broadcasted_iota(jnp.int32, position.shape, position.ndim - 1)
-            cell = jnp.where(exists, self.scores.cells_of(position, exists), lane & (number - 1))
+        @pl.when(taken.has_others)
+        def _():
+            self.clear_counts(others, at)
+            tail = self.score_tail()
+            mark = (tail.exists & (tail.rank == taken.rank)).astype(jnp.int32)
+            own = jnp.sum(mark, axis=0)
+            ties = (jnp.cumsum(own) - own)[None, :] + jnp.cumsum(mark, axis=0)
+            wins = (mark > 0) & (ties <= taken.of_tail)
+            self.add_to_cells(others, at, self.sealed + tail.number, wins)
+
+            def found(i, carry):
+                place = taken.whole + i * TIED_BLOCK + jnp.arange(TIED_BLOCK, dtype=jnp.int32)
+                scratch = self.outputs.positions.at[(*at, place)]
+                position = backend.load(scratch, mask=place < count, other=0)
+                self.add_to_cells(others, at, position, place < count)
+                return carry
+
+            turns = lax.div(count - taken.whole + (TIED_BLOCK - 1), jnp.int32(TIED_BLOCK))
+            lax.fori_loop(0, turns, found, jnp.int32(0))
             backend.barrier()
-            backend.add(others, (self.kv_row, self.query, cell), jnp.where(exists, amount, 0))
-
-        tail = self.score_tail()
-        is_at = tail.exists & (tail.rank == taken.rank)
-        mark = is_at.astype(jnp.int32)
-        own = jnp.sum(mark, axis=0)
-        ties = (jnp.cumsum(own) - own)[None, :] + jnp.cumsum(mark, axis=0)
-        best = (tail.rank > taken.rank) | (is_at & (ties <= taken.of_tail))
-        amount = jnp.where(best, OTHER_WINNER + 1, 1)
-        add(self.sealed + tail.number, tail.exists, amount)
-
-        def found(i, carry):
-            place = taken.whole + i * TIED_BLOCK + jnp.arange(TIED_BLOCK, dtype=jnp.int32)
-            at = self.outputs.positions.at[self.kv_row, self.query, place]
-            position = backend.load(at, mask=place < count, other=0)
-            add(position, place < count, OTHER_WINNER)
-            return carry
-
-        # Those that were looked for, which few searches do.
-        turns = lax.div(count - taken.whole + (TIED_BLOCK - 1), jnp.int32(TIED_BLOCK))
-        lax.fori_loop(0, turns, found, jnp.int32(0))
 
     def left_of(self, cell: Array, exists: Array, rank: Array, taken: Taken) -> Array:
-        """How many tokens of some cells are no winners, from `count_others`."""
-        size = self.size_of(cell, exists)
-        of_lists = jnp.where(rank == taken.rank, jnp.minimum(size, taken.of_lists), 0)
-        of_lists = jnp.where(rank > taken.rank, size, of_lists)
-        at = self.outputs.others.at[self.kv_row, self.query, cell]
-        others = backend.load(at, mask=exists, other=0)
-        winners = of_lists + lax.shift_right_logical(others, OTHER_BITS)
-        return size + (others & (OTHER_WINNER - 1)) - winners
+        """How many tokens of some cells are no winners, from `in_tail` and `others`.
+
+        All tokens of a cell have one score: of a cell above the cut all win, below it none.
+        """
+        size, at = self.size_of(cell, exists), (self.kv_row, self.query)
+        in_tail = self.outputs.in_tail.at[(*self.at_tail, cell)]
+        number = size + backend.load(in_tail, mask=exists, other=0)
+        is_at = exists & (rank == taken.rank)
+        others = self.outputs.others.at[(*at, cell)]
+        others = backend.load(others, mask=is_at & taken.has_others, other=0)
+        at_cut = number - jnp.minimum(size, taken.of_lists) - others
+        return jnp.where(is_at, at_cut, jnp.where(rank < taken.rank, number, 0))
 
     def list_sealed(self, count: Array, writer: Writer) -> None:
         """Puts the winners in scratch in order."""
@@ -734,6 +770,22 @@ def cells_select_kernel(
     search.find(fits, writer.fill, writer.put, lambda count: search.list_sealed(count, writer))
 
 
+class TailOutputs(NamedTuple):
+    """i32[R, T, cells] as in `Outputs`."""
+
+    in_tail: Any
+
+
+def count_tail_kernel(
+    program, inputs: Inputs, outputs: TailOutputs, *, step: Step, sealing: Sealing, num_warps: int
+):
+    kv_row, token = program // step.T, program % step.T
+    plan = plan_query(step, inputs.lengths, kv_row, 0 if step.T == 1 else token)
+    scratch = Outputs(**dict.fromkeys(Outputs._fields))._replace(in_tail=outputs.in_tail)
+    of_query = kv_row, token * step.G, plan
+    search_for(step, sealing, num_warps, inputs, scratch, *of_query).count_tail()
+
+
 class AttendInputs(NamedTuple):
     """What is attended to by the winners of a search, and the parts that are known already."""
 
@@ -857,6 +909,7 @@ def search_launch(
             bits=integers(num_words + 1) if num_words else None,
             bits_before=integers(num_words) if num_words else None,
             weighed=None,
+            in_tail=None,
             others=None,
             taken=None,
         ),

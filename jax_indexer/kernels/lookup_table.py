@@ -27,7 +27,7 @@ class Tables(NamedTuple):
 
     Attributes:
       by_lane: [R, groups, M * C, lanes], query q in lane q % lanes of group q // lanes; the lanes
-        past the last query repeat it.
+        past the last query repeat it. None where nothing scores all tokens.
       by_query: [R, Q, M * C].
     """
 
@@ -50,7 +50,9 @@ def lanes_of(num_queries: int, itemsize: int, tuning: Tuning) -> int:
 def lookup_table_kernel(program, inputs: Inputs, tables: Tables, *, step: Step):
     num_subspaces, num_centroids = inputs.codebooks.shape[1:3]
     dimensions = inputs.query.shape[3] // num_subspaces
-    _, lane_groups, _, lanes = tables.by_lane.shape
+    lane_groups, lanes = step.Q, 1
+    if tables.by_lane is not None:
+        _, lane_groups, _, lanes = tables.by_lane.shape
     subspace = program % num_subspaces
     group = program // num_subspaces % lane_groups
     kv_row = program // (num_subspaces * lane_groups)
@@ -68,7 +70,7 @@ def lookup_table_kernel(program, inputs: Inputs, tables: Tables, *, step: Step):
             part = backend.load(at, mask=exists, other=0).astype(jnp.float32)
             # Elementwise, not a dot: that would be rounded to TF32.
             total += jnp.sum(tile * part[None, :], axis=1)
-        return total.astype(tables.by_lane.dtype)
+        return total.astype(tables.by_query.dtype)
 
     columns = []
     for place in range(lanes):
@@ -76,6 +78,8 @@ def lookup_table_kernel(program, inputs: Inputs, tables: Tables, *, step: Step):
         columns.append(products(query))
         real = jnp.broadcast_to(group * lanes + place < step.Q, entry.shape)
         backend.store(tables.by_query.at[kv_row, query, entry], columns[-1], mask=real)
+    if tables.by_lane is None:
+        return
     lane = jnp.arange(lanes, dtype=jnp.int32)
     into = tables.by_lane.at[kv_row, group, entry[:, None], lane[None, :]]
     backend.store(into, backend.join_columns(columns))
@@ -86,22 +90,25 @@ def tables_launch(
     query: Float[Array, "B T N H"],
     codebooks: Float[Array, "*layers B K M C D_"],
     layer: Array | None = None,
+    *,
+    by_lane: bool = True,
 ) -> backend.Launch:
     """The launch that makes `Tables` of all queries against the codebooks of their kv heads.
 
-    Their bits depend on the query and the codebook alone.
+    Their bits depend on the query and the codebook alone. Without lanes each query has a program.
 
     Source: CONTRACT.md, rules 3 and 7.
     """
     config, dtype = step.config, step.config.table_dtype
     entries = config.num_subspaces * config.num_centroids
-    lanes = lanes_of(step.Q, dtype.itemsize, step.tuning)
+    lanes = lanes_of(step.Q, dtype.itemsize, step.tuning) if by_lane else 1
     groups = pl.cdiv(step.Q, lanes)
+    shape = step.R, groups, entries, lanes
     return backend.Launch(
         functools.partial(lookup_table_kernel, step=step),
         Inputs(query, step.by_rows(codebooks)),
         Tables(
-            jax.ShapeDtypeStruct((step.R, groups, entries, lanes), dtype),
+            jax.ShapeDtypeStruct(shape, dtype) if by_lane else None,
             jax.ShapeDtypeStruct((step.R, step.Q, entries), dtype),
         ),
         programs=step.R * groups * config.num_subspaces,

@@ -24,7 +24,13 @@ from jax_indexer.kernels.exchange import best_of_devices
 from jax_indexer.kernels.keep import keep, kept_of
 from jax_indexer.kernels.lookup_table import Tables, tables_launch
 from jax_indexer.kernels.output import Lists, weights_launch
-from jax_indexer.kernels.pool import MOST_COUNTED, attend_pool, attend_pool_of_cells
+from jax_indexer.kernels.pool import (
+    MOST_COUNTED,
+    Pool,
+    attend_cells_with_rest,
+    attend_pool,
+    search_pool,
+)
 from jax_indexer.kernels.seal import seal_launch
 from jax_indexer.kernels.select_rest import rest_of_lists, select_cells_with_rest
 from jax_indexer.kernels.step import Lengths, QueryPlan, Step, plan_after, plan_query
@@ -81,12 +87,14 @@ def query_launches(
     lengths: Lengths,
     layer: Array | None = None,
     plan_of: Callable[..., QueryPlan] = plan_query,
+    selector: Selector | None = None,
 ) -> dict[str, backend.Launch]:
     """The launches that a selection begins with: tables, and weights if they are asked for.
 
     Lengths are those of `plan_of`, of all layers if there are any.
     """
-    launches = {"tables": tables_launch(step, query, index.codebooks, layer)}
+    by_lane = selector != "cells"
+    launches = {"tables": tables_launch(step, query, index.codebooks, layer, by_lane=by_lane)}
     if step.weights_dtype is not None:
         launches["weights"] = weights_launch(step, lengths, layer, plan_of)
     return launches
@@ -176,7 +184,7 @@ def launch_select(
     """What `reference.select_tokens` does, in one layer."""
     weights_dtype, step = step.weights_dtype, of_devices(step, span)
     lengths = Lengths.of(index.lengths, counts, span)
-    made = launched(step, query_launches(step, query, index, lengths, layer))
+    made = launched(step, query_launches(step, query, index, lengths, layer, selector=selector))
     reached = layer_of((index.lengths, index.high_water), layer)
     lengths = lengths._replace(lengths=reached[0], high_water=reached[1])
     if rest_by is None:
@@ -214,7 +222,7 @@ def launch_step(
     others = append_launches(step, key_new, index, counts, layer, value, span)
     first = {"codes": others.pop("codes")}
     before = Lengths.of(index.lengths, counts, span)
-    of_query = query_launches(step, query, index, before, layer, plan_after)
+    of_query = query_launches(step, query, index, before, layer, plan_after, selector)
     made = launched(step, first | of_query | others)
     index, after = appended(step, index, made, layer, value, span)
     selection = selected(step, made, index, after, selector, layer, span)
@@ -250,7 +258,7 @@ def launch_decode(
         "always": always_launch(step, query, new, written, before, logits, layer, is_recent),
         "codes": others.pop("codes"),
     }
-    of_query = query_launches(step, query, index, before, layer, plan_after)
+    of_query = query_launches(step, query, index, before, layer, plan_after, selector)
     made = launched(step, first | of_query | others)
     into, always = made["caches"], made["always"]
     if recent is None:
@@ -267,16 +275,20 @@ def launch_decode(
     lengths = Lengths(index.lengths, None, high_water=index.high_water)
     index, after = appended(step, index, made, layer, caches.value, span, page_table)
     has_pool = step.config.rerank > 1 or step.config.estimate_rest
-    known = step, made["tables"], index, after, query, caches
-    others = logits, always, lengths, layer, kept
-    if has_pool and weighs_cells(step, selector):
-        ended, positions = attend_pool_of_cells(*known, *others)
-    elif has_pool:
+    known = step, made["tables"], index, after
+    of_end = query, caches, logits, always, lengths, layer, kept
+    if has_pool and not weighs_cells(step, selector):
         indices = selected(step.of_pool, made, index, after, selector, layer).indices
-        ended = attend_pool(*known, indices, *others)
+        ended = attend_pool(*known, Pool.of_lists(indices), *of_end)
+    elif step.config.rerank > 1:
+        pool = search_pool(*known, logits, layer)
+        positions = pool.entries
+        ended = attend_pool(*known, pool, *of_end)
+    elif has_pool:
+        ended, positions = attend_cells_with_rest(*known, *of_end)
     elif span is None and selector == "cells" and step.num_middle <= step.tuning.attended_at_once:
         assert index.cells is not None
-        ended, positions = attend_cells(*known, *others)
+        ended, positions = attend_cells(*known, *of_end)
     else:
         lists = selected(step, made, index, after, selector, layer, span, middle=True)
         indices = lists.indices

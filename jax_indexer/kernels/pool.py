@@ -9,6 +9,7 @@ import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
@@ -56,7 +57,10 @@ from jax_indexer.kernels.cells_select import (
     Outputs,
     Scores,
     Search,
+    TailOutputs,
     Taken,
+    cell_counts,
+    count_tail_kernel,
     search_for,
     search_launch,
 )
@@ -666,19 +670,18 @@ def attend_pool_kernel(
 
 def end_launch(
     step: Step,
-    pool: Array,
+    pool: "Pool",
     lists: Lists | None,
     search: Inputs,
     end: EndInputs,
     ranked: RankOutputs | None,
-    position_in: PositionIn,
     lengths: Lengths,
     layer: Array | None,
 ) -> Ended:
     """Attends to a pool or the best of it, and merges all that is known."""
     what = backend.Launch(
-        functools.partial(attend_pool_kernel, step=step, position_in=position_in),
-        PoolInputs(pool, lists, search, end, ranked, lengths),
+        functools.partial(attend_pool_kernel, step=step, position_in=pool.position_in),
+        PoolInputs(pool.entries, lists, search, end, ranked, lengths),
         PoolOutputs(
             scratch_shapes(step),
             *shapes_of_end(end.query, end.value.shape[-1], lengths, search.lengths, layer),
@@ -692,58 +695,6 @@ def end_launch(
     num_warps = step.tuning.summed_warps if by_codes else step.tuning.pooled_warps
     made = backend.launch(what, num_warps=num_warps)
     return Ended(made.output, made.lengths)
-
-
-# Behind lists
-
-
-def attend_pool(
-    step: Step,
-    tables: Tables,
-    index: PQIndex,
-    after: Lengths,
-    query: Float[Array, "B T N H"],
-    caches: Caches,
-    indices: Int32[Array, "B T N P"],
-    logits: Logits,
-    known: Parts,
-    lengths: Lengths,
-    layer: Array | None,
-    kept: Kept | None = None,
-) -> Ended:
-    """Attends to the best of a pool by their true keys, and estimates what is left.
-
-    Args:
-      step: of the config that reranks.
-      tables: look-up tables.
-      index: after the step.
-      after: the lengths after it.
-      query: the queries.
-      caches: keys and values, of all layers if there are any.
-      indices: lists of the pool.
-      logits: how to make logits.
-      known: the parts of sink and window.
-      lengths: of all layers, in which those of this one are replaced.
-      layer: of index and caches.
-      kept: of caches in host memory.
-
-    Returns:
-      The output, and the lengths.
-
-    Source: CONTRACT.md, section 4.
-    """
-    codes, table, after = step.by_rows(index.codes), after.page_table, _without_pages(after)
-    search = Inputs(after, None, tables.by_query, codes, None, None, None)
-    launches = {}
-    if step.config.estimate_rest:
-        launches["weighed"] = weigh_tokens_launch(step, search, indices, logits, layer)
-    if step.config.rerank > 1:
-        of_keys = step, after, query, caches.key, indices
-        launches["ranked"] = rank_launch(*of_keys, in_lists, layer, kept, table)
-    made = backend.launch_together(launches, num_warps=step.tuning.ranked_warps)
-    weighed, ranked = made.get("weighed"), made.get("ranked")
-    end = end_inputs(step, query, caches, logits, known, index, weighed, kept, table)
-    return end_launch(step, indices, None, search, end, ranked, in_lists, lengths, layer)
 
 
 # Behind a search of cells
@@ -841,7 +792,154 @@ def cells_pool_kernel(
     end.write(outputs.output, search.scores, estimate)
 
 
-def attend_pool_of_cells(
+def pool_launch(
+    step: Step,
+    tables: Tables,
+    index: PQIndex,
+    after: Lengths,
+    layer: Array | None,
+    *,
+    by_codes: bool,
+) -> backend.Launch:
+    """A launch that searches cells for a pool, but for the kernel; `by_codes`: for sums by code."""
+    assert index.cells is not None
+    codes, after = step.by_rows(index.codes), _without_pages(after)
+    search, _ = search_launch(step.of_pool, tables, codes, after, index.cells, None, layer)
+    lists = dict.fromkeys(("indices", "counts", "bits", "bits_before"))
+    outputs = search.outputs._replace(
+        **lists,
+        positions=step.scratch(np.int32, step.pooled + PAIRS_AT_ONCE),
+        weighed=step.scratch(np.float32, NUMBERS) if step.config.estimate_rest else None,
+        taken=step.scratch(np.int32, TAKEN) if by_codes else None,
+    )
+    return search._replace(outputs=outputs, in_place=())
+
+
+class Searched(NamedTuple):
+    """A search of cells for a pool.
+
+    Attributes:
+      sealing: of the cells.
+      search: the launch.
+      found: its outputs, of which others ask for some later.
+      in_tail: as in `Outputs`; None where nothing is added up by code.
+    """
+
+    sealing: Sealing
+    search: backend.Launch
+    found: Outputs
+    in_tail: Array | None
+
+
+class Pool(NamedTuple):
+    """Candidates of each query.
+
+    Attributes:
+      entries: where `position_in` finds them.
+      position_in: `in_lists` or `in_search`.
+      searched: the search that found them; None for lists.
+    """
+
+    entries: Array
+    position_in: PositionIn
+    searched: Searched | None
+
+    @classmethod
+    def of_lists(cls, indices: Int32[Array, "B T N P"]) -> "Pool":
+        return cls(indices, in_lists, None)
+
+
+def search_pool(
+    step: Step, tables: Tables, index: PQIndex, after: Lengths, logits: Logits, layer: Array | None
+) -> Pool:
+    """Searches cells for the pool that a step reranks.
+
+    Arguments are those of `attend_pool`.
+
+    Source: CONTRACT.md, section 3.
+    """
+    assert index.cells is not None
+    rest, sealing = step.config.estimate_rest, index.cells.sealing
+    search = pool_launch(step, tables, index, after, layer, by_codes=rest == "codes")
+    num_warps = step.tuning.warps_for_rest(step.config.num_cells, by_code=False)
+    kernel = functools.partial(search_pool_kernel, step=step, sealing=sealing, num_warps=num_warps)
+    what = search._replace(
+        kernel=kernel,
+        inputs=PoolSearchInputs(search.inputs, vectors(logits) if rest else None),
+        state=tuple(f"search.{name}" for name in search.state),
+    )
+    launches = {"search": what}
+    if rest == "codes":
+        kernel = functools.partial(
+            count_tail_kernel, step=step, sealing=sealing, num_warps=num_warps
+        )
+        counts = jax.ShapeDtypeStruct((step.R, step.T, step.config.num_cells), np.int32)
+        launches["tail"] = search._replace(
+            kernel=kernel, outputs=TailOutputs(counts), programs=step.R * step.T
+        )
+    made = backend.launch_together(launches, num_warps=num_warps)
+    found, in_tail = made["search"], made["tail"].in_tail if "tail" in made else None
+    return Pool(found.positions, in_search, Searched(sealing, search, found, in_tail))
+
+
+def attend_pool(
+    step: Step,
+    tables: Tables,
+    index: PQIndex,
+    after: Lengths,
+    pool: Pool,
+    query: Float[Array, "B T N H"],
+    caches: Caches,
+    logits: Logits,
+    known: Parts,
+    lengths: Lengths,
+    layer: Array | None,
+    kept: Kept | None = None,
+) -> Ended:
+    """Attends to the best of a pool by its true keys, and estimates what is left.
+
+    Args:
+      step: of the config that reranks.
+      tables: look-up tables.
+      index: after the step.
+      after: the lengths after it.
+      pool: the pool.
+      query: the queries.
+      caches: keys and values, of all layers if there are any.
+      logits: how to make logits.
+      known: the parts of sink and window.
+      lengths: of all layers, in which those of this one are replaced.
+      layer: of index and caches.
+      kept: of caches in host memory.
+
+    Returns:
+      The output, and the lengths.
+
+    Source: CONTRACT.md, section 4.
+    """
+    searched, rest, launches = pool.searched, step.config.estimate_rest, {}
+    table, after = after.page_table, _without_pages(after)
+    codes = step.by_rows(index.codes)
+    tokens = Inputs(after, None, tables.by_query, codes, None, None, None)
+    if searched is None and rest:
+        launches["weighed"] = weigh_tokens_launch(step, tokens, pool.entries, logits, layer)
+    elif searched is not None and rest == "codes":
+        launches["weighed"] = weigh_codes_launch(step, *searched, logits)
+    if step.config.rerank > 1:
+        of_keys = step, after, query, caches.key, pool.entries
+        launches["ranked"] = rank_launch(*of_keys, pool.position_in, layer, kept, table)
+    made = backend.launch_together(launches, num_warps=step.tuning.ranked_warps)
+    weighed, lists = made.get("weighed"), None
+    if searched is not None:  # it says what tokens weigh
+        found = searched.found
+        lists = Lists(found.taken, found.cell) if rest == "codes" else None
+        tokens = tokens._replace(table=None, codes=codes if lists else None)
+        weighed = WeighedAsCells(found.weighed, weighed and weighed.weights) if rest else None
+    end = end_inputs(step, query, caches, logits, known, index, weighed, kept, table)
+    return end_launch(step, pool, lists, tokens, end, made.get("ranked"), lengths, layer)
+
+
+def attend_cells_with_rest(
     step: Step,
     tables: Tables,
     index: PQIndex,
@@ -854,74 +952,31 @@ def attend_pool_of_cells(
     layer: Array | None,
     kept: Kept | None = None,
 ) -> tuple[Ended, Int32[Array, "R Q E"]]:
-    """Selects a pool for a few query tokens and does the rest of a step.
+    """Selects for a few query tokens, attends, and estimates what is left, in one kernel.
 
-    Arguments and result are those of `attend_pool`, which takes lists. The pool comes with it, in
-    an order of its own.
+    Arguments are those of `attend_pool`. What is selected comes with the result, in an order of its
+    own.
 
     Source: CONTRACT.md, sections 3 and 4.
     """
     assert index.cells is not None
-    codes, table, after = step.by_rows(index.codes), after.page_table, _without_pages(after)
-    search, _ = search_launch(step.of_pool, tables, codes, after, index.cells, None, layer)
-    rest, sealing = step.config.estimate_rest, index.cells.sealing
-    of_end = functools.partial(end_inputs, step, query, caches, logits, known, index)
-
-    by_codes, num_cells = rest == "codes", step.config.num_cells
-    reranks = step.config.rerank > 1
-    num_warps = step.tuning.warps_for_rest(num_cells, by_codes and not reranks)
-    outputs = search.outputs._replace(
-        indices=None,
-        counts=None,
-        bits=None,
-        bits_before=None,
-        positions=step.scratch(np.int32, step.pooled + PAIRS_AT_ONCE),
-        weighed=step.scratch(np.float32, NUMBERS) if rest else None,
-        taken=step.scratch(np.int32, TAKEN) if by_codes else None,
-    )
-    if not reranks:  # all of a small pool is attended to: one kernel does it
-        others = step.scratch(np.int32, num_cells) if by_codes else None
-        outputs = outputs._replace(others=others)
-        what = backend.Launch(
-            functools.partial(cells_pool_kernel, step=step, sealing=sealing, num_warps=num_warps),
-            SearchedInputs(search.inputs, of_end(None, kept, table), lengths),
-            SearchedOutputs(
-                outputs,
-                scratch_shapes(step),
-                *shapes_of_end(query, caches.value.shape[-1], lengths, after, layer),
-            ),
-            programs=search.programs,
-            in_place=REACHED,
-            state=(*(f"search.{name}" for name in search.state), *STATE),
-            layer=layer,
-        )
-        made = backend.launch(what, num_warps=num_warps)
-        return Ended(made.output, made.lengths), made.search.positions
-
-    what = search._replace(
-        kernel=functools.partial(
-            search_pool_kernel, step=step, sealing=sealing, num_warps=num_warps
+    by_codes = step.config.estimate_rest == "codes"
+    search = pool_launch(step, tables, index, after, layer, by_codes=by_codes)
+    sealing, table = index.cells.sealing, after.page_table
+    num_warps = step.tuning.warps_for_rest(step.config.num_cells, by_codes)
+    end = end_inputs(step, query, caches, logits, known, index, None, kept, table)
+    what = backend.Launch(
+        functools.partial(cells_pool_kernel, step=step, sealing=sealing, num_warps=num_warps),
+        SearchedInputs(search.inputs, end, lengths),
+        SearchedOutputs(
+            search.outputs._replace(**cell_counts(step) if by_codes else {}),
+            scratch_shapes(step),
+            *shapes_of_end(query, caches.value.shape[-1], lengths, _without_pages(after), layer),
         ),
-        inputs=PoolSearchInputs(search.inputs, vectors(logits) if rest else None),
-        outputs=outputs,
-        in_place=(),
-        state=tuple(f"search.{name}" for name in search.state),
+        programs=search.programs,
+        in_place=REACHED,
+        state=(*(f"search.{name}" for name in search.state), *STATE),
+        layer=layer,
     )
-    found = backend.launch(what, num_warps=num_warps)
-    launches = {}
-    if by_codes:
-        launches["weighed"] = weigh_codes_launch(step, sealing, search, found, logits)
-    of_keys = step, after, query, caches.key, found.positions
-    launches["ranked"] = rank_launch(*of_keys, in_search, layer, kept, table)
-    made = backend.launch_together(launches, num_warps=step.tuning.ranked_warps)
-    weighed = lists = None
-    if rest:
-        weighed = WeighedAsCells(found.weighed, made["weighed"].weights if by_codes else None)
-    if by_codes:
-        lists = Lists(found.taken, found.cell)
-    of_tokens = Inputs(after, None, None, codes if by_codes else None, None, None, None)
-    end = of_end(weighed, kept, table)
-    ended = end_launch(
-        step, found.positions, lists, of_tokens, end, made["ranked"], in_search, lengths, layer
-    )
-    return ended, found.positions
+    made = backend.launch(what, num_warps=num_warps)
+    return Ended(made.output, made.lengths), made.search.positions

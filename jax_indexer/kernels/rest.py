@@ -320,7 +320,6 @@ def weigh_codes(
         return Scored.of(rank, left, logits).weights(largest)
 
     pl.when(usable)(lambda: search.count_others(taken, count))
-    backend.barrier()
     first = weights(0)
     sums = [jnp.sum(first, axis=1)]
     if by == 2:  # all others are one subspace
@@ -340,6 +339,8 @@ def weighed_beside(
       find: makes it, and takes what `Search.find` does as `weigh`.
     """
     at, numbers = (search.kv_row, search.query), search.outputs.weighed
+    if search.outputs.in_tail is not None:
+        pl.when(search.has_cut(fits))(search.count_tail)
     find_and_weigh(search, fits, logits, find)
     backend.barrier()
     weighed = WeighedCells.read(numbers, at)
@@ -513,6 +514,7 @@ class CodesInputs(NamedTuple):
     taken: Any
     weighed: Any
     positions: Any
+    in_tail: Any
 
 
 class CodesOutputs(NamedTuple):
@@ -535,7 +537,9 @@ def weigh_codes_kernel(
     place, of_pool, logits = Place.of(step, program), step.of_pool, read_logits(inputs.logits)
     plan = place.plan(of_pool, inputs.search.lengths)
     scratch = Outputs(**dict.fromkeys(Outputs._fields))
-    scratch = scratch._replace(positions=inputs.positions, others=outputs.others)
+    scratch = scratch._replace(
+        positions=inputs.positions, in_tail=inputs.in_tail, others=outputs.others
+    )
     search = search_for(of_pool, sealing, num_warps, inputs.search, scratch, *place.of_kv, plan)
     largest = WeighedCells.read(inputs.weighed, place.of_kv).largest
     found = Taken.read(inputs.taken, place.of_kv)
@@ -546,7 +550,12 @@ def weigh_codes_kernel(
 
 
 def weigh_codes_launch(
-    step: Step, sealing: Sealing, search: backend.Launch, found: Outputs, logits: Logits
+    step: Step,
+    sealing: Sealing,
+    search: backend.Launch,
+    found: Outputs,
+    in_tail: Array | None,
+    logits: Logits,
 ) -> backend.Launch:
     """The launch that weighs all candidates by code.
 
@@ -555,12 +564,15 @@ def weigh_codes_launch(
       sealing: of the cells.
       search: for a pool.
       found: what it has found.
+      in_tail: as in `Outputs`.
       logits: how to make logits.
     """
     warps = step.tuning.ranked_warps
     return backend.Launch(
         functools.partial(weigh_codes_kernel, step=step, sealing=sealing, num_warps=warps),
-        CodesInputs(search.inputs, vectors(logits), found.taken, found.weighed, found.positions),
+        CodesInputs(
+            search.inputs, vectors(logits), found.taken, found.weighed, found.positions, in_tail
+        ),
         CodesOutputs(
             step.scratch(np.float32, *sums_by(step.config)),
             step.scratch(np.int32, step.config.num_cells),

@@ -16,6 +16,7 @@ from jax_indexer.kernels.cells_select import (
     Inputs,
     Outputs,
     Scores,
+    cell_counts,
     search_for,
     search_launch,
 )
@@ -128,7 +129,7 @@ def select_cells_with_rest(
     num_warps = max(num_warps, step.tuning.warps_for_rest(step.config.num_cells, by_codes))
     outputs = search.outputs._replace(
         weighed=step.scratch(np.float32, NUMBERS),
-        others=step.scratch(np.int32, step.config.num_cells) if by_codes else None,
+        **cell_counts(step) if by_codes else {},
         taken=step.scratch(np.int32, TAKEN) if by_codes else None,
     )
     sources = sources_of(step, index)

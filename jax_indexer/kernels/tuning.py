@@ -48,9 +48,10 @@ class Tuning:
       weights_block: positions whose weights a program writes.
       starts_at_once, filled_at_once, moved_at_once: starts of cells that are added up at once,
         tokens that are put into lists, entries of a block that a program moves.
-      attended_tile, always_tile, most_attended: elements of the keys or values that a program
-        attends to, for one query head and for those that share them, and the most tokens. The bits
-        of an output depend on them.
+      attended_tile, always_tile, before_pool_tile, most_attended: elements of the keys or values
+        that a program attends to, for one query head and for those that share them, the latter also
+        where a pool follows, whose end hides that there are more parts; and the most tokens. The
+        bits of an output depend on them.
       attended_at_once: tokens that a program attends to behind its own search, at the most.
       attended_warps, merged_warps: of programs that attend to a block of a list, that merge more
         parts than are read at once; fewer take one warp.
@@ -94,6 +95,7 @@ class Tuning:
     moved_at_once: int = 256
     attended_tile: int = 16384
     always_tile: int = 8192
+    before_pool_tile: int = 4096
     most_attended: int = 128
     attended_at_once: int = 256
     attended_warps: int = 8
@@ -101,10 +103,10 @@ class Tuning:
     ranked_bytes: int = 32768
     ranked_warps: int = 8
     pooled_tile: int = 32768
-    lists_at_once: int = 96
-    others_at_once: int = 32
+    lists_at_once: int = 48
+    others_at_once: int = 16
     pooled_warps: int = 4
-    summed_warps: int = 16
+    summed_warps: int = 8
     weighed_tile: int = 4096
     weighed_tokens: int = 256
     tokens_per_part: int = 4096
