@@ -20,9 +20,9 @@ from jax_indexer.kernels.cells_select import (
     search_for,
     search_launch,
 )
+from jax_indexer.kernels.end import End, Scratch, in_lists, sources_of
 from jax_indexer.kernels.lookup_table import Tables
 from jax_indexer.kernels.output import Lists, Writer
-from jax_indexer.kernels.pool import End, Scratch, in_lists, sources_of
 from jax_indexer.kernels.rest import (
     NUMBERS,
     Estimated,

@@ -60,7 +60,8 @@ class Tuning:
       pooled_tile: elements that sums by code of a pool take at once.
       lists_at_once, others_at_once: lists of cells whose entries in a pool are added up by code at
         once, and entries from none; a power of two together.
-      pooled_warps, summed_warps: of programs that attend to a pool; of those that sum by code.
+      pooled_warps, summed_warps, searched_warps: of programs that attend to a pool; of those that
+        sum by code; and of those that search before.
       weighed_tile, weighed_tokens: of the rest: elements that a program holds, and tokens that it
         takes. The bits of an output depend on them.
       tokens_per_part, sums_block: k-means: tokens that one program sums, and sums that one adds
@@ -107,6 +108,7 @@ class Tuning:
     others_at_once: int = 16
     pooled_warps: int = 4
     summed_warps: int = 8
+    searched_warps: int = 16
     weighed_tile: int = 4096
     weighed_tokens: int = 256
     tokens_per_part: int = 4096
@@ -134,7 +136,7 @@ class Tuning:
     def warps_for_rest(self, num_cells: int, by_code: bool) -> int:
         """More than for a search alone where much follows: it is less code to fetch for each."""
         warps = self.warps_for_cells(num_cells, 1)
-        return max(self.summed_warps, warps) if by_code else warps
+        return max(self.searched_warps, warps) if by_code else warps
 
     def warps_for_groups(self, num_groups: int, programs: int) -> int:
         """Warps of the threshold selector, for lists of this many groups."""
