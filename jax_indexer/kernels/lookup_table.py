@@ -47,12 +47,10 @@ def lanes_of(num_queries: int, itemsize: int, tuning: Tuning) -> int:
     return min(power_of_2_from(num_queries), tuning.lookup_bytes // itemsize)
 
 
-def lookup_table_kernel(program, inputs: Inputs, tables: Tables, *, step: Step):
+def lookup_table_kernel(program, inputs: Inputs, tables: Tables, *, step: Step, lanes: int):
     num_subspaces, num_centroids = inputs.codebooks.shape[1:3]
     dimensions = inputs.query.shape[3] // num_subspaces
-    lane_groups, lanes = step.Q, 1
-    if tables.by_lane is not None:
-        _, lane_groups, _, lanes = tables.by_lane.shape
+    lane_groups = pl.cdiv(step.Q, lanes)
     subspace = program % num_subspaces
     group = program // num_subspaces % lane_groups
     kv_row = program // (num_subspaces * lane_groups)
@@ -95,17 +93,19 @@ def tables_launch(
 ) -> backend.Launch:
     """The launch that makes `Tables` of all queries against the codebooks of their kv heads.
 
-    Their bits depend on the query and the codebook alone. Without lanes each query has a program.
+    Their bits depend on the query and the codebook alone.
 
     Source: CONTRACT.md, rules 3 and 7.
     """
     config, dtype = step.config, step.config.table_dtype
     entries = config.num_subspaces * config.num_centroids
-    lanes = lanes_of(step.Q, dtype.itemsize, step.tuning) if by_lane else 1
+    lanes = lanes_of(step.Q, dtype.itemsize, step.tuning)
+    if not by_lane and step.T == 1:  # programs are few enough for one a query
+        lanes = 1
     groups = pl.cdiv(step.Q, lanes)
     shape = step.R, groups, entries, lanes
     return backend.Launch(
-        functools.partial(lookup_table_kernel, step=step),
+        functools.partial(lookup_table_kernel, step=step, lanes=lanes),
         Inputs(query, step.by_rows(codebooks)),
         Tables(
             jax.ShapeDtypeStruct(shape, dtype) if by_lane else None,
