@@ -143,6 +143,11 @@ class IndexerConfig:
         return dataclasses.replace(self, heavy_size=self.rerank * self.heavy_size, rerank=1)
 
     @property
+    def has_pool(self) -> bool:
+        """Whether `decode_attention` reranks candidates, or estimates those it does not list."""
+        return self.rerank > 1 or bool(self.estimate_rest)
+
+    @property
     def first_trained(self) -> int:
         """The lowest position that codebooks are trained on: `init_offset`, or `sink_size`."""
         return self.sink_size if self.init_offset is None else self.init_offset

@@ -168,8 +168,7 @@ def _decode(
         T, N = query.shape[1:3]
         size = None if page_table is None else page_size_of(key, kv_layout)
         step = Step.of(index, config, T=T, N=N, kv_layout=kv_layout, page_size=size)
-        goes_on = config.rerank > 1 or bool(config.estimate_rest)
-        chosen = selector or default_selector(config.pool, step.S, T, goes_on)
+        chosen = selector or default_selector(config.pool, step.S, T, config.has_pool)
 
         def xla(query, new, caches, index, recent, counts, logits, layer, page_table):
             before, span = layer_of(index.lengths, layer), Span.of(sequence_axis, step.S)

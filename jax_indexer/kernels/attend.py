@@ -744,8 +744,7 @@ def always_launch(
     be written beside it.
     """
     value_size = new.value.shape[3]
-    has_pool = step.config.rerank > 1 or step.config.estimate_rest
-    tile = step.tuning.before_pool_tile if has_pool else step.tuning.always_tile
+    tile = step.tuning.before_pool_tile if step.config.has_pool else step.tuning.always_tile
     block = block_of(query.shape[3], value_size, tile, step.tuning)
     tokens = tokens_at_once(step)
     most = min(step.config.sink_size + step.config.window_size + tokens - 1, step.S)

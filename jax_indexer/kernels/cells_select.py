@@ -119,6 +119,15 @@ class Outputs(NamedTuple):
     others: Any
     taken: Any
 
+    @classmethod
+    def only(cls, **fields: Any) -> "Outputs":
+        """Of a kernel that looks at a search, and has nothing else of it."""
+        return cls(**dict.fromkeys(cls._fields) | fields)
+
+    def without_lists(self) -> "Outputs":
+        """Of a search whose winners are attended to, in any order."""
+        return self._replace(indices=None, counts=None, bits=None, bits_before=None)
+
 
 def cell_counts(step: Step) -> dict[str, Any]:
     """Fields of `Outputs` where one kernel searches and weighs cells by code."""
@@ -781,7 +790,7 @@ def count_tail_kernel(
 ):
     kv_row, token = program // step.T, program % step.T
     plan = plan_query(step, inputs.lengths, kv_row, 0 if step.T == 1 else token)
-    scratch = Outputs(**dict.fromkeys(Outputs._fields))._replace(in_tail=outputs.in_tail)
+    scratch = Outputs.only(in_tail=outputs.in_tail)
     of_query = kv_row, token * step.G, plan
     search_for(step, sealing, num_warps, inputs, scratch, *of_query).count_tail()
 
@@ -957,7 +966,6 @@ def attend_cells(
     assert index.cells is not None
     codes = step.by_rows(index.codes)
     search, num_warps = search_launch(step, tables, codes, after, index.cells, None, layer)
-    scratch = dict.fromkeys(("indices", "counts", "bits", "bits_before"))
     value_size = caches.value.shape[-1]
     what = backend.Launch(
         functools.partial(
@@ -969,7 +977,7 @@ def attend_cells(
         ),
         AttendInputs(search.inputs, query, *caches, vectors(logits), known, lengths, kept),
         AttendOutputs(
-            search.outputs._replace(**scratch),
+            search.outputs.without_lists(),
             *shapes_of_end(query, value_size, lengths, after, layer),
         ),
         programs=search.programs,

@@ -274,17 +274,16 @@ def launch_decode(
     kept, indices, positions = kept_of(recent), None, None
     lengths = Lengths(index.lengths, None, high_water=index.high_water)
     index, after = appended(step, index, made, layer, caches.value, span, page_table)
-    has_pool = step.config.rerank > 1 or step.config.estimate_rest
     known = step, made["tables"], index, after
     of_end = query, caches, logits, always, lengths, layer, kept
-    if has_pool and not weighs_cells(step, selector):
+    if step.config.has_pool and not weighs_cells(step, selector):
         indices = selected(step.of_pool, made, index, after, selector, layer).indices
         ended = attend_pool(*known, Pool.of_lists(indices), *of_end)
     elif step.config.rerank > 1:
         pool = search_pool(*known, logits, layer)
         positions = pool.entries
         ended = attend_pool(*known, pool, *of_end)
-    elif has_pool:
+    elif step.config.has_pool:
         ended, positions = attend_cells_with_rest(*known, *of_end)
     elif span is None and selector == "cells" and step.num_middle <= step.tuning.attended_at_once:
         assert index.cells is not None

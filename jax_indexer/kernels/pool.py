@@ -30,9 +30,7 @@ from jax_indexer.kernels.attend import (
     vectors,
     write_length,
 )
-from jax_indexer.kernels.best import (
-    PAIRS_AT_ONCE,
-)
+from jax_indexer.kernels.best import PAIRS_AT_ONCE
 from jax_indexer.kernels.cells_select import (
     TAKEN,
     Inputs,
@@ -342,9 +340,7 @@ def pool_launch(
     assert index.cells is not None
     codes, after = step.by_rows(index.codes), _without_pages(after)
     search, _ = search_launch(step.of_pool, tables, codes, after, index.cells, None, layer)
-    lists = dict.fromkeys(("indices", "counts", "bits", "bits_before"))
-    outputs = search.outputs._replace(
-        **lists,
+    outputs = search.outputs.without_lists()._replace(
         positions=step.scratch(np.int32, step.pooled + PAIRS_AT_ONCE),
         weighed=step.scratch(np.float32, NUMBERS) if step.config.estimate_rest else None,
         taken=step.scratch(np.int32, TAKEN) if by_codes else None,
@@ -359,13 +355,11 @@ class Searched(NamedTuple):
       sealing: of the cells.
       search: the launch.
       found: its outputs, of which others ask for some later.
-      in_tail: as in `Outputs`; None where nothing is added up by code.
     """
 
     sealing: Sealing
     search: backend.Launch
     found: Outputs
-    in_tail: Array | None
 
 
 class Pool(NamedTuple):
@@ -415,8 +409,10 @@ def search_pool(
             kernel=kernel, outputs=TailOutputs(counts), programs=step.R * step.T
         )
     made = backend.launch_together(launches, num_warps=num_warps)
-    found, in_tail = made["search"], made["tail"].in_tail if "tail" in made else None
-    return Pool(found.positions, in_search, Searched(sealing, search, found, in_tail))
+    found = made["search"]
+    if "tail" in made:
+        found = found._replace(in_tail=made["tail"].in_tail)
+    return Pool(found.positions, in_search, Searched(sealing, search, found))
 
 
 def attend_pool(

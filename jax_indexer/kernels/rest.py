@@ -339,12 +339,13 @@ def weighed_beside(
       find: makes it, and takes what `Search.find` does as `weigh`.
     """
     at, numbers = (search.kv_row, search.query), search.outputs.weighed
-    if search.outputs.in_tail is not None:
+    by_code = search.outputs.taken is not None
+    if by_code:
         pl.when(search.has_cut(fits))(search.count_tail)
     find_and_weigh(search, fits, logits, find)
     backend.barrier()
     weighed = WeighedCells.read(numbers, at)
-    if search.outputs.taken is None:
+    if not by_code:
         return weighed, [weighed.total[None]]
     found = Taken.read(search.outputs.taken, at)
     return weighed, weigh_codes(search, fits, logits, *found, weighed.largest)
@@ -536,8 +537,7 @@ def weigh_codes_kernel(
     """What the candidates of a query weigh by code, from scores as its search had them."""
     place, of_pool, logits = Place.of(step, program), step.of_pool, read_logits(inputs.logits)
     plan = place.plan(of_pool, inputs.search.lengths)
-    scratch = Outputs(**dict.fromkeys(Outputs._fields))
-    scratch = scratch._replace(
+    scratch = Outputs.only(
         positions=inputs.positions, in_tail=inputs.in_tail, others=outputs.others
     )
     search = search_for(of_pool, sealing, num_warps, inputs.search, scratch, *place.of_kv, plan)
@@ -550,12 +550,7 @@ def weigh_codes_kernel(
 
 
 def weigh_codes_launch(
-    step: Step,
-    sealing: Sealing,
-    search: backend.Launch,
-    found: Outputs,
-    in_tail: Array | None,
-    logits: Logits,
+    step: Step, sealing: Sealing, search: backend.Launch, found: Outputs, logits: Logits
 ) -> backend.Launch:
     """The launch that weighs all candidates by code.
 
@@ -564,14 +559,18 @@ def weigh_codes_launch(
       sealing: of the cells.
       search: for a pool.
       found: what it has found.
-      in_tail: as in `Outputs`.
       logits: how to make logits.
     """
     warps = step.tuning.ranked_warps
     return backend.Launch(
         functools.partial(weigh_codes_kernel, step=step, sealing=sealing, num_warps=warps),
         CodesInputs(
-            search.inputs, vectors(logits), found.taken, found.weighed, found.positions, in_tail
+            search.inputs,
+            vectors(logits),
+            found.taken,
+            found.weighed,
+            found.positions,
+            found.in_tail,
         ),
         CodesOutputs(
             step.scratch(np.float32, *sums_by(step.config)),
