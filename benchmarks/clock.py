@@ -280,7 +280,7 @@ STAGES = {
         ("full attention", r"flash|fmha|sdpa"),
         ("append, look-up table", r"append_kernel|lookup_table_kernel|write_kernel|sum_values"),
         ("cells", r"always_attended_kernel|seal_kernel"),
-        ("cells select", r"cells_select_kernel|search_pool_kernel|count_tail_kernel"),
+        ("cells select", r"cells_select_kernel|search_pool_kernel|count_candidates_kernel"),
         ("group maxima", r"group_maxima_kernel"),
         ("threshold select", r"threshold_select_kernel"),
         ("scores", r"score_kernel"),

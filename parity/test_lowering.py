@@ -620,7 +620,7 @@ def test_a_pool_and_the_rest_lower_to_kernels_alone(name):
             weigh = ["weigh_codes_kernel"] if config.estimate_rest == "codes" else []
         searches = ["search_pool_kernel"]
         if config.estimate_rest == "codes":
-            searches += ["count_tail_kernel"]
+            searches += ["count_candidates_kernel"]
         selects = {"_and_".join(searches)} if config.cells else KERNELS["threshold"]
         others = selects | {"_and_".join(weigh + ranks), "attend_pool_kernel"}
     assert kernels(text) == {first} | others

@@ -97,10 +97,10 @@ class Outputs(NamedTuple):
       bits: words with a bit for each position, if budgets are large, else None.
       bits_before: how many bits are set before each word, likewise.
       weighed: f32[R, Q, n], for what weighs candidates; None if nothing does.
-      in_tail: i32[R, n, cells], how many tokens of each cell are in the tail, for each query or
-        query token; or None.
-      others: i32[R, Q, cells], how many winners at the cut are from no list, if there are any; or
+      sizes: i32[R, n, cells], how many candidates each cell has, for each query or query token; or
         None.
+      others: i32[R, Q, cells], how many winners at the cut are from no list, where
+        `Taken.is_mixed`; or None.
       taken: i32[R, Q, TAKEN], `Taken` and how many winners are sealed, for those who ask later; or
         None.
     """
@@ -115,7 +115,7 @@ class Outputs(NamedTuple):
     bits: Any
     bits_before: Any
     weighed: Any
-    in_tail: Any
+    sizes: Any
     others: Any
     taken: Any
 
@@ -131,7 +131,7 @@ class Outputs(NamedTuple):
 
 def cell_counts(step: Step) -> dict[str, Any]:
     """Fields of `Outputs` where one kernel searches and weighs cells by code."""
-    return dict.fromkeys(("in_tail", "others"), step.scratch(np.int32, step.config.num_cells))
+    return dict.fromkeys(("sizes", "others"), step.scratch(np.int32, step.config.num_cells))
 
 
 class Part(NamedTuple):
@@ -174,6 +174,7 @@ class Taken(NamedTuple):
       of_lists: how many of these are taken from lists; the others are looked for in the codes.
       whole: tokens taken from lists.
       cells: how many lists these are from.
+      cell: the cell that those at the cut are of; -1 where some are of another, or from no list.
     """
 
     rank: Array
@@ -182,6 +183,7 @@ class Taken(NamedTuple):
     of_lists: Array
     whole: Array
     cells: Array
+    cell: Array
 
     @classmethod
     def read(cls, taken: Any, at: tuple[Array, Array]) -> tuple["Taken", Array]:
@@ -200,9 +202,9 @@ class Taken(NamedTuple):
         return self.ties - self.at_cut
 
     @property
-    def has_others(self) -> Array:
-        """Whether tokens at the cut are taken that are from no list."""
-        return self.ties > self.of_lists
+    def is_mixed(self) -> Array:
+        """Whether those at the cut are counted cell by cell."""
+        return self.cell < 0
 
 
 TAKEN = power_of_2_from(len(Taken._fields) + 1)
@@ -442,13 +444,17 @@ class Search(NamedTuple):
             cells = [jnp.where(x.is_cell, x.size, 0) for x in entries]
             at = [x.is_cell & (x.rank == cut.rank) for x in entries]
             tied = [jnp.where(x, size, 0) for x, size in zip(at, cells, strict=True)]
+            own = [jnp.where(is_at, x.number, 0) for is_at, x in zip(at, entries, strict=True)]
             above = [
                 jnp.where(x.rank > cut.rank, size, 0)
                 for x, size in zip(entries, cells, strict=True)
             ]
-            return [sum(x[1:], x[0]) for x in ([x.astype(jnp.int32) for x in at], tied, above)]
+            at = [x.astype(jnp.int32) for x in at]
+            columns = (at, tied, above, own)[:number]
+            return [sum(x[1:], x[0]) for x in columns]
 
-        cells_at_cut, tied, above = few.added(count, 3)
+        number = 3 if outputs.taken is None else 4
+        cells_at_cut, tied, above, *cell = few.added(count, number)
         by_cell = (cells_at_cut <= 1) | (tied <= cut.ties)
         at_cut = jnp.minimum(tied, cut.ties)
         of_lists = jnp.where(by_cell, at_cut, 0)
@@ -478,7 +484,9 @@ class Search(NamedTuple):
         both = few.fold(write, jnp.int32(0))
         backend.barrier()
         cells = jnp.clip(both >> 16, 0, budget)
-        return Taken(cut.rank, cut.ties, at_cut, of_lists, whole, cells)
+        is_one = (cells_at_cut <= 1) & (cut.ties <= of_lists)
+        cell_at_cut = jnp.where(is_one, sum(cell, jnp.int32(0)), -1)
+        return Taken(cut.rank, cut.ties, at_cut, of_lists, whole, cells, cell_at_cut)
 
     def read_lists(self, taken: Taken) -> None:
         """Writes the positions of the winners in lists to scratch, cell by cell."""
@@ -520,11 +528,6 @@ class Search(NamedTuple):
         )
         return jnp.minimum(taken.whole + jnp.minimum(found, taken.to_find), self.plan.num_heavy)
 
-    def clear_counts(self, counts: Any, at: tuple[Array, Array]) -> None:
-        """Zeros for all cells."""
-        cell = jnp.arange(self.step.config.num_cells, dtype=jnp.int32)
-        backend.store(counts.at[(*at, cell)], jnp.zeros_like(cell))
-
     def add_to_cells(
         self, counts: Any, at: tuple[Array, Array], position: Array, exists: Array
     ) -> None:
@@ -537,59 +540,61 @@ class Search(NamedTuple):
         backend.add(counts, (*at, cell), exists.astype(jnp.int32))
 
     @property
-    def at_tail(self) -> tuple[Array, Array]:
-        """Where `Outputs.in_tail` is of this query."""
-        return self.kv_row, self.query * self.outputs.in_tail.shape[1] // self.step.Q
+    def at_sizes(self) -> tuple[Array, Array]:
+        """Where `Outputs.sizes` is of this query."""
+        return self.kv_row, self.query * self.outputs.sizes.shape[1] // self.step.Q
 
-    def count_tail(self) -> None:
-        """Writes `Outputs.in_tail`: atomics take microseconds, and queries of a row share it."""
+    def count_candidates(self) -> None:
+        """Writes `Outputs.sizes`: atomics take microseconds, and queries of a row share it."""
+        sizes, at = self.outputs.sizes, self.at_sizes
+        cell = jnp.arange(self.step.config.num_cells, dtype=jnp.int32)
+        backend.store(sizes.at[(*at, cell)], self.size_of(cell))
         number, waits = self.tail()
-        self.clear_counts(self.outputs.in_tail, self.at_tail)
-        self.add_to_cells(self.outputs.in_tail, self.at_tail, self.sealed + number, waits)
+        self.add_to_cells(sizes, at, self.sealed + number, waits)
 
     def count_others(self, taken: Taken, count: Array) -> None:
-        """Writes `Outputs.others`, if anybody at the cut wins that is in no list: few searches.
+        """Writes `Outputs.others`.
 
         Args:
           taken: who is taken.
           count: of the winners in scratch before those of the tail.
         """
         others, at = self.outputs.others, (self.kv_row, self.query)
+        cell, tail = jnp.arange(self.step.config.num_cells, dtype=jnp.int32), self.score_tail()
+        backend.store(others.at[(*at, cell)], jnp.zeros_like(cell))
+        mark = (tail.exists & (tail.rank == taken.rank)).astype(jnp.int32)
+        own = jnp.sum(mark, axis=0)
+        ties = (jnp.cumsum(own) - own)[None, :] + jnp.cumsum(mark, axis=0)
+        wins = (mark > 0) & (ties <= taken.of_tail)
+        self.add_to_cells(others, at, self.sealed + tail.number, wins)
 
-        @pl.when(taken.has_others)
-        def _():
-            self.clear_counts(others, at)
-            tail = self.score_tail()
-            mark = (tail.exists & (tail.rank == taken.rank)).astype(jnp.int32)
-            own = jnp.sum(mark, axis=0)
-            ties = (jnp.cumsum(own) - own)[None, :] + jnp.cumsum(mark, axis=0)
-            wins = (mark > 0) & (ties <= taken.of_tail)
-            self.add_to_cells(others, at, self.sealed + tail.number, wins)
+        def found(i, carry):
+            place = taken.whole + i * TIED_BLOCK + jnp.arange(TIED_BLOCK, dtype=jnp.int32)
+            scratch = self.outputs.positions.at[(*at, place)]
+            position = backend.load(scratch, mask=place < count, other=0)
+            self.add_to_cells(others, at, position, place < count)
+            return carry
 
-            def found(i, carry):
-                place = taken.whole + i * TIED_BLOCK + jnp.arange(TIED_BLOCK, dtype=jnp.int32)
-                scratch = self.outputs.positions.at[(*at, place)]
-                position = backend.load(scratch, mask=place < count, other=0)
-                self.add_to_cells(others, at, position, place < count)
-                return carry
+        turns = lax.div(count - taken.whole + (TIED_BLOCK - 1), jnp.int32(TIED_BLOCK))
+        lax.fori_loop(0, turns, found, jnp.int32(0))
+        backend.barrier()
 
-            turns = lax.div(count - taken.whole + (TIED_BLOCK - 1), jnp.int32(TIED_BLOCK))
-            lax.fori_loop(0, turns, found, jnp.int32(0))
-            backend.barrier()
-
-    def left_of(self, cell: Array, exists: Array, rank: Array, taken: Taken) -> Array:
-        """How many tokens of some cells are no winners, from `in_tail` and `others`.
+    def left_of(
+        self, cell: Array, exists: Array, rank: Array, taken: Taken, *, mixed: bool
+    ) -> Array:
+        """How many candidates of some cells are no winners, from `Outputs.sizes`.
 
         All tokens of a cell have one score: of a cell above the cut all win, below it none.
         """
-        size, at = self.size_of(cell, exists), (self.kv_row, self.query)
-        in_tail = self.outputs.in_tail.at[(*self.at_tail, cell)]
-        number = size + backend.load(in_tail, mask=exists, other=0)
-        is_at = exists & (rank == taken.rank)
-        others = self.outputs.others.at[(*at, cell)]
-        others = backend.load(others, mask=is_at & taken.has_others, other=0)
-        at_cut = number - jnp.minimum(size, taken.of_lists) - others
-        return jnp.where(is_at, at_cut, jnp.where(rank < taken.rank, number, 0))
+        sizes = self.outputs.sizes.at[(*self.at_sizes, cell)]
+        number, is_at = backend.load(sizes, mask=exists, other=0), rank == taken.rank
+        if mixed:
+            others = self.outputs.others.at[self.kv_row, self.query, cell]
+            won = backend.load(others, mask=exists & is_at, other=0)
+            won += jnp.minimum(self.size_of(cell, exists & is_at), taken.of_lists)
+        else:
+            won = jnp.where(cell == taken.cell, taken.of_lists, 0)
+        return jnp.where(is_at, number - won, jnp.where(rank < taken.rank, number, 0))
 
     def list_sealed(self, count: Array, writer: Writer) -> None:
         """Puts the winners in scratch in order."""
@@ -779,20 +784,20 @@ def cells_select_kernel(
     search.find(fits, writer.fill, writer.put, lambda count: search.list_sealed(count, writer))
 
 
-class TailOutputs(NamedTuple):
+class SizesOutputs(NamedTuple):
     """i32[R, T, cells] as in `Outputs`."""
 
-    in_tail: Any
+    sizes: Any
 
 
-def count_tail_kernel(
-    program, inputs: Inputs, outputs: TailOutputs, *, step: Step, sealing: Sealing, num_warps: int
+def count_candidates_kernel(
+    program, inputs: Inputs, outputs: SizesOutputs, *, step: Step, sealing: Sealing, num_warps: int
 ):
     kv_row, token = program // step.T, program % step.T
     plan = plan_query(step, inputs.lengths, kv_row, 0 if step.T == 1 else token)
-    scratch = Outputs.only(in_tail=outputs.in_tail)
+    scratch = Outputs.only(sizes=outputs.sizes)
     of_query = kv_row, token * step.G, plan
-    search_for(step, sealing, num_warps, inputs, scratch, *of_query).count_tail()
+    search_for(step, sealing, num_warps, inputs, scratch, *of_query).count_candidates()
 
 
 class AttendInputs(NamedTuple):
@@ -918,7 +923,7 @@ def search_launch(
             bits=integers(num_words + 1) if num_words else None,
             bits_before=integers(num_words) if num_words else None,
             weighed=None,
-            in_tail=None,
+            sizes=None,
             others=None,
             taken=None,
         ),

@@ -37,9 +37,9 @@ from jax_indexer.kernels.cells_select import (
     Outputs,
     Scores,
     Search,
-    TailOutputs,
+    SizesOutputs,
     cell_counts,
-    count_tail_kernel,
+    count_candidates_kernel,
     search_for,
     search_launch,
 )
@@ -402,16 +402,16 @@ def search_pool(
     launches = {"search": what}
     if rest == "codes":
         kernel = functools.partial(
-            count_tail_kernel, step=step, sealing=sealing, num_warps=num_warps
+            count_candidates_kernel, step=step, sealing=sealing, num_warps=num_warps
         )
         counts = jax.ShapeDtypeStruct((step.R, step.T, step.config.num_cells), np.int32)
-        launches["tail"] = search._replace(
-            kernel=kernel, outputs=TailOutputs(counts), programs=step.R * step.T
+        launches["sizes"] = search._replace(
+            kernel=kernel, outputs=SizesOutputs(counts), programs=step.R * step.T
         )
     made = backend.launch_together(launches, num_warps=num_warps)
     found = made["search"]
-    if "tail" in made:
-        found = found._replace(in_tail=made["tail"].in_tail)
+    if "sizes" in made:
+        found = found._replace(sizes=made["sizes"].sizes)
     return Pool(found.positions, in_search, Searched(sealing, search, found))
 
 

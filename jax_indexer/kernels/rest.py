@@ -39,6 +39,8 @@ from jax_indexer.values import sums_by
 
 # Parts that a context is weighed in, at the most, token by token.
 MOST_PARTS = 64
+# Codes of other subspaces whose cells are weighed at once where winners at the cut are mixed.
+MIXED_AT_ONCE = 16
 
 
 class Weighed(NamedTuple):
@@ -305,26 +307,44 @@ def weigh_codes(
     """
     config, scores, usable = search.step.config, search.scores, search.has_cut(fits)
     by, C = config.num_subspaces, config.num_centroids
-    code = jnp.arange(C, dtype=jnp.int32)[:, None]
-    other = jnp.arange(config.num_cells // C, dtype=jnp.int32)[None, :]
+    number = config.num_cells // C
 
-    def weights(m: int) -> Array:
-        """Of all cells, [codes of subspace m, codes of the others]."""
-        below = C ** (by - 1 - m)
-        cell = (other // below * C + code) * below + other % below
-        rank = scores.rank_of(
-            code if digit == m else other // C ** (by - 1 - digit - (digit < m)) % C
-            for digit in range(by)
-        )
-        left = search.left_of(cell, jnp.broadcast_to(usable, cell.shape), rank, taken)
+    def weights(m: int, first: Array | int, at_once: int, *, mixed: bool = False) -> Array:
+        """Of some cells: [codes of subspace m, codes of the others]."""
+        code = jnp.arange(C, dtype=jnp.int32)[:, None]
+        other = first + jnp.arange(at_once, dtype=jnp.int32)[None, :]
+        bits, low = config.num_bits, config.num_bits * (by - 1 - m)
+        # Plain at the ends, so that loads are seen to lie side by side.
+        above, below = (other >> low if m else 0), (other & ((1 << low) - 1) if m else other)
+        cell = ((above << bits) + code << low) + below
+        digits = [(other >> bits * i) & (C - 1) for i in reversed(range(by - 1))]
+        rank = scores.rank_of([*digits[:m], code, *digits[m:]])
+        exists = jnp.broadcast_to(usable, cell.shape)
+        left = search.left_of(cell, exists, rank, taken, mixed=mixed)
         return Scored.of(rank, left, logits).weights(largest)
 
-    pl.when(usable)(lambda: search.count_others(taken, count))
-    first = weights(0)
-    sums = [jnp.sum(first, axis=1)]
-    if by == 2:  # all others are one subspace
-        sums += [jnp.sum(first, axis=0)]
-    return sums + [jnp.sum(weights(m), axis=1) for m in range(len(sums), by)]
+    def together() -> list[Array]:
+        first = weights(0, 0, number)
+        sums = [jnp.sum(first, axis=1)]
+        if by == 2:  # all others are one subspace
+            sums += [jnp.sum(first, axis=0)]
+        return sums + [jnp.sum(weights(m, 0, number), axis=1) for m in range(len(sums), by)]
+
+    def in_turns() -> list[Array]:
+        """What few searches need, in few registers."""
+        search.count_others(taken, count)
+        at_once = min(number, MIXED_AT_ONCE)
+
+        def sums(m: int) -> Array:
+            def add(i: Array, so_far: Array) -> Array:
+                return so_far + weights(m, i * at_once, at_once, mixed=True)
+
+            zeros = jnp.zeros((C, at_once), jnp.float32)
+            return jnp.sum(lax.fori_loop(0, number // at_once, add, zeros), axis=1)
+
+        return [sums(m) for m in range(by)]
+
+    return lax.cond(usable & taken.is_mixed, in_turns, together)
 
 
 def weighed_beside(
@@ -341,7 +361,7 @@ def weighed_beside(
     at, numbers = (search.kv_row, search.query), search.outputs.weighed
     by_code = search.outputs.taken is not None
     if by_code:
-        pl.when(search.has_cut(fits))(search.count_tail)
+        pl.when(search.has_cut(fits))(search.count_candidates)
     find_and_weigh(search, fits, logits, find)
     backend.barrier()
     weighed = WeighedCells.read(numbers, at)
@@ -515,7 +535,7 @@ class CodesInputs(NamedTuple):
     taken: Any
     weighed: Any
     positions: Any
-    in_tail: Any
+    sizes: Any
 
 
 class CodesOutputs(NamedTuple):
@@ -537,9 +557,7 @@ def weigh_codes_kernel(
     """What the candidates of a query weigh by code, from scores as its search had them."""
     place, of_pool, logits = Place.of(step, program), step.of_pool, read_logits(inputs.logits)
     plan = place.plan(of_pool, inputs.search.lengths)
-    scratch = Outputs.only(
-        positions=inputs.positions, in_tail=inputs.in_tail, others=outputs.others
-    )
+    scratch = Outputs.only(positions=inputs.positions, sizes=inputs.sizes, others=outputs.others)
     search = search_for(of_pool, sealing, num_warps, inputs.search, scratch, *place.of_kv, plan)
     largest = WeighedCells.read(inputs.weighed, place.of_kv).largest
     found = Taken.read(inputs.taken, place.of_kv)
@@ -570,7 +588,7 @@ def weigh_codes_launch(
             found.taken,
             found.weighed,
             found.positions,
-            found.in_tail,
+            found.sizes,
         ),
         CodesOutputs(
             step.scratch(np.float32, *sums_by(step.config)),
