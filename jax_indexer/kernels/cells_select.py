@@ -64,9 +64,8 @@ MOST_SIZE = (1 << SIZE_BITS) - 1  # more than a budget
 assert LARGEST_BUDGET_OF_CELLS < 1 << FIRST_BITS
 # Tokens looked at at once for those that tie at the cut.
 TIED_BLOCK = 1024
-# The cut is narrowed among all cells until as many tokens as are wanted, times the first, may be
-# above it, or one of so many candidates; what remains is a list that a warp goes through.
-MOST_OF_WANTED = 2
+# The cut is narrowed among all cells until half more tokens than are wanted may be above it, or one
+# of so many candidates; what remains is a list that a warp goes through.
 ONE_OF_CANDIDATES = 128
 # Neighbours in that list that a thread takes: of four, kernels would take minutes to compile.
 FEW_RUN = 2
@@ -366,11 +365,8 @@ class Search(NamedTuple):
         number, waits = self.tail()
         return Tail(number, waits, self.scores.ranks_of_tokens(self.sealed + number, waits))
 
-    def narrow(self, cells: Part, tail: Tail) -> tuple[Bounds, Array]:
-        """Bounds of the cut, above whose lower one is little: each cell is all of its tokens.
-
-        Also the lowest rank of all.
-        """
+    def narrow(self, cells: Part, tail: Tail) -> Bounds:
+        """Bounds of the cut, above whose lower one is little: each cell is all of its tokens."""
         sizes = cells.size, tail.exists.astype(jnp.int32)
         tokens = Weighted((cells.rank, tail.rank), sizes)
         least, most = tokens.extremes()
@@ -379,8 +375,8 @@ class Search(NamedTuple):
         share = wanted.astype(jnp.float32) / candidates.astype(jnp.float32)
         share = jnp.sqrt(jnp.sqrt(share))
         bounds = Bounds(least, most + 1, candidates, jnp.int32(0))
-        enough = jnp.maximum(wanted * MOST_OF_WANTED, lax.div(candidates, ONE_OF_CANDIDATES))
-        return narrow(tokens, wanted, bounds, enough, STEPS_WITHOUT_TIES, share), least
+        enough = jnp.maximum(wanted + (wanted >> 1), lax.div(candidates, ONE_OF_CANDIDATES))
+        return narrow(tokens, wanted, bounds, enough, STEPS_WITHOUT_TIES, share)
 
     def list_few(self, cells: Part, tail: Tail, low: Array) -> Few:
         """Lists all cells and tokens of the tail that reach a rank, the latter in their order."""
@@ -410,6 +406,12 @@ class Search(NamedTuple):
         is_last = lane == self.threads - 1
         backend.store(at(0, jnp.where(is_last, last, last + 1)), until, mask=is_last)
         backend.barrier()
+        return self.read_few()
+
+    def read_few(self) -> Few:
+        """What `list_few` has listed."""
+        few = self.outputs.few
+        last = few.shape[3] - 1
         number = few[self.kv_row, self.query, 0, last]
 
         def read(first: Array) -> list[Entry]:
@@ -417,8 +419,9 @@ class Search(NamedTuple):
             for place in (first + i for i in range(FEW_RUN)):
                 exists = place < number
                 where = jnp.where(exists, place, last)
-                rank = backend.load(at(0, where), mask=exists, other=NOT_A_CANDIDATE)
-                word = backend.load(at(1, where), mask=exists, other=0)
+                at = (few.at[self.kv_row, self.query, which, where] for which in (0, 1))
+                rank = backend.load(next(at), mask=exists, other=NOT_A_CANDIDATE)
+                word = backend.load(next(at), mask=exists, other=0)
                 entries.append(self.entry(rank, word, exists))
             return entries
 
@@ -579,15 +582,19 @@ class Search(NamedTuple):
         lax.fori_loop(0, turns, found, jnp.int32(0))
         backend.barrier()
 
+    def number_of(self, cell: Array, exists: Array) -> Array:
+        """How many candidates some cells have, from `Outputs.sizes`."""
+        sizes = self.outputs.sizes.at[(*self.at_sizes, cell)]
+        return backend.load(sizes, mask=exists, other=0)
+
     def left_of(
         self, cell: Array, exists: Array, rank: Array, taken: Taken, *, mixed: bool
     ) -> Array:
-        """How many candidates of some cells are no winners, from `Outputs.sizes`.
+        """How many candidates of some cells are no winners.
 
         All tokens of a cell have one score: of a cell above the cut all win, below it none.
         """
-        sizes = self.outputs.sizes.at[(*self.at_sizes, cell)]
-        number, is_at = backend.load(sizes, mask=exists, other=0), rank == taken.rank
+        number, is_at = self.number_of(cell, exists), rank == taken.rank
         if mixed:
             others = self.outputs.others.at[self.kv_row, self.query, cell]
             won = backend.load(others, mask=exists & is_at, other=0)
@@ -703,7 +710,7 @@ class Search(NamedTuple):
         fill: Callable[[Array, Array, Array], None],
         put: Callable[[Array, Array, Array], None],
         arrange: Callable[[Array], None],
-        weigh: Callable[[Part, Tail, Few, Taken, Array], None] | None = None,
+        weigh: Callable[[Part, Tail, Few, Taken], None] | None = None,
     ) -> None:
         """Puts the winners, or if the state does not fit some candidates; `fill` comes before.
 
@@ -712,7 +719,7 @@ class Search(NamedTuple):
           fill: takes positions, places and a mask, of what is written again.
           put: likewise, of winners.
           arrange: takes how many winners lie in scratch.
-          weigh: takes all candidates, the few that may win, who of them does, and the lowest rank.
+          weigh: takes all candidates, the few that may win, and who of them does.
         """
         plan, place = self.plan, self.place
         if self.outputs.taken is not None:
@@ -721,6 +728,8 @@ class Search(NamedTuple):
             def _():
                 into = self.outputs.taken.at[self.kv_row, self.query, jnp.arange(TAKEN)]
                 backend.store(into, jnp.zeros(TAKEN, jnp.int32))
+                few = self.outputs.few
+                few[self.kv_row, self.query, 0, few.shape[3] - 1] = jnp.int32(0)
 
         @pl.when((plan.num_heavy > 0) & ~fits)
         def _():
@@ -730,12 +739,12 @@ class Search(NamedTuple):
         def _():
             self.prepare(fill)
             cells, tail = self.score_all()
-            bounds, least = self.narrow(cells, tail)
+            bounds = self.narrow(cells, tail)
             few = self.list_few(cells, tail, bounds.low)
             cut = find_cut(few, plan.num_heavy, bounds, steps_without_ties=0)
             taken = self.take(few, cut)
             if weigh is not None:
-                weigh(cells, tail, few, taken, least)
+                weigh(cells, tail, few, taken)
             self.read_lists(taken)
             count = self.look_for_tied(taken)
             if self.outputs.taken is not None:

@@ -32,7 +32,6 @@ from jax_indexer.kernels.attend import (
 )
 from jax_indexer.kernels.best import PAIRS_AT_ONCE
 from jax_indexer.kernels.cells_select import (
-    TAKEN,
     Inputs,
     Outputs,
     Scores,
@@ -58,12 +57,12 @@ from jax_indexer.kernels.end import (
 )
 from jax_indexer.kernels.lookup_table import Tables
 from jax_indexer.kernels.rest import (
-    NUMBERS,
     Estimated,
     Estimator,
     Means,
     Members,
     WeighedAsCells,
+    asked_later,
     find_and_weigh,
     read_weighed,
     weigh_codes_launch,
@@ -333,18 +332,13 @@ def pool_launch(
     index: PQIndex,
     after: Lengths,
     layer: Array | None,
-    *,
-    by_codes: bool,
 ) -> backend.Launch:
-    """A launch that searches cells for a pool, but for the kernel; `by_codes`: for sums by code."""
+    """A launch that searches cells for a pool, but for the kernel."""
     assert index.cells is not None
     codes, after = step.by_rows(index.codes), _without_pages(after)
     search, _ = search_launch(step.of_pool, tables, codes, after, index.cells, None, layer)
-    outputs = search.outputs.without_lists()._replace(
-        positions=step.scratch(np.int32, step.pooled + PAIRS_AT_ONCE),
-        weighed=step.scratch(np.float32, NUMBERS) if step.config.estimate_rest else None,
-        taken=step.scratch(np.int32, TAKEN) if by_codes else None,
-    )
+    positions = step.scratch(np.int32, step.pooled + PAIRS_AT_ONCE)
+    outputs = search.outputs.without_lists()._replace(positions=positions, **asked_later(step))
     return search._replace(outputs=outputs, in_place=())
 
 
@@ -391,12 +385,12 @@ def search_pool(
     """
     assert index.cells is not None
     rest, sealing = step.config.estimate_rest, index.cells.sealing
-    search = pool_launch(step, tables, index, after, layer, by_codes=rest == "codes")
+    search = pool_launch(step, tables, index, after, layer)
     num_warps = step.tuning.warps_for_rest(step.config.num_cells, by_code=False)
     kernel = functools.partial(search_pool_kernel, step=step, sealing=sealing, num_warps=num_warps)
     what = search._replace(
         kernel=kernel,
-        inputs=PoolSearchInputs(search.inputs, vectors(logits) if rest else None),
+        inputs=PoolSearchInputs(search.inputs, vectors(logits) if rest == "mean" else None),
         state=tuple(f"search.{name}" for name in search.state),
     )
     launches = {"search": what}
@@ -463,11 +457,11 @@ def attend_pool(
         launches["ranked"] = rank_launch(*of_keys, pool.position_in, layer, kept, table)
     made = backend.launch_together(launches, num_warps=step.tuning.ranked_warps)
     weighed, lists = made.get("weighed"), None
-    if searched is not None:  # it says what tokens weigh
+    if searched is not None:  # what tokens weigh is known
         found = searched.found
         lists = Lists(found.taken, found.cell) if rest == "codes" else None
         tokens = tokens._replace(table=None, codes=codes if lists else None)
-        weighed = WeighedAsCells(found.weighed, weighed and weighed.weights) if rest else None
+        weighed = made["weighed"].weighed if lists else WeighedAsCells(found.weighed, None)
     end = end_inputs(step, query, caches, logits, known, index, weighed, kept, table)
     return end_launch(step, pool, lists, tokens, end, made.get("ranked"), lengths, layer)
 
@@ -494,7 +488,7 @@ def attend_cells_with_rest(
     """
     assert index.cells is not None
     by_codes = step.config.estimate_rest == "codes"
-    search = pool_launch(step, tables, index, after, layer, by_codes=by_codes)
+    search = pool_launch(step, tables, index, after, layer)
     sealing, table = index.cells.sealing, after.page_table
     num_warps = step.tuning.warps_for_rest(step.config.num_cells, by_codes)
     end = end_inputs(step, query, caches, logits, known, index, None, kept, table)

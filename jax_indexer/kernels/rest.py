@@ -22,6 +22,7 @@ from jax_indexer.kernels.attend import MERGED_AT_ONCE, Softmax, finite, padded, 
 from jax_indexer.kernels.best import HIGHEST, Entry, Few, number_of, of_threads, reduced_together
 from jax_indexer.kernels.cells_select import (
     MOST_SIZE,
+    TAKEN,
     Inputs,
     Outputs,
     Part,
@@ -164,6 +165,15 @@ class Estimated(NamedTuple):
     of_pool: tuple[Array, Array]
 
 
+def asked_later(step: Step) -> dict[str, Any]:
+    """Fields of a search's `Outputs` that the rest is made from."""
+    rest = step.config.estimate_rest
+    return {
+        "weighed": step.scratch(np.float32, NUMBERS) if rest == "mean" else None,
+        "taken": step.scratch(np.int32, TAKEN) if rest == "codes" else None,
+    }
+
+
 def by_code(code: Array, number: int, amount: Array) -> Array:
     """Sums of amounts by code."""
     if number == 1:
@@ -179,7 +189,8 @@ class WeighedCells(NamedTuple):
 
     Attributes:
       largest, of_pool: the largest logit outside of the pool, and that in it; -inf for none.
-      total, total_of_pool: the sums of exp(logit - largest) outside and in it.
+      total, total_of_pool: the sums of exp(logit - largest) outside and in it; the former is 0
+        where there are sums by code.
     """
 
     largest: Array
@@ -207,71 +218,98 @@ class WeighedCells(NamedTuple):
 NUMBERS = len(WeighedCells._fields)
 
 
-def weigh_cells(
-    search: Search,
-    logits: Logits,
-    cells: Part,
-    tail: Tail,
-    few: Few,
-    taken: Taken,
-    least: Array,
-) -> WeighedCells:
-    """What candidates weigh by PQ, those outside of a pool and those in it.
+class WeighedFew(NamedTuple):
+    """What the few that may win weigh by PQ: the pool, and most that is asked of others.
 
-    The pool, and most that it takes to know the largest outside, is among few.
+    Attributes:
+      below: the largest rank outside of the pool that is below the cut, if it is among few.
+      at_cut: the logit of the cut.
+      left: how many at it are outside of the pool.
+      of_pool, total_of_pool: as in `WeighedCells`.
+    """
+
+    below: Array
+    at_cut: Array
+    left: Array
+    of_pool: Array
+    total_of_pool: Array
+
+    @classmethod
+    def of(cls, search: Search, logits: Logits, few: Few, taken: Taken) -> "WeighedFew":
+        """From a search, how to make logits, the few, and who of them is in the pool."""
+
+        def above(x: Entry, logit: Array) -> Array:
+            return (x.size > 0) & (x.rank > taken.rank) & (logit < jnp.inf)
+
+        def look(so_far: tuple[Array, ...], entries: list[Entry]) -> tuple[Array, ...]:
+            largest, below, number = so_far
+            for x in entries:
+                logit = logit_of(x.rank, logits)
+                largest = jnp.maximum(largest, jnp.where(above(x, logit), logit, -jnp.inf))
+                is_below = x.rank < lowest_of(taken)
+                below = jnp.maximum(below, jnp.where(is_below, x.rank, NOT_A_CANDIDATE))
+                is_at = (x.size > 0) & (x.rank == taken.rank) & (taken.ties > 0)
+                large = search.size_of(x.number, is_at & x.is_cell & (x.size == MOST_SIZE))
+                number += jnp.where(is_at, jnp.maximum(x.size, large), 0)
+            return largest, below, number
+
+        none = jnp.full(few.threads, -jnp.inf, jnp.float32)
+        nobody = jnp.full(few.threads, NOT_A_CANDIDATE, jnp.int32)
+        largest, below, number = few.fold(look, (none, nobody, jnp.zeros_like(nobody)))
+        largest, below, number = jnp.max(largest), jnp.max(below), jnp.sum(number)
+        at_cut = logit_of(taken.rank, logits)
+        ties, left = (
+            jnp.where(at_cut < jnp.inf, x, 0).astype(jnp.float32)
+            for x in (taken.ties, number - taken.ties)
+        )
+        of_pool = jnp.maximum(largest, jnp.where(ties > 0, at_cut, -jnp.inf))
+
+        def add(so_far: Array, entries: list[Entry]) -> Array:
+            for x in entries:
+                logit = logit_of(x.rank, logits)
+                weight = x.size.astype(jnp.float32) * jnp.exp(logit - finite(of_pool))
+                so_far += jnp.where(above(x, logit), weight, 0)
+            return so_far
+
+        total = jnp.sum(few.fold(add, jnp.zeros_like(none)))
+        return cls(below, at_cut, left, of_pool, with_cut(total, ties, at_cut, of_pool))
+
+    def largest(self, logits: Logits, look_at_all: Callable[[], Array]) -> Array:
+        """The largest logit outside of the pool, if need be that of all below the cut."""
+        of_below = logit_of(self.below, logits)
+        rise = logits.scale >= 0  # with ranks
+        is_known = rise & (self.below != NOT_A_CANDIDATE) & (of_below < jnp.inf)
+        below = lax.cond(is_known, lambda: of_below, look_at_all)
+        return jnp.maximum(below, jnp.where(self.left > 0, self.at_cut, -jnp.inf))
+
+
+def logit_of(rank: Array, logits: Logits) -> Array:
+    return made_logits(number_of(rank), logits)
+
+
+def lowest_of(taken: Taken) -> Array:
+    """Who is below it need not be among few: of a cut that takes none at it, so are those at it."""
+    return jnp.where(taken.ties > 0, taken.rank, taken.rank + 1)
+
+
+def with_cut(total: Array, number: Array, at_cut: Array, largest: Array) -> Array:
+    """A total with a number of tokens more, at the cut."""
+    return total + jnp.where(number > 0, number * jnp.exp(at_cut - finite(largest)), 0)
+
+
+def weigh_cells(
+    search: Search, logits: Logits, cells: Part, tail: Tail, few: Few, taken: Taken
+) -> WeighedCells:
+    """What candidates weigh by PQ, those outside of a pool and those in it, all together.
 
     Args:
-      search: the search; of one that sums by code the total outside is not asked for.
+      search: the search.
       logits: how to make logits.
       cells, tail: all candidates.
       few: those that may win.
       taken: who of them does.
-      least: the lowest rank of all.
     """
-
-    # Of a cut that takes none at it, those at it are below, and need not be among few.
-    lowest = jnp.where(taken.ties > 0, taken.rank, taken.rank + 1)
-
-    def logit_of(rank: Array) -> Array:
-        return made_logits(number_of(rank), logits)
-
-    def above(x: Entry, logit: Array) -> Array:
-        return (x.size > 0) & (x.rank > taken.rank) & (logit < jnp.inf)
-
-    def look(so_far: tuple[Array, ...], entries: list[Entry]) -> tuple[Array, ...]:
-        largest, below, number = so_far
-        for x in entries:
-            logit = logit_of(x.rank)
-            largest = jnp.maximum(largest, jnp.where(above(x, logit), logit, -jnp.inf))
-            below = jnp.maximum(below, jnp.where(x.rank < lowest, x.rank, NOT_A_CANDIDATE))
-            is_at = (x.size > 0) & (x.rank == taken.rank) & (taken.ties > 0)
-            large = search.size_of(x.number, is_at & x.is_cell & (x.size == MOST_SIZE))
-            number += jnp.where(is_at, jnp.maximum(x.size, large), 0)
-        return largest, below, number
-
-    none = jnp.full(few.threads, -jnp.inf, jnp.float32)
-    nobody = jnp.full(few.threads, NOT_A_CANDIDATE, jnp.int32)
-    largest, below, number = few.fold(look, (none, nobody, jnp.zeros_like(nobody)))
-    largest, below, number = jnp.max(largest), jnp.max(below), jnp.sum(number)
-    at_cut = logit_of(taken.rank)
-    ties, left = (
-        jnp.where(at_cut < jnp.inf, x, 0).astype(jnp.float32)
-        for x in (taken.ties, number - taken.ties)
-    )
-    of_pool = jnp.maximum(largest, jnp.where(ties > 0, at_cut, -jnp.inf))
-
-    def add(so_far: Array, entries: list[Entry]) -> Array:
-        for x in entries:
-            logit = logit_of(x.rank)
-            weight = x.size.astype(jnp.float32) * jnp.exp(logit - finite(of_pool))
-            so_far += jnp.where(above(x, logit), weight, 0)
-        return so_far
-
-    def with_cut(total: Array, number: Array, largest: Array) -> Array:
-        return total + jnp.where(number > 0, number * jnp.exp(at_cut - finite(largest)), 0)
-
-    total_of_pool = with_cut(jnp.sum(few.fold(add, jnp.zeros_like(none))), ties, of_pool)
-
+    of_few, lowest = WeighedFew.of(search, logits, few, taken), lowest_of(taken)
     scored = [
         Scored.of(part.rank, jnp.where(part.rank < lowest, size, 0), logits)
         for part, size in ((cells, cells.size), (tail, tail.exists.astype(jnp.int32)))
@@ -281,70 +319,84 @@ def weigh_cells(
         found = [jnp.where(x.size > 0, x.logit, -jnp.inf) for x in scored]
         return jnp.max(of_threads(found, jnp.max, jnp.maximum))
 
-    # Logits rise with ranks, or fall.
-    ends = logit_of(below), logit_of(least)
-    is_known = (below != NOT_A_CANDIDATE) & (ends[0] < jnp.inf) & (ends[1] < jnp.inf)
-    largest = lax.cond(is_known, lambda: jnp.maximum(*ends), look_at_all)
-    largest = jnp.maximum(largest, jnp.where(left > 0, at_cut, -jnp.inf))
-    if search.outputs.taken is not None:
-        return WeighedCells(largest, of_pool, jnp.float32(0), total_of_pool)
-    weights = [x.weights(largest) for x in scored]
-    total = jnp.sum(of_threads(weights, jnp.sum, jnp.add))
-    return WeighedCells(largest, of_pool, with_cut(total, left, largest), total_of_pool)
+    largest = of_few.largest(logits, look_at_all)
+    total = jnp.sum(of_threads([x.weights(largest) for x in scored], jnp.sum, jnp.add))
+    total = with_cut(total, of_few.left, of_few.at_cut, largest)
+    return WeighedCells(largest, of_few.of_pool, total, of_few.total_of_pool)
 
 
 def weigh_codes(
-    search: Search, fits: Array, logits: Logits, taken: Taken, count: Array, largest: Array
-) -> list[Array]:
-    """Sums by code of what is outside of the pool, relative to the largest there.
+    search: Search, fits: Array, logits: Logits, taken: Taken, count: Array
+) -> tuple[WeighedCells, list[Array]]:
+    """What candidates weigh by PQ, and sums by code of those outside of the pool.
 
     Args:
       search: of the pool.
       fits: whether its state fits.
       logits: how to make logits.
       taken, count: what it found, as `Search.count_others` takes it.
-      largest: logit outside of the pool.
     """
     config, scores, usable = search.step.config, search.scores, search.has_cut(fits)
     by, C = config.num_subspaces, config.num_centroids
     number = config.num_cells // C
+    few_at_once = min(number, MIXED_AT_ONCE)
 
-    def weights(m: int, first: Array | int, at_once: int, *, mixed: bool = False) -> Array:
-        """Of some cells: [codes of subspace m, codes of the others]."""
+    def below(cell: Array, exists: Array, rank: Array) -> Array:
+        return jnp.where(rank < lowest_of(taken), search.number_of(cell, exists), 0)
+
+    def some(m: int, first: Array | int, at_once: int, left_of: Callable) -> Scored:
+        """What is left of some cells: [codes of subspace m, codes of the others]."""
         code = jnp.arange(C, dtype=jnp.int32)[:, None]
         other = first + jnp.arange(at_once, dtype=jnp.int32)[None, :]
         bits, low = config.num_bits, config.num_bits * (by - 1 - m)
         # Plain at the ends, so that loads are seen to lie side by side.
-        above, below = (other >> low if m else 0), (other & ((1 << low) - 1) if m else other)
-        cell = ((above << bits) + code << low) + below
+        before, behind = (other >> low if m else 0), (other & ((1 << low) - 1) if m else other)
+        cell = ((before << bits) + code << low) + behind
         digits = [(other >> bits * i) & (C - 1) for i in reversed(range(by - 1))]
         rank = scores.rank_of([*digits[:m], code, *digits[m:]])
         exists = jnp.broadcast_to(usable, cell.shape)
-        left = search.left_of(cell, exists, rank, taken, mixed=mixed)
-        return Scored.of(rank, left, logits).weights(largest)
+        return Scored.of(rank, left_of(cell, exists, rank), logits)
+
+    def fold(m: int, left_of: Callable, visit: Callable, state: float) -> Array:
+        """visit(state, what is left of some cells) in turns, which take few registers."""
+
+        def turn(i: Array, state: Array) -> Array:
+            return visit(state, some(m, i * few_at_once, few_at_once, left_of))
+
+        begin = jnp.full((C, few_at_once), state, jnp.float32)
+        return lax.fori_loop(0, number // few_at_once, turn, begin)
+
+    def look_at_all() -> Array:
+        def look(so_far: Array, x: Scored) -> Array:
+            return jnp.maximum(so_far, jnp.where(x.size > 0, x.logit, -jnp.inf))
+
+        return jnp.max(fold(0, below, look, -jnp.inf))
+
+    of_few = WeighedFew.of(search, logits, search.read_few(), taken)
+    largest = of_few.largest(logits, look_at_all)
 
     def together() -> list[Array]:
-        first = weights(0, 0, number)
+        left_of = functools.partial(search.left_of, taken=taken, mixed=False)
+        first = some(0, 0, number, left_of).weights(largest)
         sums = [jnp.sum(first, axis=1)]
         if by == 2:  # all others are one subspace
             sums += [jnp.sum(first, axis=0)]
-        return sums + [jnp.sum(weights(m, 0, number), axis=1) for m in range(len(sums), by)]
+        others = (some(m, 0, number, left_of).weights(largest) for m in range(len(sums), by))
+        return sums + [jnp.sum(x, axis=1) for x in others]
 
     def in_turns() -> list[Array]:
-        """What few searches need, in few registers."""
+        """What few searches need."""
         search.count_others(taken, count)
-        at_once = min(number, MIXED_AT_ONCE)
 
-        def sums(m: int) -> Array:
-            def add(i: Array, so_far: Array) -> Array:
-                return so_far + weights(m, i * at_once, at_once, mixed=True)
+        def add(so_far: Array, x: Scored) -> Array:
+            return so_far + x.weights(largest)
 
-            zeros = jnp.zeros((C, at_once), jnp.float32)
-            return jnp.sum(lax.fori_loop(0, number // at_once, add, zeros), axis=1)
+        left_of = functools.partial(search.left_of, taken=taken, mixed=True)
+        return [jnp.sum(fold(m, left_of, add, 0.0), axis=1) for m in range(by)]
 
-        return [sums(m) for m in range(by)]
-
-    return lax.cond(usable & taken.is_mixed, in_turns, together)
+    sums = lax.cond(usable & taken.is_mixed, in_turns, together)
+    total = jnp.float32(0)  # sums by code say it
+    return WeighedCells(largest, of_few.of_pool, total, of_few.total_of_pool), sums
 
 
 def weighed_beside(
@@ -358,21 +410,20 @@ def weighed_beside(
       logits: how to make logits.
       find: makes it, and takes what `Search.find` does as `weigh`.
     """
-    at, numbers = (search.kv_row, search.query), search.outputs.weighed
-    by_code = search.outputs.taken is not None
-    if by_code:
-        pl.when(search.has_cut(fits))(search.count_candidates)
-    find_and_weigh(search, fits, logits, find)
-    backend.barrier()
-    weighed = WeighedCells.read(numbers, at)
-    if not by_code:
+    at = search.kv_row, search.query
+    if search.outputs.taken is None:
+        find_and_weigh(search, fits, logits, find)
+        backend.barrier()
+        weighed = WeighedCells.read(search.outputs.weighed, at)
         return weighed, [weighed.total[None]]
-    found = Taken.read(search.outputs.taken, at)
-    return weighed, weigh_codes(search, fits, logits, *found, weighed.largest)
+    pl.when(search.has_cut(fits))(search.count_candidates)
+    find()
+    backend.barrier()
+    return weigh_codes(search, fits, logits, *Taken.read(search.outputs.taken, at))
 
 
 def find_and_weigh(search: Search, fits: Array, logits: Logits, find: Callable[..., None]) -> None:
-    """Writes what candidates weigh; arguments are those of `weighed_beside`."""
+    """Writes what candidates weigh all together; arguments are those of `weighed_beside`."""
     at, numbers = (search.kv_row, search.query), search.outputs.weighed
 
     @pl.when(~search.has_cut(fits))
@@ -533,15 +584,15 @@ class CodesInputs(NamedTuple):
     search: Inputs
     logits: Logits
     taken: Any
-    weighed: Any
+    few: Any
     positions: Any
     sizes: Any
 
 
 class CodesOutputs(NamedTuple):
-    """f32[R, Q, M, C] sums by code outside of the pool; and scratch, as in `Outputs`."""
+    """What candidates weigh; and scratch, as in `Outputs`."""
 
-    weights: Any
+    weighed: WeighedAsCells
     others: Any
 
 
@@ -557,14 +608,16 @@ def weigh_codes_kernel(
     """What the candidates of a query weigh by code, from scores as its search had them."""
     place, of_pool, logits = Place.of(step, program), step.of_pool, read_logits(inputs.logits)
     plan = place.plan(of_pool, inputs.search.lengths)
-    scratch = Outputs.only(positions=inputs.positions, sizes=inputs.sizes, others=outputs.others)
+    scratch = Outputs.only(
+        few=inputs.few, positions=inputs.positions, sizes=inputs.sizes, others=outputs.others
+    )
     search = search_for(of_pool, sealing, num_warps, inputs.search, scratch, *place.of_kv, plan)
-    largest = WeighedCells.read(inputs.weighed, place.of_kv).largest
     found = Taken.read(inputs.taken, place.of_kv)
-    sums = weigh_codes(search, search.state_fits(), logits, *found, largest)
+    weighed, sums = weigh_codes(search, search.state_fits(), logits, *found)
+    weighed.write(outputs.weighed.numbers, place.of_kv)
     code = jnp.arange(step.config.num_centroids, dtype=jnp.int32)
     for m, x in enumerate(sums):
-        backend.store(outputs.weights.at[(*place.of_kv, m, code)], x)
+        backend.store(outputs.weighed.weights.at[(*place.of_kv, m, code)], x)
 
 
 def weigh_codes_launch(
@@ -586,12 +639,15 @@ def weigh_codes_launch(
             search.inputs,
             vectors(logits),
             found.taken,
-            found.weighed,
+            found.few,
             found.positions,
             found.sizes,
         ),
         CodesOutputs(
-            step.scratch(np.float32, *sums_by(step.config)),
+            WeighedAsCells(
+                step.scratch(np.float32, NUMBERS),
+                step.scratch(np.float32, *sums_by(step.config)),
+            ),
             step.scratch(np.int32, step.config.num_cells),
         ),
         programs=search.programs,

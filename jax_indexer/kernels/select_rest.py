@@ -12,7 +12,6 @@ from jaxtyping import Int32
 from jax_indexer.kernels import backend
 from jax_indexer.kernels.attend import LeftOut, finite, read_logits, vectors, write_output
 from jax_indexer.kernels.cells_select import (
-    TAKEN,
     Inputs,
     Outputs,
     Scores,
@@ -24,11 +23,11 @@ from jax_indexer.kernels.end import End, Scratch, in_lists, sources_of
 from jax_indexer.kernels.lookup_table import Tables
 from jax_indexer.kernels.output import Lists, Writer
 from jax_indexer.kernels.rest import (
-    NUMBERS,
     Estimated,
     Estimator,
     Members,
     Sources,
+    asked_later,
     weigh_tokens_launch,
     weighed_beside,
 )
@@ -128,9 +127,8 @@ def select_cells_with_rest(
     search, num_warps = search_launch(step, tables, codes, lengths, index.cells, weights, layer)
     num_warps = max(num_warps, step.tuning.warps_for_rest(step.config.num_cells, by_codes))
     outputs = search.outputs._replace(
-        weighed=step.scratch(np.float32, NUMBERS),
+        **asked_later(step),
         **cell_counts(step) if by_codes else {},
-        taken=step.scratch(np.int32, TAKEN) if by_codes else None,
     )
     sources = sources_of(step, index)
     assert sources is not None
