@@ -206,11 +206,11 @@ def rest_of_lists(
     weigh = weigh_tokens_launch(step, search, indices, logits, layer)
     sources = sources_of(step, index, backend.launch(weigh, num_warps=num_warps))
     assert sources is not None
-    amounts = step.scratch(np.float32, step.pooled + 1)
+    amounts = step.scratch(np.float32, 2 * (step.pooled + 1))
     what = backend.Launch(
         functools.partial(listed_rest_kernel, step=step),
         ListedInputs(indices, search, vectors(logits), sources),
-        ListedOutputs(Scratch(amounts, None, None, None), rest_shapes(step, sources)),
+        ListedOutputs(Scratch(amounts, None, None), rest_shapes(step, sources)),
         programs=step.B * step.T * step.N,
         state=("search.codes", "sources.sums", "sources.counts"),
         layer=layer,
