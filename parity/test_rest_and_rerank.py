@@ -232,6 +232,21 @@ def test_kernels_do_it(runner, name, option):
         check_after(case, query, new, cache, counts, out, after, soft_cap=soft_cap)
 
 
+@pytest.mark.parametrize("option", ["codes", "rerank, codes"])
+@pytest.mark.parametrize("runner", ["interpreter", "checked memory"])
+def test_ties_between_cells_are_counted(runner, option):
+    """Where all cells lie at the cut, the first tokens win, of any cell."""
+    case = dataclasses.replace(case_of("cells", option), counts=False)
+    query, new, cache, _ = draw(case, 4)
+    cache = with_sums(case, all_logits_are_equal(cache))
+    scale = np.float32(case.H**-0.5)
+    out, after = Runner(runner)(
+        decode_by_kernels, query, new, cache, None, scale, None, None, config=case.config,
+        selector=case.selector, kv_layout=case.kv_layout, tuning=IN_PARTS,
+    )  # fmt: skip
+    check_after(case, query, new, cache, None, out, after)
+
+
 @hypothesis.given(data=st.data())
 @hypothesis.settings(max_examples=15)
 def test_a_step_of_any_shape_is_the_oracles(data):
@@ -587,11 +602,13 @@ def test_scores_next_to_the_cut_are_left(rest, rerank, scale):
     np.testing.assert_allclose(got, want, rtol=4e-6)
 
 
-@pytest.mark.parametrize(("wrong", "rerank"), [(-np.inf, 8), (np.nan, 20)])
-def test_losers_count_beside_one_that_weighs_nothing(wrong, rerank):
+@pytest.mark.parametrize(
+    ("wrong", "rerank", "rest"), [(-np.inf, 8, "mean"), (np.nan, 20, "mean"), (-np.inf, 8, "codes")]
+)
+def test_losers_count_beside_one_that_weighs_nothing(wrong, rerank, rest):
     """Of a scale below 0, where the worst key has the largest logit, and one of them none."""
     config = IndexerConfig(
-        num_subspaces=1, num_bits=1, heavy_size=2, rerank=rerank, estimate_rest="mean",
+        num_subspaces=1, num_bits=1, heavy_size=2, rerank=rerank, estimate_rest=rest,
         sink_size=0, window_size=0, cells=True,
     )  # fmt: skip
     codebooks = np.array([[[0, 0], [1, 0]]], np.float32)

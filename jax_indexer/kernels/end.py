@@ -417,9 +417,10 @@ class ByCell(NamedTuple):
             # Four lanes a run, in one load: alone, each thread would load what all need. They are
             # the running sums until its end and before it, and the amount of an entry from no list.
             what = jnp.arange(4, dtype=jnp.int32)[:, None]
-            slot = jnp.where(what == 0, run.ends - 1, run.begins - (what == 1))
-            exists = run.exists & jnp.where(run.is_list, what < 2, what == 2) & (slot >= 0)
-            at = jnp.clip(slot, 0, size - 1) + jnp.where(run.is_list, size + 1, 0)
+            row = Runs(*(x[None, :] for x in run[:4]), codes=[])
+            slot = jnp.where(what == 0, row.ends, row.begins) - (what < 2).astype(jnp.int32)
+            exists = row.exists & jnp.where(row.is_list, what < 2, what == 2) & (slot >= 0)
+            at = jnp.clip(slot, 0, size - 1) + jnp.where(row.is_list, size + 1, 0)
             found = self.end.scratch.amounts.at[(*self.end.place.of_kv, jnp.where(exists, at, 0))]
             found = backend.load(found, mask=exists, other=0)
             return added(sums, run.codes, jnp.sum(jnp.where(what == 1, -found, found), axis=0))
