@@ -410,18 +410,18 @@ class Search(NamedTuple):
 
     def read_few(self) -> Few:
         """What `list_few` has listed."""
-        few = self.outputs.few
+        few, own = self.outputs.few, (self.kv_row, self.query)
         last = few.shape[3] - 1
-        number = few[self.kv_row, self.query, 0, last]
+        number = few[(*own, 0, last)]
 
         def read(first: Array) -> list[Entry]:
             entries = []
             for place in (first + i for i in range(FEW_RUN)):
                 exists = place < number
                 where = jnp.where(exists, place, last)
-                at = (few.at[self.kv_row, self.query, which, where] for which in (0, 1))
-                rank = backend.load(next(at), mask=exists, other=NOT_A_CANDIDATE)
-                word = backend.load(next(at), mask=exists, other=0)
+                rank = few.at[(*own, 0, where)]
+                rank = backend.load(rank, mask=exists, other=NOT_A_CANDIDATE)
+                word = backend.load(few.at[(*own, 1, where)], mask=exists, other=0)
                 entries.append(self.entry(rank, word, exists))
             return entries
 

@@ -1,10 +1,10 @@
 """The rest: candidates that are not attended to, estimated from their scores and means of values.
 
 What candidates outside of a pool weigh by PQ is added up by code. Where a search of cells finds the
-pool, it also says what all of them weigh together, and sums by code go through cells again, each
-with the number of its tokens that are not in the pool. Elsewhere programs go through all tokens.
-The lowest score in the pool is the cut: below it nothing is in the pool; tokens at it are counted,
-so that nothing remains where all of them are in the pool.
+pool, it follows from how many tokens each cell has and who of them wins: all together the search
+adds it up, by code another program does. Elsewhere programs go through all tokens. The lowest score
+in the pool is the cut: below it nothing is in the pool; tokens at it are counted, so that nothing
+remains where all of them are in the pool.
 """
 
 import functools
@@ -40,8 +40,8 @@ from jax_indexer.values import sums_by
 
 # Parts that a context is weighed in, at the most, token by token.
 MOST_PARTS = 64
-# Codes of other subspaces whose cells are weighed at once where winners at the cut are mixed.
-MIXED_AT_ONCE = 16
+# Codes of other subspaces whose cells are looked at at once in turns, which few searches take.
+OTHERS_IN_TURN = 16
 
 
 class Weighed(NamedTuple):
@@ -325,6 +325,54 @@ def weigh_cells(
     return WeighedCells(largest, of_few.of_pool, total, of_few.total_of_pool)
 
 
+class CellsByCode(NamedTuple):
+    """What is left of a query's cells, a row for each code of a subspace.
+
+    Attributes:
+      search: of the query.
+      usable: whether it had anything to look for.
+      logits: how to make logits.
+    """
+
+    search: Search
+    usable: Array
+    logits: Logits
+
+    @property
+    def others(self) -> int:
+        """Cells of a row: codes of the other subspaces."""
+        return self.search.step.config.num_cells // self.search.step.config.num_centroids
+
+    def read(self, m: int, first: Array | int, at_once: int, left_of: Callable) -> Scored:
+        """Some cells by their codes of subspace m, [C, at_once]; see `Search.left_of`."""
+        config = self.search.step.config
+        by, bits, C = config.num_subspaces, config.num_bits, config.num_centroids
+        code = jnp.arange(C, dtype=jnp.int32)[:, None]
+        other = first + jnp.arange(at_once, dtype=jnp.int32)[None, :]
+        low = bits * (by - 1 - m)
+        # Plain at the ends, so that loads are seen to lie side by side.
+        before, behind = (other >> low if m else 0), (other & ((1 << low) - 1) if m else other)
+        cell = ((before << bits) + code << low) + behind
+        digits = [(other >> bits * i) & (C - 1) for i in reversed(range(by - 1))]
+        rank = self.search.scores.rank_of([*digits[:m], code, *digits[m:]])
+        exists = jnp.broadcast_to(self.usable, cell.shape)
+        return Scored.of(rank, left_of(cell, exists, rank), self.logits)
+
+    def all(self, m: int, left_of: Callable) -> Scored:
+        """All of them."""
+        return self.read(m, 0, self.others, left_of)
+
+    def fold(self, m: int, left_of: Callable, visit: Callable, state: float) -> Array:
+        """visit(state, some of them) in turns, which take few registers."""
+        at_once = min(self.others, OTHERS_IN_TURN)
+
+        def turn(i: Array, state: Array) -> Array:
+            return visit(state, self.read(m, i * at_once, at_once, left_of))
+
+        begin = jnp.full((self.search.step.config.num_centroids, at_once), state, jnp.float32)
+        return lax.fori_loop(0, self.others // at_once, turn, begin)
+
+
 def weigh_codes(
     search: Search, fits: Array, logits: Logits, taken: Taken, count: Array
 ) -> tuple[WeighedCells, list[Array]]:
@@ -336,52 +384,28 @@ def weigh_codes(
       logits: how to make logits.
       taken, count: what it found, as `Search.count_others` takes it.
     """
-    config, scores, usable = search.step.config, search.scores, search.has_cut(fits)
-    by, C = config.num_subspaces, config.num_centroids
-    number = config.num_cells // C
-    few_at_once = min(number, MIXED_AT_ONCE)
-
-    def below(cell: Array, exists: Array, rank: Array) -> Array:
-        return jnp.where(rank < lowest_of(taken), search.number_of(cell, exists), 0)
-
-    def some(m: int, first: Array | int, at_once: int, left_of: Callable) -> Scored:
-        """What is left of some cells: [codes of subspace m, codes of the others]."""
-        code = jnp.arange(C, dtype=jnp.int32)[:, None]
-        other = first + jnp.arange(at_once, dtype=jnp.int32)[None, :]
-        bits, low = config.num_bits, config.num_bits * (by - 1 - m)
-        # Plain at the ends, so that loads are seen to lie side by side.
-        before, behind = (other >> low if m else 0), (other & ((1 << low) - 1) if m else other)
-        cell = ((before << bits) + code << low) + behind
-        digits = [(other >> bits * i) & (C - 1) for i in reversed(range(by - 1))]
-        rank = scores.rank_of([*digits[:m], code, *digits[m:]])
-        exists = jnp.broadcast_to(usable, cell.shape)
-        return Scored.of(rank, left_of(cell, exists, rank), logits)
-
-    def fold(m: int, left_of: Callable, visit: Callable, state: float) -> Array:
-        """visit(state, what is left of some cells) in turns, which take few registers."""
-
-        def turn(i: Array, state: Array) -> Array:
-            return visit(state, some(m, i * few_at_once, few_at_once, left_of))
-
-        begin = jnp.full((C, few_at_once), state, jnp.float32)
-        return lax.fori_loop(0, number // few_at_once, turn, begin)
+    usable, by = search.has_cut(fits), search.step.config.num_subspaces
+    cells = CellsByCode(search, usable, logits)
 
     def look_at_all() -> Array:
+        def below(cell: Array, exists: Array, rank: Array) -> Array:
+            return jnp.where(rank < lowest_of(taken), search.number_of(cell, exists), 0)
+
         def look(so_far: Array, x: Scored) -> Array:
             return jnp.maximum(so_far, jnp.where(x.size > 0, x.logit, -jnp.inf))
 
-        return jnp.max(fold(0, below, look, -jnp.inf))
+        return jnp.max(cells.fold(0, below, look, -jnp.inf))
 
     of_few = WeighedFew.of(search, logits, search.read_few(), taken)
     largest = of_few.largest(logits, look_at_all)
 
     def together() -> list[Array]:
         left_of = functools.partial(search.left_of, taken=taken, mixed=False)
-        first = some(0, 0, number, left_of).weights(largest)
+        first = cells.all(0, left_of).weights(largest)
         sums = [jnp.sum(first, axis=1)]
         if by == 2:  # all others are one subspace
             sums += [jnp.sum(first, axis=0)]
-        others = (some(m, 0, number, left_of).weights(largest) for m in range(len(sums), by))
+        others = (cells.all(m, left_of).weights(largest) for m in range(len(sums), by))
         return sums + [jnp.sum(x, axis=1) for x in others]
 
     def in_turns() -> list[Array]:
@@ -392,7 +416,7 @@ def weigh_codes(
             return so_far + x.weights(largest)
 
         left_of = functools.partial(search.left_of, taken=taken, mixed=True)
-        return [jnp.sum(fold(m, left_of, add, 0.0), axis=1) for m in range(by)]
+        return [jnp.sum(cells.fold(m, left_of, add, 0.0), axis=1) for m in range(by)]
 
     sums = lax.cond(usable & taken.is_mixed, in_turns, together)
     total = jnp.float32(0)  # sums by code say it
