@@ -173,7 +173,8 @@ class Taken(NamedTuple):
       of_lists: how many of these are taken from lists; the others are looked for in the codes.
       whole: tokens taken from lists.
       cells: how many lists these are from.
-      cell: the cell that those at the cut are of; -1 where some are of another, or from no list.
+      cell: the cell that those at the cut are of, any if there are none; -1 where they may be of
+        several, or from no list.
     """
 
     rank: Array
