@@ -584,13 +584,11 @@ def by_both(config, codebooks, key, value, *, scale):
     return end("triton", "cells"), end("xla", None)
 
 
-@pytest.mark.parametrize(("rest", "rerank", "scale"), [("mean", 1, 1), ("codes", 2, 25)])
-def test_scores_next_to_the_cut_are_left(rest, rerank, scale):
-    """A threshold falls next to the second score: no list of what may win has it."""
-    groups = ((6, 2), (5, 26), (1, 4))
+def check_groups(groups, wanted, rest, rerank, scale):
+    """Kernels do what XLA does with tokens of at most three scores, (score, number) each."""
     config = IndexerConfig(
-        num_subspaces=1, num_bits=2, heavy_size=2 // rerank, rerank=rerank, estimate_rest=rest,
-        sink_size=0, window_size=0, cells=True,
+        num_subspaces=1, num_bits=2, heavy_size=wanted // rerank, rerank=rerank,
+        estimate_rest=rest, sink_size=0, window_size=0, cells=True,
     )  # fmt: skip
     codebooks = np.zeros((1, 4, 2), np.float32)
     codebooks[0, :3, 0] = [score for score, _ in groups]
@@ -600,6 +598,18 @@ def test_scores_next_to_the_cut_are_left(rest, rerank, scale):
     value = np.stack([np.arange(len(score)), np.ones(len(score))], axis=-1)[None, :, None]
     got, want = by_both(config, codebooks, key, value.astype(np.float32), scale=scale)
     np.testing.assert_allclose(got, want, rtol=4e-6)
+
+
+@pytest.mark.parametrize(("rest", "rerank", "scale"), [("mean", 1, 1), ("codes", 2, 25)])
+def test_scores_next_to_the_cut_are_left(rest, rerank, scale):
+    """A threshold falls next to the second score: no list of what may win has it."""
+    check_groups(((6, 2), (5, 26), (1, 4)), 2, rest, rerank, scale)
+
+
+@pytest.mark.parametrize(("rest", "rerank"), [("mean", 1), ("codes", 1), ("codes", 2)])
+def test_of_a_scale_below_0_the_lowest_score_has_the_largest_logit(rest, rerank):
+    """By e to the power of hundreds more than the best of what is left, which may win."""
+    check_groups(((2, 4), (1.9, 2), (0, 12)), 4, rest, rerank, -200)
 
 
 @pytest.mark.parametrize(
