@@ -129,7 +129,9 @@ class Outputs(NamedTuple):
 
 
 def cell_counts(step: Step) -> dict[str, Any]:
-    """Fields of `Outputs` where one kernel searches and weighs cells by code."""
+    """Fields of `Outputs` where one kernel searches, and weighs cells by code if it is asked to."""
+    if step.config.estimate_rest != "codes":
+        return {}
     return dict.fromkeys(("sizes", "others"), step.scratch(np.int32, step.config.num_cells))
 
 

@@ -457,7 +457,6 @@ def in_blocks(
 
 def scratch_shapes(step: Step) -> Scratch:
     """Outputs that hold what programs put aside."""
-
     by_codes, reranks = step.config.estimate_rest == "codes", step.config.rerank > 1
     amounts = step.scratch(np.float32, 2 * (step.pooled + 1)) if by_codes else None
     winners = step.scratch(np.int32, step.pooled + 1) if reranks else None

@@ -496,7 +496,7 @@ def attend_cells_with_rest(
         functools.partial(cells_pool_kernel, step=step, sealing=sealing, num_warps=num_warps),
         SearchedInputs(search.inputs, end, lengths),
         SearchedOutputs(
-            search.outputs._replace(**cell_counts(step) if by_codes else {}),
+            search.outputs._replace(**cell_counts(step)),
             scratch_shapes(step),
             *shapes_of_end(query, caches.value.shape[-1], lengths, _without_pages(after), layer),
         ),

@@ -128,7 +128,7 @@ def select_cells_with_rest(
     num_warps = max(num_warps, step.tuning.warps_for_rest(step.config.num_cells, by_codes))
     outputs = search.outputs._replace(
         **asked_later(step),
-        **cell_counts(step) if by_codes else {},
+        **cell_counts(step),
     )
     sources = sources_of(step, index)
     assert sources is not None
